@@ -1,0 +1,400 @@
+"""The rollout: observations stored once, the memory timeline, what was done and what came of it, advantages."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model import ActorCriticModel, Prediction
+from transformer import MemoryView
+from utils import Task
+from worker import SharedArrays
+
+# How many columns beyond the longest window a group of training queries may stretch over: more columns serve more
+# queries with one product, but each query pays for all of them.
+STRETCH = 64
+
+
+class Timeline:
+    """Episodic memory of all environments over rollout time.
+
+    Column L + t holds what step t of this rollout wrote, the first L columns the last L of the previous rollout. What a
+    step may look at are the last min(step, L) columns in front of it, so that nothing depends on the number or the
+    length of episodes.
+
+    Args:
+        model: whose memory it is.
+        config: the `transformer` section of a config.
+        n_workers: number of environments.
+        steps: number of columns beyond the first L.
+        device: where it lives.
+    """
+
+    def __init__(self, model: ActorCriticModel, config: dict, n_workers: int, steps: int, device: torch.device) -> None:
+        self.transformer, self.length, self.device = model.transformer, config["memory_length"], device
+        columns = self.length + steps
+        self.items = torch.zeros(config["num_blocks"], n_workers, columns, config["embed_dim"], device=device)
+        self.item_step = torch.zeros(n_workers, columns, dtype=torch.int64, device=device)
+        self.offsets = torch.arange(columns, device=device)
+
+    def to_device(self, array: np.ndarray) -> Tensor:
+        """Copy a NumPy array to the timeline's device without waiting for it."""
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+
+    def window(self, workers: slice, t: int, step: np.ndarray) -> MemoryView:
+        """Return what the step at column L + t of some environments may look at: a plain slice of the timeline.
+
+        Args:
+            workers: n neighbouring environments.
+            t: rollout time.
+            step: (n,) episode step of each.
+        """
+        valid = np.minimum(step, self.length)
+        # A GPU wants equal shapes at every step; elsewhere columns that nobody may look at are left out.
+        width = self.length if self.device.type == "cuda" else max(1, int(valid.max()))
+        columns = slice(self.length + t - width, self.length + t)
+        valid = self.to_device(valid)[:, None]  # (n, 1)
+        return MemoryView(
+            items=self.items[:, workers, columns],
+            mask=(self.offsets[:width] >= width - valid)[:, None],  # (n, 1, width)
+            nonempty=(valid > 0).float(),
+            distance=(width - self.offsets[:width]).expand(len(step), 1, width),
+            item_step=self.item_step[workers, columns],
+        )
+
+    def write(self, workers: slice, t: int, inputs: Tensor, step: np.ndarray) -> None:
+        """Store what the blocks received (blocks, n, D) at episode step `step` (n,) in column L + t."""
+        step = self.to_device(step)
+        self.items[:, workers, self.length + t] = self.transformer.to_items(inputs, step).float()
+        self.item_step[workers, self.length + t] = step
+
+    def roll(self, steps: int) -> None:
+        """Move the last L of the first L + `steps` columns to the front, where a new rollout starts."""
+        self.items[:, :, : self.length] = self.items[:, :, steps : steps + self.length].clone()
+        self.item_step[:, : self.length] = self.item_step[:, steps : steps + self.length].clone()
+
+    def view(self, worker: np.ndarray, t: np.ndarray, step: np.ndarray, per_group: int) -> MemoryView:
+        """Return what any samples of the rollout may look at, nearby ones in groups that share their columns.
+
+        Args:
+            worker: (N,) environment of each sample.
+            t: (N,) rollout time of each.
+            step: (N,) episode step of each.
+            per_group: Q, the most samples of a group.
+        """
+        relative, learned = self.transformer.encoding == "relative", self.transformer.encoding == "learned"
+        valid = np.minimum(step, self.length)
+        end = t + self.length
+        columns = min(int(valid.max()) + STRETCH, self.items.shape[2])  # K
+        start, slot = group_queries(worker, end - valid, end, per_group, columns)
+        groups, total = len(start), self.items.shape[2]
+        owner = np.zeros(groups, dtype=np.int64)
+        owner[slot // per_group] = worker
+        start = np.minimum(start, total - columns)
+        # Empty places keep end = first = 0 and so see nothing.
+        place_end, place_first = np.zeros((2, groups * per_group), dtype=np.int64)
+        place_end[slot] = end - start[slot // per_group]
+        place_first[slot] = place_end[slot] - valid
+        place_end, place_first = self.to_device(place_end), self.to_device(place_first)
+        ends = place_end.view(groups, per_group, 1)
+        offsets = self.offsets[:columns]
+        rows = (self.to_device(owner * total + start)[:, None] + offsets).flatten()  # (groups·K,)
+        items = self.items.flatten(1, 2).index_select(1, rows)
+        return MemoryView(
+            items=items.unflatten(1, (groups, columns)),
+            mask=(offsets < ends) & (offsets >= place_first.view(groups, per_group, 1)),
+            nonempty=(self.to_device(valid)[:, None] > 0).float(),
+            distance=(ends - offsets).clamp(0, self.length) if relative else None,
+            item_step=self.item_step.flatten()[rows].view(groups, columns) if learned else None,
+            slot=self.to_device(slot),
+        )
+
+
+def group_queries(
+    worker: np.ndarray, first: np.ndarray, end: np.ndarray, per_group: int, columns: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Put queries whose windows lie close together into groups.
+
+    Args:
+        worker: (N,) environment of each query.
+        first: (N,) first column that it may look at.
+        end: (N,) column behind the last one.
+        per_group: Q, the most queries of a group.
+        columns: K, the most columns from the first to the last of a group; at least as long as any window.
+
+    Returns:
+        The first column of each group and the place (N,) of each query, group·Q + number within the group.
+    """
+    starts, slot = [], np.empty(len(worker), dtype=np.int64)
+    owner, count, limit = -1, per_group, 0
+    order = np.lexsort((end, first, worker))
+    for query, w, low, high in zip(
+        order.tolist(), worker[order].tolist(), first[order].tolist(), end[order].tolist(), strict=True
+    ):
+        if w != owner or count == per_group or high > limit:
+            owner, count, limit = w, 0, low + columns
+            starts.append(low)
+        slot[query] = (len(starts) - 1) * per_group + count
+        count += 1
+    return np.array(starts, dtype=np.int64), slot
+
+
+class FrameStore:
+    """The distinct uint8 frames of a rollout, with their features under the weights that sample it.
+
+    Grid worlds show the same frames over and over. Each is stored, sent to the device and encoded once.
+
+    Args:
+        shape: (C, H, W) of a frame.
+        embed_dim: D.
+        device: where it lives.
+    """
+
+    def __init__(self, shape: tuple[int, ...], embed_dim: int, device: torch.device) -> None:
+        channels, height, width = shape
+        self.frames = torch.empty(0, height, width, channels, dtype=torch.uint8, device=device)
+        self.features = torch.empty(0, embed_dim, device=device)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything: a new rollout starts, under new weights."""
+        self.known: dict[bytes, int] = {}
+        self.encoded = 0
+
+    def __len__(self) -> int:
+        return len(self.known)
+
+    def add(self, frames: np.ndarray, digests: np.ndarray) -> np.ndarray:
+        """Store the frames (n, H, W, C) whose digests (n, 16) are new; return the index (n,) of all."""
+        count = len(self.known)
+        keys = [digest.tobytes() for digest in digests]
+        index = np.array([self.known.setdefault(key, len(self.known)) for key in keys], dtype=np.int64)
+        added = len(self.known) - count
+        if added:
+            _, first = np.unique(index, return_index=True)  # of frames that are new twice, the first
+            new = torch.from_numpy(frames[first[-added:]])  # a copy: the workers will write over theirs
+            self._reserve(count + added)
+            on_gpu = self.frames.is_cuda
+            self.frames[count : count + added].copy_(new.pin_memory() if on_gpu else new, non_blocking=on_gpu)
+        return index
+
+    def _reserve(self, count: int) -> None:
+        """Make room for `count` frames, at least twice as many as before."""
+        capacity = self.frames.shape[0]
+        if count > capacity:
+            capacity = max(count, 2 * capacity, 256)
+            for name in ("frames", "features"):
+                old = getattr(self, name)
+                new = old.new_empty(capacity, *old.shape[1:])
+                new[: len(old)] = old
+                setattr(self, name, new)
+
+    def embed(self, model: ActorCriticModel, index: np.ndarray) -> Tensor:
+        """Return (n, D) embedded frames while sampling; only those not seen before in this rollout are encoded."""
+        count = len(self.known)
+        if count > self.encoded:
+            new = slice(self.encoded, count)
+            self.features[new] = model.embed(self.frames[new].permute(0, 3, 1, 2)).float()
+            self.encoded = count
+        return self.features[self._index(index)]
+
+    def gather(self, index: np.ndarray) -> tuple[Tensor, Tensor | None]:
+        """Return the distinct frames (M, C, H, W) among `index` (N,) and the place (N,) of each sample among them."""
+        distinct, inverse = np.unique(index, return_inverse=True)
+        frames = self.frames[self._index(distinct)].permute(0, 3, 1, 2)
+        return frames, self._index(inverse)
+
+    def _index(self, index: np.ndarray) -> Tensor:
+        return torch.from_numpy(index).to(self.frames.device, non_blocking=True)
+
+
+class VectorStore:
+    """The observation vectors of a rollout; the interface is that of `FrameStore`.
+
+    Args:
+        shape: (n,) of an observation.
+        capacity: how many there can be at most.
+        device: where it lives.
+    """
+
+    def __init__(self, shape: tuple[int, ...], capacity: int, device: torch.device) -> None:
+        self.vectors = torch.empty(capacity, *shape, device=device)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything: a new rollout starts."""
+        self.count = 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def add(self, vectors: np.ndarray, digests: np.ndarray) -> np.ndarray:
+        """Store vectors (n, size) and return the index (n,) of each; `digests` are not needed."""
+        index = np.arange(self.count, self.count + len(vectors))
+        self.count += len(vectors)
+        self.vectors[self.count - len(vectors) : self.count] = torch.from_numpy(vectors)
+        return index
+
+    def embed(self, model: ActorCriticModel, index: np.ndarray) -> Tensor:
+        """Return (n, D) embedded vectors."""
+        return model.embed(self.gather(index)[0])
+
+    def gather(self, index: np.ndarray) -> tuple[Tensor, None]:
+        """Return the vectors (N, size) of `index` (N,)."""
+        return self.vectors[torch.from_numpy(index).to(self.vectors.device, non_blocking=True)], None
+
+
+@torch.no_grad()
+def policy_step(
+    model: ActorCriticModel,
+    timeline: Timeline,
+    store: FrameStore | VectorStore,
+    arrays: SharedArrays,
+    rows: slice,
+    t: int,
+    step: np.ndarray,
+) -> tuple[Prediction, np.ndarray]:
+    """Let the model see what some environments show, predict, and remember.
+
+    Training, evaluation and watching all act through this function.
+
+    Args:
+        model: the actor-critic.
+        timeline: the memory, read in front of and written to column L + t.
+        store: takes the observations.
+        arrays: of the workers.
+        rows: n neighbouring environments.
+        t: rollout time.
+        step: (n,) episode step of each.
+
+    Returns:
+        The prediction and the index (n,) of the observations in the store.
+    """
+    index = store.add(arrays.observations[rows], arrays.digests[rows])
+    prediction = model(store.embed(model, index), timeline.window(rows, t, step))
+    timeline.write(rows, t, prediction.inputs, step)
+    return prediction, index
+
+
+def make_store(task: Task, embed_dim: int, capacity: int, device: torch.device) -> FrameStore | VectorStore:
+    """Return the store for a task's observations, of which there are at most `capacity` before it is cleared."""
+    if task.visual:
+        return FrameStore(task.observation_shape, embed_dim, device)
+    return VectorStore(task.observation_shape, capacity, device)
+
+
+class Buffer:
+    """One rollout of all environments: W environments × T steps.
+
+    What the host decides on (rewards, ends, episode steps, indices of observations) are NumPy arrays, what only the
+    model needs lives on the training device.
+
+    Args:
+        config: a checked config.
+        model: the model that samples.
+        task: what the environments are like.
+        device: the training device.
+    """
+
+    def __init__(self, config: dict, model: ActorCriticModel, task: Task, device: torch.device) -> None:
+        shape = (config["n_workers"], config["worker_steps"])
+        self.n_workers, self.worker_steps = shape
+        self.gamma, self.lamda = config["gamma"], config["lamda"]
+        self.minibatch_size = self.n_workers * self.worker_steps // config["n_mini_batch"]
+        # As many queries per group as a minibatch has on average in a stretch.
+        self.per_group = max(1, STRETCH // config["n_mini_batch"])
+        self.timeline = Timeline(model, config["transformer"], *shape, device)
+        # Every step can be the last of an episode and leave a final observation.
+        capacity = self.n_workers * (2 * self.worker_steps + 1)
+        self.observations = make_store(task, config["transformer"]["embed_dim"], capacity, device)
+        branches = len(model.branches)
+        self.actions = torch.zeros(*shape, branches, dtype=torch.int64, device=device)
+        self.log_probs = torch.zeros(*shape, branches, device=device)
+        self.values = torch.zeros(shape, device=device)
+        self.advantages = torch.zeros(shape, device=device)
+        self.observation_index = np.zeros(shape, dtype=np.int64)
+        self.step = np.zeros(shape, dtype=np.int64)
+        self.rewards = np.zeros(shape, dtype=np.float32)
+        self.terminated = np.zeros(shape, dtype=bool)
+        self.truncated = np.zeros(shape, dtype=bool)
+        self.final_index: dict[tuple[int, int], int] = {}  # observation behind the truncated step (worker, t)
+
+    def begin(self) -> None:
+        """Start a new rollout: the newest L memory columns stay, everything else is forgotten."""
+        self.observations.clear()
+        self.final_index.clear()
+
+    def bootstrap(self, model: ActorCriticModel, last_index: np.ndarray, last_step: np.ndarray) -> Tensor:
+        """Return (W, T) on the CPU: the value of what followed each step, where an episode did not terminate there.
+
+        Args:
+            model: the model that sampled.
+            last_index: (W,) observation behind the last step.
+            last_step: (W,) its episode step.
+        """
+        cut = list(self.final_index)
+        worker = np.array([*range(self.n_workers), *(w for w, _ in cut)])
+        t = np.array([self.worker_steps] * self.n_workers + [t + 1 for _, t in cut])
+        step = np.concatenate((last_step, [self.step[w, t] + 1 for w, t in cut])).astype(np.int64)
+        index = np.concatenate((last_index, list(self.final_index.values()))).astype(np.int64)
+        memory = self.timeline.view(worker, t, step, self.per_group)
+        following = model(self.observations.embed(model, index), memory).value.float().cpu()
+        values = self.values.cpu()
+        next_values = torch.cat((values[:, 1:], following[: self.n_workers, None]), dim=1)
+        for (w, t), value in zip(cut, following[self.n_workers :], strict=True):
+            next_values[w, t] = value
+        return next_values
+
+    def compute_advantages(self, next_values: Tensor) -> None:
+        """Fill `advantages` by generalised advantage estimation (Schulman et al. 2016, eq. 16).
+
+        Args:
+            next_values: (W, T) of `bootstrap`; where an episode was truncated, the value of its final observation.
+        """
+        advantages = generalised_advantages(
+            torch.from_numpy(self.rewards),
+            torch.from_numpy(self.terminated),
+            torch.from_numpy(self.truncated),
+            self.values.cpu(),
+            next_values,
+            self.gamma,
+            self.lamda,
+        )
+        self.advantages.copy_(advantages)
+
+    def minibatches(self, generator: np.random.Generator) -> Iterator[np.ndarray]:
+        """Yield the samples of one epoch, fully shuffled, as flat indices w·T + t of equally large minibatches."""
+        order = generator.permutation(self.n_workers * self.worker_steps)
+        for start in range(0, len(order), self.minibatch_size):
+            yield np.sort(order[start : start + self.minibatch_size])
+
+    def observe(self, samples: np.ndarray) -> tuple[Tensor, Tensor | None]:
+        """Return the distinct observations of `samples` (N,) and, if they can repeat, the place (N,) of each sample."""
+        return self.observations.gather(self.observation_index.flat[samples])
+
+    def memory(self, samples: np.ndarray) -> MemoryView:
+        """Return what `samples` (N,) may look at."""
+        worker, t = np.divmod(samples, self.worker_steps)
+        return self.timeline.view(worker, t, self.step[worker, t], self.per_group)
+
+
+def generalised_advantages(
+    rewards: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+    values: Tensor,
+    next_values: Tensor,
+    gamma: float,
+    lamda: float,
+) -> Tensor:
+    """Return the advantages (W, T); all tensors are (W, T), `next_values` of the observation behind each step."""
+    targets = rewards + gamma * next_values * ~terminated
+    decay = gamma * lamda * ~(terminated | truncated)
+    advantages = torch.empty_like(values)
+    running = torch.zeros_like(values[:, 0])
+    for t in reversed(range(values.shape[1])):
+        running = targets[:, t] - values[:, t] + decay[:, t] * running
+        advantages[:, t] = running
+    return advantages

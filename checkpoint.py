@@ -1,0 +1,189 @@
+"""Files: models and checkpoints, written whole or not at all, and read without trusting them."""
+
+import io
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import torch
+import xxhash
+
+from config import check_config
+from model import ActorCriticModel
+from utils import Task, UserError
+
+FORMAT = "ppo-transformer-xl"
+FORMAT_VERSION = 1
+# How many checkpoints of a run are kept.
+KEPT = 2
+
+
+def fingerprint(content: object) -> str:
+    """Return a digest of nested dicts, lists, tensors and plain values, to notice damaged files."""
+    digest = xxhash.xxh3_128()
+
+    def feed(value: object) -> None:
+        if isinstance(value, dict):
+            for key in value:
+                feed(key)
+                feed(value[key])
+        elif isinstance(value, (list, tuple)):
+            digest.update(f"[{len(value)}".encode())
+            for item in value:
+                feed(item)
+        elif isinstance(value, torch.Tensor):
+            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        else:
+            digest.update(f"{type(value).__name__}:{value!r};".encode())
+
+    feed(content)
+    return digest.hexdigest()
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file under a temporary name and rename it, so that a crash or a full disk leaves the old one intact."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(path: Path, kind: str, content: dict) -> None:
+    """Write tensors and plain data atomically.
+
+    Args:
+        path: the file.
+        kind: "model" or "checkpoint".
+        content: nested dicts, lists, tensors, numbers and text.
+    """
+    content = {"format": FORMAT, "version": FORMAT_VERSION, "kind": kind} | content
+    stream = io.BytesIO()
+    torch.save(content | {"fingerprint": fingerprint(content)}, stream)
+    write_file(path, stream.getbuffer())
+
+
+def load(path: Path, kind: str) -> dict:
+    """Read what `save` wrote, executing nothing.
+
+    Raises:
+        UserError: with one line that says what is wrong with the file.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can fail in any way
+        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+        raise UserError(f"{path}: is damaged or was not written by this program ({reason})") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path}: was not written by this program")
+    version = content.get("version")
+    if type(version) is not int or version > FORMAT_VERSION:
+        raise UserError(f"{path}: has format version {version!r}, this program reads up to {FORMAT_VERSION}")
+    if content.get("kind") != kind:
+        raise UserError(f"{path}: is a {content.get('kind')!r} file, should be a {kind}")
+    stored = content.pop("fingerprint", None)
+    if stored != fingerprint(content):
+        raise UserError(f"{path}: is damaged, its contents do not match their fingerprint")
+    return content
+
+
+def save_model(path: Path, model: ActorCriticModel, config: dict, task: Task, run: dict) -> None:
+    """Write a trained model with everything that is needed to use it.
+
+    Args:
+        path: the file.
+        model: the model.
+        config: its config.
+        task: its task.
+        run: seed, steps, versions and whatever else is worth knowing about the training.
+    """
+    shape = {"observation_shape": list(task.observation_shape), "branches": list(task.branches)}
+    shape["max_episode_steps"] = task.max_episode_steps
+    save(path, "model", {"config": config, "task": shape, "run": run, "weights": model.state_dict()})
+
+
+def load_model(path: Path, device: torch.device) -> tuple[ActorCriticModel, dict, Task, dict]:
+    """Read a model.
+
+    Returns:
+        The model on `device`, its config, its task and what is known about its training.
+
+    Raises:
+        UserError: with one line that says what is wrong with the file.
+    """
+    content = load(path, "model")
+    try:
+        config = check_config(content["config"], str(path))
+        task = Task(
+            tuple(content["task"]["observation_shape"]),
+            tuple(content["task"]["branches"]),
+            content["task"]["max_episode_steps"],
+        )
+        model = ActorCriticModel(config, task.observation_shape, task.branches, task.max_episode_steps)
+        model.load_state_dict(content["weights"])
+        return model.to(device), config, task, dict(content["run"])
+    except UserError:
+        raise
+    except Exception as error:  # the file is ours by its marks, but holds something else
+        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+        raise UserError(f"{path}: does not hold a model ({reason})") from error
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints of a run, oldest first."""
+    return sorted(folder.glob("checkpoint-*.pt"))
+
+
+def load_newest(folder: Path) -> tuple[dict, Path]:
+    """Read the newest checkpoint of a run that is intact.
+
+    Raises:
+        UserError: if there is none.
+    """
+    problems = []
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            return load(path, "checkpoint"), path
+        except UserError as error:
+            problems.append(str(error))
+    raise UserError("\n".join(problems) or f"{folder}: holds no checkpoint; --resume takes the id of a started run")
+
+
+def save_checkpoint(folder: Path, update: int, state: dict) -> Path:
+    """Write the checkpoint behind `update` updates and forget all but the last two."""
+    path = folder / f"checkpoint-{update:09d}.pt"
+    save(path, "checkpoint", state)
+    for old in list_checkpoints(folder)[:-KEPT]:
+        old.unlink()
+    return path
+
+
+def provenance(device: torch.device) -> dict[str, str]:
+    """Return the git commit, the versions of what matters to the numbers, and the device."""
+    packages = ("torch", "numpy", "gymnasium", "minigrid", "memory-gym", "pygame")
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return versions | {"device": f"{device.type} ({name})", "commit": _git_commit()}
+
+
+def _git_commit() -> str:
+    """Return the checkout's commit, marked where files were changed since; "unknown" outside of one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip() or "unknown"
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

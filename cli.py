@@ -1,0 +1,80 @@
+"""What the command lines share: arguments read and checked, errors as one line, exit codes, the device."""
+
+import os
+import sys
+from collections.abc import Callable
+
+from docopt import DocoptExit, docopt
+
+from utils import UserError
+
+
+def command_line(main: Callable[[], None]) -> None:
+    """Run a command line: exit code 2 and one line per problem for what the user can put right, no traceback."""
+    try:
+        main()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output is gone, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def arguments_of(doc: str) -> dict:
+    """Return the arguments that a docstring in docopt's language describes; UserError where they are wrong."""
+    try:
+        return docopt(doc)
+    except DocoptExit as error:
+        given = " ".join(sys.argv[1:]) or "no argument"
+        reason = str(error).split("\n")[0].strip()
+        reason = "" if not reason or reason.startswith("Usage") else f" ({reason})"
+        raise UserError(f"{os.path.basename(sys.argv[0])}: cannot read {given!r}{reason}; see --help") from error
+
+
+def whole_number(arguments: dict, name: str, low: int = 0, high: int = 2**31 - 1) -> int | None:
+    """Return an option as a whole number, None where it was not given; UserError where it is none or out of range."""
+    text = arguments[name]
+    if text is None:
+        return None
+    if not text.lstrip("-").isdecimal() or not low <= int(text) <= high:
+        raise UserError(f"{name}: {text!r} should be a whole number from {low:,} to {high:,}")
+    return int(text)
+
+
+def one_of(arguments: dict, name: str, allowed: tuple[str, ...]) -> str:
+    """Return an option that must be one of a few words; UserError where it is not."""
+    if arguments[name] not in allowed:
+        raise UserError(f"{name}: {arguments[name]!r} should be one of {', '.join(allowed)}")
+    return arguments[name]
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def choose_device(arguments: dict):
+    """Return the torch.device that --device and --cpu ask for; UserError where there is none such."""
+    import torch
+
+    name = "cpu" if arguments["--cpu"] else arguments["--device"]
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, number = name.partition(":")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind == "cpu" and not number:
+        return torch.device("cpu")
+    if kind != "cuda" or not (number or "0").isdecimal():
+        raise UserError(f"--device: {name!r} should be cpu, cuda or cuda:N")
+    if int(number or 0) >= count:
+        raise UserError(f"--device: {name!r} is not here; PyTorch {torch.__version__} sees {count} CUDA devices")
+    return torch.device(name)
+
+
+def use_cores(device) -> None:
+    """Let PyTorch use every core on the CPU, and only one thread where a GPU does the work."""
+    import torch
+
+    torch.set_num_threads(1 if device.type == "cuda" else cores())

@@ -1,0 +1,311 @@
+"""A plain textbook formulation of PPO with an episodic Transformer-XL memory: the oracle of the tests.
+
+Pure functions, independent of the product code and written to be obviously correct, never to be fast: every sample
+has its own memory window, whose items are projected to keys and values explicitly. `parameters` maps the canonical
+names of the parity fixtures to tensors, `config` holds the fixtures' settings. Everything is computed in the
+parameters' dtype.
+
+Sizes in comments: N samples, S memory slots, D embed_dim, H heads, W workers, T steps.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Parameters = dict[str, Tensor]
+Config = dict[str, Any]
+
+
+class Step(NamedTuple):
+    """What the model computes for N samples."""
+
+    log_softmaxes: list[Tensor]  # one (N, number of actions) per action branch
+    value: Tensor  # (N,)
+    memory: Tensor  # (N, blocks, D), the items that these steps write
+    output: Tensor  # (N, D), the output of the last block
+    attention: Tensor  # (N, blocks, H, S), weights; zero in masked slots
+
+
+class Windows(NamedTuple):
+    """The memory windows of N samples, oldest item first, valid items before empty slots."""
+
+    items: Tensor  # (N, S, blocks, D), zero in empty slots
+    mask: Tensor  # (N, S), true where a slot holds an item
+    positions: Tensor  # (N, S), episode step at which the item was written, zero in empty slots
+    steps: Tensor  # (N,), episode step of the sample itself
+
+
+# ---------------------------------------------------------------------------------------------------------- model
+
+
+def linear(parameters: Parameters, name: str, inputs: Tensor) -> Tensor:
+    """Applies the linear layer `name`; its bias is optional."""
+    return functional.linear(inputs, parameters[f"{name}.weight"], parameters.get(f"{name}.bias"))
+
+
+def layer_norm(parameters: Parameters, name: str, inputs: Tensor) -> Tensor:
+    """Normalises the last dimension, then applies the affine parameters of `name`."""
+    return functional.layer_norm(
+        inputs, inputs.shape[-1:], parameters[f"{name}.weight"], parameters[f"{name}.bias"], eps=1e-5
+    )
+
+
+def encode(parameters: Parameters, config: Config, observations: Tensor) -> Tensor:
+    """Encodes uint8 frames (N, 3, height, width) or vectors (N, n) and embeds them: h0 (N, D)."""
+    features = observations.to(parameters["hidden.weight"].dtype)
+    if config["visual"]:
+        features = features / 255
+        for name, stride in (("conv1", 4), ("conv2", 2), ("conv3", 1)):
+            weight, bias = parameters[f"{name}.weight"], parameters[f"{name}.bias"]
+            features = torch.relu(functional.conv2d(features, weight, bias, stride=stride))
+        features = features.flatten(start_dim=1)  # (N, channels, rows, columns) -> (N, channels * rows * columns)
+    features = torch.relu(linear(parameters, "hidden", features))
+    return torch.relu(linear(parameters, "embedding", features))
+
+
+def sinusoid(angles_at: Tensor, dimension: int) -> Tensor:
+    """Maps positions (...) to [sin(position * w_i), cos(position * w_i)] (..., dimension), w_i = 10000^(-2i/D)."""
+    frequencies = 10000.0 ** (-2 * torch.arange(dimension // 2, dtype=torch.float64) / dimension)  # (D / 2,)
+    angles = angles_at.to(torch.float64).unsqueeze(-1) * frequencies  # (..., 1) * (D / 2,) -> (..., D / 2)
+    return torch.cat([torch.sin(angles), torch.cos(angles)], dim=-1)  # (..., D)
+
+
+def add_positions(parameters: Parameters, config: Config, items: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+    """Adds the encoding of their episode steps to the items (N, S, D) of one block, where the config asks for it."""
+    positions = positions.masked_fill(~mask, 0)  # whatever an empty slot says, it must not index out of range
+    if config["positional_encoding"] == "absolute":
+        remaining = config["max_episode_steps"] - 1 - positions  # (N, S)
+        return items + sinusoid(remaining, config["embed_dim"]).to(items.dtype)
+    if config["positional_encoding"] == "learned":
+        return items + parameters["position"][positions]  # (T, D)[(N, S)] -> (N, S, D)
+    assert config["positional_encoding"] in ("", "relative")
+    return items
+
+
+def relative_scores(parameters: Parameters, name: str, config: Config, query: Tensor, distances: Tensor) -> Tensor:
+    """Dai et al. (2019), terms (b) and (d): (q_h + v_h) . (W_R r_distance)_h, unscaled, as (N, H, S)."""
+    heads, head_dim = query.shape[1:]
+    encoding = sinusoid(distances, config["embed_dim"]).to(query.dtype)  # (N, S, D)
+    projected = linear(parameters, f"{name}.relative", encoding)
+    projected = projected.reshape(*distances.shape, heads, head_dim)  # (N, S, D) -> (N, S, H, head_dim)
+    return torch.einsum("nhd,nshd->nhs", query + parameters[f"{name}.position_bias"], projected)
+
+
+def attend(
+    parameters: Parameters, name: str, config: Config, query: Tensor, items: Tensor, mask: Tensor, distances: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Multi-head attention from one query (N, D) to its own items (N, S, D): result (N, D), weights (N, H, S)."""
+    samples, slots, dimension = items.shape
+    heads = config["num_heads"]
+    head_dim = dimension // heads
+    queries = linear(parameters, f"{name}.query", query).reshape(samples, heads, head_dim)  # (N, D) -> (N, H, head_dim)
+    keys = linear(parameters, f"{name}.key", items).reshape(samples, slots, heads, head_dim)  # -> (N, S, H, head_dim)
+    values = linear(parameters, f"{name}.value", items).reshape(samples, slots, heads, head_dim)  # the same
+    if config["positional_encoding"] == "relative":
+        scores = torch.einsum("nhd,nshd->nhs", queries + parameters[f"{name}.content_bias"], keys)
+        scores = scores + relative_scores(parameters, name, config, queries, distances)
+    else:
+        scores = torch.einsum("nhd,nshd->nhs", queries, keys)
+    scores = scores / dimension**0.5  # by sqrt(embed_dim), not sqrt(head_dim)
+    valid = mask.unsqueeze(1)  # (N, S) -> (N, 1, S)
+    # The lowest finite score, not -inf: a sample without any item gets weights, not NaN, and the product clears them.
+    weights = torch.softmax(scores.masked_fill(~valid, torch.finfo(scores.dtype).min), dim=-1) * valid
+    context = torch.einsum("nhs,nshd->nhd", weights, values).reshape(samples, dimension)  # (N, H, head_dim) -> (N, D)
+    return linear(parameters, f"{name}.out", context), weights
+
+
+def gate(parameters: Parameters, name: str, x: Tensor, y: Tensor) -> Tensor:
+    """The gated recurrent unit of GTrXL, in place of the residual connection x + y."""
+    reset = torch.sigmoid(linear(parameters, f"{name}.Wr", y) + linear(parameters, f"{name}.Ur", x))
+    update = torch.sigmoid(
+        linear(parameters, f"{name}.Wz", y) + linear(parameters, f"{name}.Uz", x) - parameters[f"{name}.bg"]
+    )
+    candidate = torch.tanh(linear(parameters, f"{name}.Wg", y) + linear(parameters, f"{name}.Ug", reset * x))
+    return (1 - update) * x + update * candidate
+
+
+def residual(parameters: Parameters, name: str, config: Config, x: Tensor, y: Tensor) -> Tensor:
+    """Joins a sublayer's output y to its input x: the gate `name` in GTrXL, else the sum."""
+    return gate(parameters, name, x, y) if config["gtrxl"] else x + y
+
+
+def block(
+    parameters: Parameters, name: str, config: Config, hidden: Tensor, items: Tensor, mask: Tensor, distances: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One transformer block on queries (N, D) and items with positions (N, S, D): output (N, D), weights (N, H, S)."""
+    pre, post = config["layer_norm"] == "pre", config["layer_norm"] == "post"
+    query = layer_norm(parameters, f"{name}.norm1", hidden) if pre else hidden
+    items = layer_norm(parameters, f"{name}.norm_kv", items) if pre else items
+    attention, weights = attend(parameters, f"{name}.attention", config, query, items, mask, distances)
+    hidden = residual(parameters, f"{name}.gate1", config, hidden, attention)
+    hidden = layer_norm(parameters, f"{name}.norm1", hidden) if post else hidden
+    inputs = layer_norm(parameters, f"{name}.norm2", hidden) if pre else hidden
+    forwarded = torch.relu(linear(parameters, f"{name}.feed_forward", inputs))
+    hidden = residual(parameters, f"{name}.gate2", config, hidden, forwarded)
+    hidden = layer_norm(parameters, f"{name}.norm2", hidden) if post else hidden
+    return hidden, weights
+
+
+def forward(
+    parameters: Parameters,
+    config: Config,
+    embedded: Tensor,
+    windows: Tensor,
+    mask: Tensor,
+    positions: Tensor,
+    steps: Tensor,
+) -> Step:
+    """The transformer and the heads.
+
+    embedded (N, D) is h0; windows (N, S, blocks, D), mask (N, S) and positions (N, S) describe each sample's memory,
+    which is constant; steps (N,) are the samples' own episode steps. A sample without items attends to nothing: its
+    context is zero.
+    """
+    windows = windows.detach().to(embedded.dtype)
+    distances = steps.unsqueeze(1) - positions  # (N, 1) - (N, S) -> (N, S)
+    hidden, memory, attention = embedded, [], []
+    for index in range(config["num_blocks"]):
+        memory.append(hidden)
+        items = add_positions(parameters, config, windows[:, :, index], mask, positions)  # (N, S, D)
+        hidden, weights = block(parameters, f"block{index}", config, hidden, items, mask, distances)
+        attention.append(weights)
+    policy = torch.relu(linear(parameters, "policy_hidden", hidden))
+    logits = [linear(parameters, f"policy_branch{index}", policy) for index in range(len(config["branches"]))]
+    value = linear(parameters, "value", torch.relu(linear(parameters, "value_hidden", hidden)))  # (N, 1)
+    return Step(
+        log_softmaxes=[torch.log_softmax(branch, dim=-1) for branch in logits],
+        value=value.squeeze(1),  # (N, 1) -> (N,)
+        memory=torch.stack(memory, dim=1).detach(),  # blocks times (N, D) -> (N, blocks, D)
+        output=hidden,
+        attention=torch.stack(attention, dim=1),  # blocks times (N, H, S) -> (N, blocks, H, S)
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- loss
+
+
+def loss(
+    config: Config,
+    log_softmaxes: Sequence[Tensor],
+    value: Tensor,
+    actions: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    old_values: Tensor,
+) -> dict[str, Tensor]:
+    """The PPO loss of one minibatch and its terms, all scalars; `loss` is what is minimised.
+
+    value, advantages (not normalised) and old_values are (N,), actions and old_log_probs (N, branches).
+    As in the fixtures, `policy_loss` is the clipped objective itself, which is maximised.
+    """
+    clip = config["clip_range"]
+    chosen = [branch.gather(1, actions[:, [index]]) for index, branch in enumerate(log_softmaxes)]  # each (N, 1)
+    log_ratio = torch.cat(chosen, dim=1) - old_log_probs  # (N, branches)
+    ratio = log_ratio.exp()
+    normalised = (advantages - advantages.mean()) / (advantages.std() + 1e-8)  # of this minibatch, N - 1 under the std
+    normalised = normalised.unsqueeze(1)  # (N,) -> (N, 1), the same for every branch
+    policy_loss = torch.minimum(ratio * normalised, ratio.clamp(1 - clip, 1 + clip) * normalised).mean()
+
+    returns = old_values + advantages
+    clipped_value = old_values + (value - old_values).clamp(-clip, clip)
+    value_loss = torch.maximum((value - returns) ** 2, (clipped_value - returns) ** 2).mean()
+
+    entropies = [-(branch.exp() * branch).sum(dim=1) for branch in log_softmaxes]  # each (N,)
+    entropy = torch.stack(entropies, dim=1).sum(dim=1).mean()  # (N, branches) -> (N,) -> ()
+    return {
+        "policy_loss": policy_loss,
+        "value_loss": value_loss,
+        "entropy": entropy,
+        "loss": -policy_loss + config["value_loss_coefficient"] * value_loss - config["beta"] * entropy,
+        "approx_kl": ((ratio - 1) - log_ratio).mean(),
+        "clip_fraction": ((ratio - 1).abs() > clip).to(ratio.dtype).mean(),
+    }
+
+
+# ----------------------------------------------------------------------------------------------------- advantages
+
+
+def gae(rewards: Tensor, dones: Tensor, values: Tensor, last_value: Tensor, gamma: float, lamda: float) -> Tensor:
+    """Generalised advantage estimation, (W, T); last_value (W,) is the value after the last step."""
+    nothing = torch.zeros_like(dones)
+    return gae_truncation(rewards, dones, nothing, values, torch.zeros_like(values), last_value, gamma, lamda)
+
+
+def gae_truncation(
+    rewards: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+    values: Tensor,
+    final_values: Tensor,
+    last_value: Tensor,
+    gamma: float,
+    lamda: float,
+) -> Tensor:
+    """Generalised advantage estimation, (W, T), with terminated and truncated episodes told apart.
+
+    final_values (W, T) is read only where an episode is truncated: the value of its final observation, which is
+    bootstrapped. A terminated step (even if also truncated) bootstraps nothing. Both end the trace.
+    """
+    advantages = torch.zeros_like(values)
+    workers, length = rewards.shape
+    for worker in range(workers):
+        next_value, next_advantage = last_value[worker], torch.zeros_like(last_value[worker])
+        for step in reversed(range(length)):
+            if terminated[worker, step]:
+                next_value, next_advantage = torch.zeros_like(next_value), torch.zeros_like(next_advantage)
+            elif truncated[worker, step]:
+                next_value, next_advantage = final_values[worker, step], torch.zeros_like(next_advantage)
+            delta = rewards[worker, step] + gamma * next_value - values[worker, step]
+            advantages[worker, step] = delta + gamma * lamda * next_advantage
+            next_value, next_advantage = values[worker, step], advantages[worker, step]
+    return advantages
+
+
+# --------------------------------------------------------------------------------------------------------- memory
+
+
+def number_episodes(episode_starts: Sequence[bool]) -> tuple[list[int], list[int]]:
+    """Numbers a worker's steps: the episode of each and the step within it. The first step starts an episode."""
+    episodes, steps = [], []
+    for index, starts in enumerate(episode_starts):
+        new = index == 0 or bool(starts)
+        episodes.append((episodes[-1] + 1 if episodes else 0) if new else episodes[-1])
+        steps.append(0 if new else steps[-1] + 1)
+    return episodes, steps
+
+
+def remembered(episodes: Sequence[int], episode: int, now: int, memory_length: int) -> list[int]:
+    """Indices of what a query of `episode` remembers at time `now`: its episode's items among the previous L."""
+    return [index for index in range(max(0, now - memory_length), now) if episodes[index] == episode]
+
+
+def windows_from_history(
+    items: Tensor,
+    episode_starts: Sequence[bool],
+    memory_length: int,
+    indices: Sequence[int] | None = None,
+    final: bool = False,
+) -> Windows:
+    """The windows, S = memory_length slots, of the samples `indices` (default: all) of one worker's whole history.
+
+    items (steps, blocks, D) are all that the worker ever wrote, episode_starts[i] says whether step i is the first of
+    an episode. It may be one longer than items: its last index is then the step that is about to be taken (bootstrap
+    value). With `final`, sample i is instead the observation that followed step i in the same episode, which is not
+    in the history if the episode was truncated there.
+    """
+    episodes, steps = number_episodes(episode_starts)
+    indices = range(len(episodes)) if indices is None else indices
+    windows = torch.zeros(len(indices), memory_length, *items.shape[1:], dtype=items.dtype)
+    mask = torch.zeros(len(indices), memory_length, dtype=torch.bool)
+    positions = torch.zeros(len(indices), memory_length, dtype=torch.int64)
+    for row, index in enumerate(indices):
+        now = index + 1 if final else index
+        for slot, source in enumerate(remembered(episodes, episodes[index], now, memory_length)):
+            windows[row, slot] = items[source]
+            mask[row, slot] = True
+            positions[row, slot] = steps[source]
+    own_steps = [steps[index] + 1 if final else steps[index] for index in indices]
+    return Windows(windows, mask, positions, torch.tensor(own_steps, dtype=torch.int64))

@@ -1,0 +1,117 @@
+"""Train an agent with PPO and Transformer-XL memory.
+
+Usage:
+    train.py [--config=<file>] [--run-id=<id>] [--seed=<n>] [--updates=<n>] [--overwrite] [options]
+    train.py --resume=<id> [--updates=<n>] [options]
+    train.py -h | --help
+
+What to train:
+    --config=<file>      A file of configs/ [default: configs/poc_memory_env.yaml].
+    --run-id=<id>        Name of the run, by default the config's.
+    --seed=<n>           Everything random derives from it; drawn and printed by default.
+    --updates=<n>        Stop after that many updates instead of the config's.
+    --overwrite          Replace an earlier run of the same id.
+    --resume=<id>        Continue an interrupted run as if nothing had happened.
+
+Options:
+    --device=<name>      cpu, cuda or cuda:N; by default cuda where there is one.
+    --cpu                The same as --device=cpu.
+    --processes=<n>      Processes that step the environments, by default one per core.
+    --precision=<name>   float32, or bf16 for bfloat16 matrix products [default: float32].
+    --compile            Compile the model first (torch.compile); pays on long runs.
+    -h --help            Show this.
+
+Example:
+    python train.py --config configs/minigrid.yaml --run-id=my-run
+"""
+
+import secrets
+import shutil
+import sys
+from pathlib import Path
+
+from cli import arguments_of, choose_device, command_line, cores, one_of, use_cores, whole_number
+from config import load_config
+from utils import UserError
+
+
+def main() -> None:
+    """Parse the command line, train, and say how to watch the result."""
+    arguments = arguments_of(__doc__)
+    config, run_id, seed, checkpoint = new_run(arguments) if arguments["--resume"] is None else resumed_run(arguments)
+    config["updates"] = whole_number(arguments, "--updates", 1) or config["updates"]
+    # Imports PyTorch, which neither --help nor the worker processes, which import this file, should have to.
+    from trainer import EnvironmentFailure, Interrupted, NonFinite, Options, PPOTrainer
+
+    device = choose_device(arguments)
+    use_cores(device)
+    processes = whole_number(arguments, "--processes", 1, 4096) or cores()
+    precision = one_of(arguments, "--precision", ("float32", "bf16"))
+    options = Options(device, processes, precision=precision, compile=arguments["--compile"])
+    trainer = PPOTrainer(config, run_id, seed, options, checkpoint)
+    print(f"run {run_id}, seed {seed}, {config['environment']['type']} on {trainer.run['device']}, "
+          f"{config['updates']} updates of {trainer.samples:,} steps", file=sys.stderr)  # fmt: skip
+    try:
+        trainer.train()
+    except Interrupted:
+        print(f"stopped; to go on: python train.py --resume={run_id}", file=sys.stderr)
+        sys.exit(130)
+    except (EnvironmentFailure, NonFinite) as error:
+        print(f"{error}\nto go on from the last checkpoint: python train.py --resume={run_id}", file=sys.stderr)
+        sys.exit(1)
+    print(f"The model is {trainer.model_path}. To watch it: python enjoy.py --model={trainer.model_path}\n"
+          "The curves: tensorboard --logdir=summaries", file=sys.stderr)  # fmt: skip
+
+
+def new_run(arguments: dict) -> tuple[dict, str, int, None]:
+    """Return config, id and seed of a new run, whose folders exist and can be written to; UserError otherwise."""
+    config = load_config(arguments["--config"])
+    run_id = arguments["--run-id"] or Path(arguments["--config"]).stem
+    check_run_id(run_id)
+    seed = whole_number(arguments, "--seed")
+    seed = secrets.randbelow(2**31) if seed is None else seed
+    model, checkpoints = Path("models") / f"{run_id}.nn", Path("checkpoints") / run_id
+    taken = [path for path in (model, checkpoints) if path.exists()]
+    if taken and not arguments["--overwrite"]:
+        raise UserError(f"--run-id: {taken[0]} exists; choose another id, or --overwrite, or --resume={run_id}")
+    for folder in (model.parent, checkpoints.parent, Path("summaries")):
+        check_writable(folder)
+    if checkpoints.exists():
+        shutil.rmtree(checkpoints)
+    checkpoints.mkdir()
+    return config, run_id, seed, None
+
+
+def resumed_run(arguments: dict) -> tuple[dict, str, int, dict]:
+    """Return config, id, seed and newest checkpoint of an interrupted run."""
+    from checkpoint import load_newest
+
+    run_id = arguments["--resume"]
+    check_run_id(run_id)
+    checkpoint, path = load_newest(Path("checkpoints") / run_id)
+    for folder in ("models", path.parent, "summaries"):
+        check_writable(Path(folder))
+    print(f"continuing {run_id} behind update {checkpoint['update']} from {path}", file=sys.stderr)
+    return checkpoint["config"], run_id, checkpoint["seed"], checkpoint
+
+
+def check_run_id(run_id: str) -> None:
+    """Raise UserError unless a run id can be the name of a file."""
+    if not run_id or run_id.startswith((".", "-")) or not all(c.isalnum() or c in "._-" for c in run_id):
+        raise UserError(f"--run-id: {run_id!r} should be letters, digits, '.', '_' and '-'")
+
+
+def check_writable(folder: Path) -> None:
+    """Create a folder and write a megabyte to it; UserError where that fails."""
+    probe = folder / ".probe"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(bytes(2**20))
+        probe.unlink()
+    except OSError as error:
+        probe.unlink(missing_ok=True)
+        raise UserError(f"{folder}: cannot be written to: {error.strerror}") from error
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -1,0 +1,475 @@
+"""PPO with episodic Transformer-XL memory: sample → advantages → epochs of minibatches → log → checkpoint."""
+
+import copy
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from buffer import Buffer, policy_step
+from checkpoint import list_checkpoints, provenance, save_checkpoint, save_model
+from logger import Logger
+from model import ActorCriticModel, Prediction
+from utils import Task, UserError, inspect_environment, polynomial_decay, training_seed
+from worker import EnvironmentFailure, Episode, Workers
+
+# Episode statistics are means over this many of the latest episodes.
+EPISODES_KEPT = 100
+
+
+# What a minibatch reports, in this order, followed by the total loss and the gradient norms.
+LOSS_PARTS = ("policy", "value", "entropy", "kl", "clip_fraction", "reconstruction")
+
+
+class Interrupted(Exception):
+    """Somebody asked the run to stop."""
+
+
+class NonFinite(Exception):
+    """A loss, a gradient or a prediction is not a number."""
+
+
+@dataclass
+class Options:
+    """How a run is carried out; nothing in here changes what is learned, but for rounding.
+
+    Attributes:
+        device: where the model and the buffer live.
+        processes: how many processes step the environments.
+        overlap: whether half of the environments step while the policy looks at the other half.
+        precision: "float32", or "bf16" for matrix products in bfloat16.
+        compile: whether to compile the model with torch.compile.
+        folder: where the folders models, checkpoints and summaries lie.
+    """
+
+    device: torch.device
+    processes: int = 1
+    overlap: bool = True
+    precision: str = "float32"
+    compile: bool = False
+    folder: Path = Path(".")
+
+
+def ppo_loss(
+    prediction: Prediction,
+    actions: Tensor,
+    old_log_probs: Tensor,
+    old_values: Tensor,
+    advantages: Tensor,
+    config: dict,
+    clip_range: float,
+    beta: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the clipped PPO objective as a loss, and its parts (Schulman et al. 2017, eq. 7 and 9).
+
+    Ratio and clip are taken per action branch, then the mean over branches and samples. The value loss is the larger of
+    the clipped and the unclipped squared error, clipped with the policy's range.
+
+    Args:
+        prediction: of N samples under the current weights.
+        actions: (N, branches).
+        old_log_probs: (N, branches) when they were sampled.
+        old_values: (N,) when they were sampled.
+        advantages: (N,).
+        config: normalize_advantages and value_loss_coefficient are read.
+        clip_range: ε.
+        beta: entropy coefficient.
+    """
+    returns = old_values + advantages
+    if config["normalize_advantages"]:
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    advantages = advantages[:, None]
+    log_ratio = prediction.log_prob(actions) - old_log_probs
+    ratio = log_ratio.exp()
+    policy = torch.min(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages).mean()
+    value = prediction.value
+    clipped_value = old_values + (value - old_values).clamp(-clip_range, clip_range)
+    value_error = torch.max((value - returns) ** 2, (clipped_value - returns) ** 2).mean()
+    entropy = prediction.entropy().mean()
+    loss = -policy + config["value_loss_coefficient"] * value_error - beta * entropy
+    with torch.no_grad():
+        kl = (ratio - 1 - log_ratio).mean()  # Schulman 2020, "Approximating KL divergence", k3
+        clip_fraction = ((ratio - 1).abs() > clip_range).float().mean()
+    parts = {"policy": policy, "value": value_error, "entropy": entropy, "kl": kl, "clip_fraction": clip_fraction}
+    return loss, {name: part.detach() for name, part in parts.items()}
+
+
+class PPOTrainer:
+    """Trains one model on one task.
+
+    Args:
+        config: a checked config.
+        run_id: names the folders and the model.
+        seed: everything random derives from it.
+        options: how the run is carried out.
+        checkpoint: the state to continue from, or None for a new run.
+    """
+
+    def __init__(self, config: dict, run_id: str, seed: int, options: Options, checkpoint: dict | None = None) -> None:
+        self.config, self.seed, self.options, self.device = config, seed, options, options.device
+        self.checkpoints = options.folder / "checkpoints" / run_id
+        self.model_path = options.folder / "models" / f"{run_id}.nn"
+        self.task = inspect_environment(config["environment"])
+        check_task(config, self.task)
+        torch.manual_seed(seed)
+        self.model = ActorCriticModel(config, *vars(self.task).values()).to(self.device)
+        self.forward = torch.compile(self.model, dynamic=True) if options.compile else self.model
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
+        self.buffer = Buffer(config, self.model, self.task, self.device)
+        self.generator = torch.Generator(self.device)
+        n_workers = config["n_workers"]
+        self.workers = Workers(
+            config["environment"],
+            self.task,
+            n_workers,
+            partial(training_seed, seed, config["environment"]),
+            options.processes,
+            groups=2 if options.overlap and n_workers > 1 else 1,
+        )
+        self.update = 0
+        self.step = np.zeros(n_workers, dtype=np.int64)  # episode step of each environment
+        self.seen: list[set[bytes]] = [set() for _ in range(n_workers)]  # observations of the running episodes
+        self.finished: list[dict[str, float]] = []  # what the latest episodes reported
+        self.stopping = False
+        self.run = {"run_id": run_id, "seed": seed} | provenance(self.device)
+        self.modules, self.membership = self._modules()
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        self.boundary = self.state()
+
+    @property
+    def samples(self) -> int:
+        """Environment steps of one update."""
+        return self.config["n_workers"] * self.config["worker_steps"]
+
+    # --------------------------------------------------------------------------------------------------- the algorithm
+
+    def train(self) -> None:
+        """Carry out all updates that are left and write the model.
+
+        Raises:
+            Interrupted: after SIGINT or SIGTERM, when the state behind the last update is saved.
+            EnvironmentFailure: if an environment fails, when that state is saved too.
+            NonFinite: if a number went wrong; the checkpoints stay as they are.
+        """
+        logger = Logger(self.options.folder / "summaries", self.config, self.run, self.update * self.samples)
+        try:
+            with self._signals():
+                self.start_workers()
+                while self.update < self.config["updates"]:
+                    scalars = self.train_update()
+                    logger.log(self.update, self.update * self.samples, scalars)
+                    self._at_intervals(logger)
+            save_checkpoint(self.checkpoints, self.update, self.boundary)
+            self.save_model(self.model_path)
+        except (Interrupted, EnvironmentFailure, UserError):
+            self._try_checkpoint()
+            raise
+        finally:
+            self.workers.close()
+            logger.close()
+
+    def train_update(self) -> dict[str, float]:
+        """Carry out one update and return what is logged of it."""
+        times = [time.perf_counter()]
+        self.sample()
+        times.append(time.perf_counter())
+        statistics = self.optimise()
+        self._check_finite(statistics)
+        times.append(time.perf_counter())
+        self.update += 1
+        self.buffer.timeline.roll(self.config["worker_steps"])
+        self.boundary = self.state()
+        return self._scalars(statistics, np.diff(times))
+
+    def sample(self) -> None:
+        """Fill the buffer with one rollout of all environments and estimate its advantages.
+
+        The environments of one group step while the policy looks at the other group.
+        """
+        buffer, groups = self.buffer, self.workers.groups
+        buffer.begin()
+        self.generator.manual_seed(derived_seed(self.seed, self.update))
+        with self._precision():
+            for t in range(buffer.worker_steps):
+                for group in groups:
+                    if t > 0:
+                        self._receive(group, t - 1)
+                    self._act(group, t)
+            for group in groups:
+                self._receive(group, buffer.worker_steps - 1)
+            arrays = self.workers.arrays
+            last_index = buffer.observations.add(arrays.observations, arrays.digests)
+            with torch.no_grad():
+                next_values = buffer.bootstrap(self.model, last_index, self.step)
+        buffer.compute_advantages(next_values)
+
+    def _act(self, group: range, t: int) -> None:
+        """Let the policy act in the environments of a group, and let them step."""
+        self._check_stop()
+        buffer, rows = self.buffer, slice(group.start, group.stop)
+        step = self.step[rows].copy()
+        prediction, index = policy_step(
+            self.forward, buffer.timeline, buffer.observations, self.workers.arrays, rows, t, step
+        )
+        actions = prediction.sample(self.generator)
+        self.workers.send(group, actions.cpu().numpy())
+        buffer.observation_index[rows, t], buffer.step[rows, t] = index, step
+        buffer.actions[rows, t] = actions
+        buffer.log_probs[rows, t] = prediction.log_prob(actions)
+        buffer.values[rows, t] = prediction.value
+
+    def _receive(self, group: range, t: int) -> None:
+        """Wait for the environments of a group and store what came of step t."""
+        self.finished += [info for _, info in self.workers.receive(group)]
+        del self.finished[:-EPISODES_KEPT]
+        buffer, arrays, rows = self.buffer, self.workers.arrays, slice(group.start, group.stop)
+        buffer.rewards[rows, t] = arrays.rewards[rows]
+        buffer.terminated[rows, t] = arrays.terminated[rows]
+        buffer.truncated[rows, t] = arrays.truncated[rows]
+        done = arrays.terminated[rows] | arrays.truncated[rows]
+        for index in group.start + np.flatnonzero(arrays.truncated[rows]):
+            final = arrays.final_observations[index : index + 1], arrays.final_digests[index : index + 1]
+            buffer.final_index[int(index), t] = int(buffer.observations.add(*final)[0])
+        self.step[rows] = np.where(done, 0, self.step[rows] + 1)
+        self._reward_novelty(group, t, done)
+
+    def _reward_novelty(self, group: range, t: int, done: np.ndarray) -> None:
+        """Add the novelty bonus to the rewards of observations that are new in their episode."""
+        bonus = polynomial_decay(self.config["novelty_schedule"], self.update)
+        if bonus == 0:
+            return
+        for index, ended in zip(group, done, strict=True):
+            digest, seen = self.workers.episodes[index].digest, self.seen[index]
+            if ended:
+                seen.clear()
+            elif digest not in seen:
+                self.buffer.rewards[index, t] += bonus
+            seen.add(digest)
+
+    def optimise(self) -> Tensor:
+        """Train on the rollout; return the statistics (minibatches, names) of all minibatches, still on the device."""
+        schedules = [self.config[f"{name}_schedule"] for name in ("learning_rate", "clip_range", "beta")]
+        learning_rate, clip_range, beta = (polynomial_decay(schedule, self.update) for schedule in schedules)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        statistics = []
+        for epoch in range(self.config["epochs"]):
+            for samples in self.buffer.minibatches(np.random.default_rng((self.seed, self.update, epoch))):
+                self._check_stop()
+                statistics.append(self._train_minibatch(samples, clip_range, beta))
+        return torch.stack(statistics)
+
+    def _train_minibatch(self, samples: np.ndarray, clip_range: float, beta: float) -> Tensor:
+        """Take one optimiser step; return its losses and gradient norms (names,)."""
+        buffer = self.buffer
+        index = buffer.timeline.to_device(samples)
+        with self._precision():
+            observations, place = buffer.observe(samples)
+            prediction = self.forward(self.model.embed(observations, place), buffer.memory(samples))
+            rollout = (buffer.actions, buffer.log_probs, buffer.values, buffer.advantages)
+            rollout = [tensor.flatten(0, 1)[index] for tensor in rollout]
+            loss, parts = ppo_loss(prediction, *rollout, self.config, clip_range, beta)
+            parts["reconstruction"] = torch.zeros_like(loss)
+            if self.model.decoder is not None:
+                frames = observations[place].float() / 255
+                reconstruction = F.binary_cross_entropy_with_logits(self.model.decoder(prediction.output), frames)
+                parts["reconstruction"] = reconstruction.detach()
+                loss = loss + self.config["reconstruction_coefficient"] * reconstruction
+        self.optimizer.zero_grad()
+        loss.backward()
+        norms = self._clip_gradients()
+        self.optimizer.step()
+        return torch.stack([*(parts[name] for name in LOSS_PARTS), loss.detach(), *norms])
+
+    def _clip_gradients(self) -> Tensor:
+        """Clip the gradients by their global norm; return the norms before, of each module and of all (names,)."""
+        gradients = [parameter.grad for parameter in self.model.parameters()]
+        squares = torch.stack(torch._foreach_norm(gradients)) ** 2
+        total = squares.sum().sqrt()
+        torch._foreach_mul_(gradients, (self.config["max_grad_norm"] / (total + 1e-6)).clamp(max=1.0))
+        return torch.cat(((self.membership @ squares).sqrt(), total[None]))
+
+    def _modules(self) -> tuple[list[str], Tensor]:
+        """Return the names of the model's modules, and which parameter belongs to which: (modules, parameters)."""
+        owners = []
+        for name, _ in self.model.named_parameters():
+            parts = name.split(".")
+            block = f"block{parts[2]}" if parts[1] == "blocks" else parts[1]
+            owners.append(block if parts[0] == "transformer" else parts[0].split("_")[0])
+        names = list(dict.fromkeys(owners))
+        membership = torch.tensor([[owner == name for owner in owners] for name in names], device=self.device)
+        return names, membership.float()
+
+    # --------------------------------------------------------------------------------------- statistics and safeguards
+
+    def _scalars(self, statistics: Tensor, seconds: np.ndarray) -> dict[str, float]:
+        """Return all that is logged of an update by its TensorBoard tag.
+
+        Args:
+            statistics: (minibatches, names) of `optimise`.
+            seconds: that sampling and optimisation took.
+        """
+        buffer, config = self.buffer, self.config
+        names = [f"losses/{name}" for name in (*LOSS_PARTS, "total")]
+        names += [f"gradients/{module}" for module in (*self.modules, "all")]
+        scalars = dict(zip(names, statistics.mean(dim=0).tolist(), strict=True))
+        for name in ("kl", "clip_fraction"):
+            scalars[f"training/{name}"] = scalars.pop(f"losses/{name}")
+        scalars["losses/policy"] *= -1  # what is minimised
+        returns, values = buffer.values + buffer.advantages, buffer.values
+        scalars["training/value"] = values.mean().item()
+        scalars["training/advantage"] = buffer.advantages.mean().item()
+        variance = returns.var()
+        scalars["training/explained_variance"] = (1 - (returns - values).var() / variance.clamp(min=1e-8)).item()
+        for name in ("learning_rate", "clip_range", "beta", "novelty"):
+            scalars[f"training/{name}"] = polynomial_decay(config[f"{name}_schedule"], self.update - 1)
+        scalars["performance/distinct_observations"] = len(buffer.observations)
+        for name, duration in zip(("sampling", "optimisation", "update"), (*seconds, seconds.sum()), strict=True):
+            scalars[f"performance/{name}_steps_per_second"] = self.samples / duration
+        for name in {name: None for info in self.finished for name in info}:
+            reported = [info[name] for info in self.finished if name in info]
+            scalars[f"episode/{name}_mean"] = float(np.mean(reported))
+            if name in ("reward", "length"):
+                scalars[f"episode/{name}_std"] = float(np.std(reported))
+        return scalars
+
+    def _check_finite(self, statistics: Tensor) -> None:
+        """Raise NonFinite naming the first number of the update that is not finite."""
+        found = ""
+        if not torch.isfinite(self.buffer.values).all():
+            found = "sampling: a predicted value"
+        elif not torch.isfinite(self.buffer.log_probs).all():
+            found = "sampling: a log-probability"
+        elif not torch.isfinite(self.buffer.advantages).all():
+            found = "sampling: an advantage"
+        elif not torch.isfinite(statistics).all():
+            bad = (~torch.isfinite(statistics)).cpu().numpy()
+            minibatch = int(bad.any(axis=1).argmax())
+            losses = [f"the {name} loss" for name in (*LOSS_PARTS, "total")]
+            names = [*losses, *(f"a gradient of {module}" for module in self.modules), "the gradient norm"]
+            name = names[bad[minibatch].argmax()]
+            epoch, minibatch = divmod(minibatch, self.config["n_mini_batch"])
+            found = f"epoch {epoch + 1}, minibatch {minibatch + 1}: {name}"
+        if found:
+            saved = list_checkpoints(self.checkpoints)
+            last = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint had been written"
+            raise NonFinite(f"update {self.update + 1}, {found} is not finite; {last}")
+
+    @contextmanager
+    def _precision(self) -> Iterator[None]:
+        """Compute matrix products as `options.precision` says."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16"):
+            yield
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Turn the first SIGINT or SIGTERM into a request to stop; a second SIGINT stops at once."""
+
+        def request(number: int, frame: object) -> None:
+            if self.stopping and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.stopping = True
+
+        previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _check_stop(self) -> None:
+        if self.stopping:
+            raise Interrupted
+
+    # -------------------------------------------------------------------------------------------- starting and stopping
+
+    def start_workers(self) -> None:
+        """Start the environments, with the running episodes of a resumed run replayed."""
+        fresh = self.workers.start()
+        for index in fresh:
+            self.step[index] = 0
+            self.seen[index].clear()
+        if fresh:
+            print(f"environments {fresh} are not deterministic and began fresh episodes", file=sys.stderr)
+
+    def state(self) -> dict:
+        """Return a copy of all that the rest of the run depends on, as tensors and plain data."""
+        timeline = self.buffer.timeline
+        episodes = [{"number": e.number, "actions": list(e.actions), "digest": e.digest} for e in self.workers.episodes]
+        return {
+            "config": self.config,
+            "seed": self.seed,
+            "run": self.run,
+            "update": self.update,
+            "weights": copy.deepcopy(self.model.state_dict()),
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+            "memory": timeline.items[:, :, : timeline.length].clone(),
+            "item_step": timeline.item_step[:, : timeline.length].clone(),
+            "step": self.step.tolist(),
+            "episodes": episodes,
+            "seen": [sorted(seen) for seen in self.seen],
+            "finished": list(self.finished),
+        }
+
+    def _restore(self, state: dict) -> None:
+        """Continue from what `state` returned."""
+        self.model.load_state_dict(state["weights"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        timeline = self.buffer.timeline
+        timeline.items[:, :, : timeline.length] = state["memory"].to(self.device)
+        timeline.item_step[:, : timeline.length] = state["item_step"].to(self.device)
+        self.update, self.finished, self.run = state["update"], state["finished"], state["run"]
+        self.step = np.array(state["step"], dtype=np.int64)
+        self.seen = [set(seen) for seen in state["seen"]]
+        self.workers.episodes = [Episode(**episode) for episode in state["episodes"]]
+
+    def _try_checkpoint(self) -> None:
+        """Write the state behind the last update; a failure is reported, and the older checkpoints stay intact."""
+        try:
+            save_checkpoint(self.checkpoints, self.boundary["update"], self.boundary)
+        except OSError as error:
+            print(f"{self.checkpoints}: the checkpoint could not be written: {error.strerror}", file=sys.stderr)
+
+    def _at_intervals(self, logger: Logger) -> None:
+        """Do what is due every so many updates."""
+        config = self.config
+        if self.update % config["checkpoint_interval"] == 0:
+            self._try_checkpoint()
+        if config["model_interval"] and self.update % config["model_interval"] == 0:
+            self.save_model(self.checkpoints / f"model-{self.update * self.samples:012d}.nn")
+        if config["histogram_interval"] and self.update % config["histogram_interval"] == 0:
+            logger.histograms(self.update * self.samples, self.model)
+        if config["video_interval"] and self.update % config["video_interval"] == 0:
+            logger.video(self.update * self.samples, self.model, config, self.task)
+
+    def save_model(self, path: Path) -> None:
+        """Write the model as it is now."""
+        progress = {"updates": self.update, "steps": self.update * self.samples}
+        save_model(path, self.model, self.config, self.task, self.run | progress)
+
+
+def derived_seed(*numbers: int) -> int:
+    """Return a seed that depends on all of the numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def check_task(config: dict, task: Task) -> None:
+    """Raise UserError where a config does not fit its task."""
+    encoding = config["transformer"]["positional_encoding"]
+    if task.max_episode_steps is None and encoding in ("absolute", "learned"):
+        raise UserError(
+            f"transformer.positional_encoding: {encoding!r} needs a longest episode, which this task does not have; "
+            "allowed are '' and 'relative'"
+        )
+    if config["reconstruction_coefficient"] > 0 and not task.visual:
+        raise UserError("reconstruction_coefficient: needs frames, this task shows vectors; allowed is 0")

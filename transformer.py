@@ -1,0 +1,318 @@
+"""Transformer-XL as episodic memory: attention from one query per step to the detached items of earlier steps.
+
+The mathematics is that of Dai et al. 2019 (Transformer-XL) and Parisotto et al. 2020 (GTrXL). Its order is not: instead
+of projecting every memory item to keys and values, the projections move to the query's side of the products,
+
+    q·(W_k m) = (W_kᵀ q)·m            Σ aᵢ (W_v mᵢ) = W_v (Σ aᵢ mᵢ)
+
+which costs 2·D² + 2·heads·L·D instead of 2·L·D² multiply-adds per query, and needs no gradient with respect to memory.
+`tests/textbook.py` holds the plain formulation, `tests/test_exactness.py` that both agree in outputs and gradients.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# Multiply-adds from which on a product of float32 matrices on the CPU is worth a call of oneDNN's convolution.
+CONVOLUTION_WORTH = 2**23
+# Added to the scores of masked columns; finite, so that a row without any valid column stays finite too.
+MASKED = -1e30
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
+    """Return x·Wᵀ + b, in `groups` independent blocks of channels, by the faster of two exact float32 kernels.
+
+    PyTorch binds matrix products on the CPU to MKL, which leaves half of an AMD processor unused; its convolutions run
+    in oneDNN, which does not. A 1×1 convolution over a picture of N×1 pixels is the same product.
+
+    Args:
+        x: (N, groups·in).
+        weight: (groups·out, in).
+        bias: (groups·out,) or None.
+        groups: number of blocks; block g of the output reads block g of the input.
+    """
+    rows = x.shape[0]
+    if x.device.type == "cpu" and x.dtype == torch.float32 and rows * weight.numel() >= CONVOLUTION_WORTH:
+        pixels = x.view(1, rows, 1, -1).permute(0, 3, 1, 2)  # (1, channels, N, 1), channels last in memory
+        y = F.conv2d(pixels, weight[:, :, None, None], bias, groups=groups)
+        return y.permute(0, 2, 3, 1).reshape(rows, -1)
+    if groups == 1:
+        return F.linear(x, weight, bias)
+    blocks = x.view(rows, groups, -1).transpose(0, 1)  # (groups, N, in)
+    y = torch.bmm(blocks, weight.view(groups, -1, weight.shape[1]).transpose(1, 2))  # (groups, N, out)
+    return y.transpose(0, 1).reshape(rows, -1)
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear` that computes with `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x·Wᵀ + b for x of shape (N, in)."""
+        return linear(x, self.weight, self.bias)
+
+
+def sinusoid(angle_steps: Tensor, embed_dim: int) -> Tensor:
+    """Return (N, embed_dim) sines then cosines of `angle_steps`·10000^(−2i/D) (Vaswani et al. 2017, section 3.5)."""
+    frequencies = 10000.0 ** (-torch.arange(0, embed_dim, 2, dtype=torch.float32) / embed_dim)
+    angles = angle_steps.float()[:, None] * frequencies
+    return torch.cat((angles.sin(), angles.cos()), dim=1)
+
+
+@dataclass
+class MemoryView:
+    """What the queries of one forward pass may attend to.
+
+    The N queries are laid out in groups of Q that share one stretch of K memory columns, since the windows of nearby
+    steps overlap. A step of the policy has one query per group and needs no `slot`.
+
+    Attributes:
+        items: (blocks, groups, K, D) stored items, a view of the timeline or one copy per group.
+        mask: (groups, Q, K) bool, True where the query may attend to the column.
+        nonempty: (N, 1) float, 0 where the query's memory is empty, else 1.
+        distance: (groups, Q, K) int64 steps between query and column, at least 0; for the relative encoding only.
+        item_step: (groups, K) int64 episode step at which the column was written; for the learned encoding only.
+        slot: (N,) int64 place of each query among the groups·Q places, or None where groups = N and Q = 1.
+    """
+
+    items: Tensor
+    mask: Tensor
+    nonempty: Tensor
+    distance: Tensor | None = None
+    item_step: Tensor | None = None
+    slot: Tensor | None = None
+
+    def spread(self, queries: Tensor) -> Tensor:
+        """Lay (N, heads·X) out as (groups, Q·heads, X) with X = D or distances; empty places are zero."""
+        groups, per_group, _ = self.mask.shape
+        if self.slot is not None:
+            places = queries.new_zeros(groups * per_group, queries.shape[1])
+            queries = places.index_copy(0, self.slot, queries)
+        return queries.view(groups, per_group, -1)
+
+    def collect(self, places: Tensor) -> Tensor:
+        """Undo `spread`: (groups, Q·heads, X) to (N, heads·X)."""
+        groups, per_group, _ = self.mask.shape
+        rows = places.reshape(groups * per_group, -1)
+        return rows if self.slot is None else _TakeRows.apply(rows, self.slot)
+
+
+class _TakeRows(torch.autograd.Function):
+    """`index_select` of distinct rows, whose gradient can be copied to its place instead of being added up."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.shape = rows.shape
+        return rows.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        return gradient.new_zeros(ctx.shape).index_copy_(0, index, gradient), None
+
+
+class Attention(nn.Module):
+    """Multi-head attention of one query per sample to detached memory items.
+
+    Scores are divided by sqrt(embed_dim), not sqrt(head_dim): kept from the reference, because the published curves
+    were made with it. Where memory is empty the context is zero, so that only the output bias remains.
+
+    Args:
+        embed_dim: D.
+        num_heads: divides D.
+        memory_length: L, the largest distance of the relative encoding.
+        relative: whether scores depend on the distance between query and item as in Dai et al. 2019, section 3.3.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, memory_length: int, relative: bool) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, embed_dim // num_heads
+        self.query = Linear(embed_dim, embed_dim, bias=False)
+        self.key = Linear(embed_dim, embed_dim, bias=False)
+        self.value = Linear(embed_dim, embed_dim, bias=False)
+        self.out = Linear(embed_dim, embed_dim)
+        self.relative = Linear(embed_dim, embed_dim, bias=False) if relative else None
+        if relative:
+            self.content_bias = nn.Parameter(torch.zeros(num_heads, self.head_dim))
+            self.position_bias = nn.Parameter(torch.zeros(num_heads, self.head_dim))
+            self.register_buffer("distances", sinusoid(torch.arange(memory_length + 1), embed_dim), persistent=False)
+
+    def forward(
+        self, x: Tensor, items: Tensor, bias: Tensor, memory: MemoryView, norm: nn.LayerNorm | None
+    ) -> tuple[Tensor, Tensor]:
+        """Attend from x to the items.
+
+        Args:
+            x: (N, D) queries, normalised already where the block does so.
+            items: (groups, K, D), normalised without affine where `norm` is given.
+            bias: (groups, Q·heads, K), added to the scores: MASKED where a query may not look, else 0.
+            memory: the layout of queries and columns.
+            norm: the affine part of norm_kv, or None. It folds in exactly: its bias shifts all scores of a query alike
+                and cancels in the softmax, and Σ aᵢ = 1 carries it through to the values.
+
+        Returns:
+            (N, D) and the attention weights (groups, Q·heads, K).
+        """
+        query = self.query(x)
+        content = query if self.relative is None else query + self.content_bias.flatten()
+        scale = 1 / math.sqrt(x.shape[1])
+        key, value = self.key.weight * scale, self.value.weight
+        if norm is not None:
+            key, value = key * norm.weight, value * norm.weight
+        # (heads·hd, D) to (heads·D, hd): what takes a head's query to the space of the items
+        key = key.view(self.num_heads, self.head_dim, -1).transpose(1, 2).reshape(-1, self.head_dim)
+        folded = self._rows(memory.spread(linear(content, key, groups=self.num_heads)))  # (groups, Q·heads, D)
+        if self.relative is not None:
+            bias = bias + self._position_scores(query, memory) * scale
+        weights = torch.baddbmm(bias.to(folded.dtype), folded, items.transpose(1, 2)).softmax(dim=-1)
+        context = memory.collect(torch.bmm(weights.to(items.dtype), items)) * memory.nonempty  # (N, heads·D)
+        values = linear(context, value, groups=self.num_heads)  # (N, D)
+        if norm is not None:
+            values = values + memory.nonempty * F.linear(norm.bias, self.value.weight)
+        return self.out(values), weights
+
+    def _rows(self, places: Tensor) -> Tensor:
+        """Split the heads of (groups, Q, heads·X) off into rows: (groups, Q·heads, X)."""
+        groups, per_group, width = places.shape
+        return places.view(groups, per_group * self.num_heads, width // self.num_heads)
+
+    def _position_scores(self, query: Tensor, memory: MemoryView) -> Tensor:
+        """Return (groups, Q·heads, K): (q + v)·W_R r for the distance between each query and column."""
+        table = self.relative(self.distances)  # (L+1, D)
+        table = table.view(-1, self.num_heads, self.head_dim).transpose(0, 1)  # (heads, L+1, hd)
+        query = (query + self.position_bias.flatten()).view(-1, self.num_heads, self.head_dim)
+        by_distance = torch.bmm(query.transpose(0, 1), table.transpose(1, 2))  # (heads, N, L+1)
+        by_distance = self._rows(memory.spread(by_distance.transpose(0, 1).reshape(query.shape[0], -1)))
+        index = memory.distance.repeat_interleave(self.num_heads, dim=1)  # (groups, Q·heads, K)
+        return by_distance.gather(2, index)
+
+
+class Gate(nn.Module):
+    """GRU-type gating that takes the place of a residual connection (Parisotto et al. 2020, section 3.2).
+
+    r = σ(Wr y + Ur x)   z = σ(Wz y + Uz x − bg)   ĥ = tanh(Wg y + Ug (r⊙x))   (1−z)⊙x + z⊙ĥ
+
+    Args:
+        embed_dim: D.
+        bias: where bg starts; above 0 the gate starts close to passing x on.
+    """
+
+    def __init__(self, embed_dim: int, bias: float) -> None:
+        super().__init__()
+        self.from_update = Linear(embed_dim, 3 * embed_dim, bias=False)  # Wr, Wz, Wg
+        self.from_state = Linear(embed_dim, 2 * embed_dim, bias=False)  # Ur, Uz
+        self.candidate = Linear(embed_dim, embed_dim, bias=False)  # Ug
+        self.bg = nn.Parameter(torch.full((embed_dim,), float(bias)))
+        for layer in (self.from_update, self.from_state, self.candidate):
+            for matrix in layer.weight.data.split(embed_dim):
+                nn.init.xavier_uniform_(matrix)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return (N, D): the state x (N, D) updated by the layer's output y (N, D)."""
+        y_reset, y_update, y_candidate = self.from_update(y).chunk(3, dim=1)
+        x_reset, x_update = self.from_state(x).chunk(2, dim=1)
+        reset = torch.sigmoid(y_reset + x_reset)
+        update = torch.sigmoid(y_update + x_update - self.bg)
+        candidate = torch.tanh(y_candidate + self.candidate(reset * x))
+        return torch.lerp(x, candidate, update)
+
+
+class Block(nn.Module):
+    """One layer: attention to memory, then a feed-forward layer, each with a residual connection or a gate.
+
+    Args:
+        config: the `transformer` section of a config.
+    """
+
+    def __init__(self, config: dict) -> None:
+        super().__init__()
+        embed_dim, self.layer_norm = config["embed_dim"], config["layer_norm"]
+        self.attention = Attention(
+            embed_dim, config["num_heads"], config["memory_length"], config["positional_encoding"] == "relative"
+        )
+        self.feed_forward = Linear(embed_dim, embed_dim)
+        normed = self.layer_norm != ""
+        self.norm1 = nn.LayerNorm(embed_dim) if normed else nn.Identity()
+        self.norm2 = nn.LayerNorm(embed_dim) if normed else nn.Identity()
+        self.norm_kv = nn.LayerNorm(embed_dim) if self.layer_norm == "pre" else None
+        self.gate1 = Gate(embed_dim, config["gtrxl_bias"]) if config["gtrxl"] else torch.add
+        self.gate2 = Gate(embed_dim, config["gtrxl_bias"]) if config["gtrxl"] else torch.add
+
+    def forward(self, x: Tensor, items: Tensor, bias: Tensor, memory: MemoryView) -> tuple[Tensor, Tensor]:
+        """Return the layer's output (N, D) and its attention weights; arguments as in `Attention.forward`."""
+        pre, post = self.layer_norm == "pre", self.layer_norm == "post"
+        attended, weights = self.attention(self.norm1(x) if pre else x, items, bias, memory, self.norm_kv)
+        x = self.gate1(x, attended)
+        x = self.norm1(x) if post else x
+        forwarded = F.relu(self.feed_forward(self.norm2(x) if pre else x))
+        x = self.gate2(x, forwarded)
+        return self.norm2(x) if post else x, weights
+
+
+class Transformer(nn.Module):
+    """A stack of blocks over one shared layout of memory.
+
+    Args:
+        config: the `transformer` section of a config.
+        max_episode_steps: T, which the absolute and the learned encoding need; None for endless tasks.
+    """
+
+    def __init__(self, config: dict, max_episode_steps: int | None) -> None:
+        super().__init__()
+        self.embed_dim, self.num_heads = config["embed_dim"], config["num_heads"]
+        self.encoding, self.pre_norm = config["positional_encoding"], config["layer_norm"] == "pre"
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config["num_blocks"]))
+        if self.encoding == "absolute":
+            steps = torch.arange(max_episode_steps - 1, -1, -1)
+            self.register_buffer("position", sinusoid(steps, self.embed_dim), persistent=False)  # (T, D)
+        if self.encoding == "learned":
+            self.position = nn.Parameter(torch.randn(max_episode_steps, self.embed_dim))
+
+    def to_items(self, inputs: Tensor, step: Tensor) -> Tensor:
+        """Turn what the blocks received at a step into what memory stores: constant for as long as it is kept.
+
+        Args:
+            inputs: (blocks, N, D) inputs of the blocks, detached.
+            step: (N,) int64 episode step.
+
+        Returns:
+            (blocks, N, D): with the absolute position added, and normalised in front of "pre" blocks; a learned
+            position changes with every optimiser step and is added when the item is read.
+        """
+        if self.encoding == "learned":
+            return inputs
+        if self.encoding == "absolute":
+            inputs = inputs + self.position[step]
+        return F.layer_norm(inputs, (self.embed_dim,)) if self.pre_norm else inputs
+
+    def _items(self, memory: MemoryView, block: int) -> Tensor:
+        """Return (groups, K, D): the items of a block as its attention reads them."""
+        items = memory.items[block]
+        if self.encoding == "learned":
+            items = items + self.position[memory.item_step]
+            items = F.layer_norm(items, (self.embed_dim,)) if self.pre_norm else items
+        return items
+
+    def forward(self, x: Tensor, memory: MemoryView) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Run all blocks.
+
+        Args:
+            x: (N, D) embedded observations.
+            memory: what each of them may attend to.
+
+        Returns:
+            output (N, D), the inputs of the blocks (blocks, N, D) and the attention weights (groups, Q·heads, K) of
+            each block.
+        """
+        groups, per_group, columns = memory.mask.shape
+        bias = x.new_full((), MASKED).where(~memory.mask, 0.0)[:, :, None]  # (groups, Q, 1, K)
+        bias = bias.expand(-1, -1, self.num_heads, -1).reshape(groups, per_group * self.num_heads, columns)
+        inputs, weights = [], []
+        for index, block in enumerate(self.blocks):
+            inputs.append(x.detach())
+            x, attended = block(x, self._items(memory, index), bias, memory)
+            weights.append(attended.detach())
+        return x, torch.stack(inputs), weights
