@@ -49,9 +49,9 @@ def create_env(environment: dict, render_mode: str | None = None):
 
             return PocMemoryEnv(environment, render_mode)
         if kind in ("CartPole", "CartPoleMasked"):
-            from environments.cartpole_env import CartPoleEnv
+            from environments.cartpole_env import CartPole
 
-            return CartPoleEnv(environment, render_mode)
+            return CartPole(environment, render_mode)
         if kind == "Minigrid":
             from environments.minigrid_env import MinigridEnv
 

@@ -1,0 +1,74 @@
+"""CartPole, with or without its velocities."""
+
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from environments.episode import Info, Step, WrappedEnv, discrete, make_registered, refuse_task_options
+
+MAX_EPISODE_STEPS = 200
+REWARD_SCALE = 100.0
+CART_AND_POLE_VELOCITY = [1, 3]
+TYPES = ("CartPole", "CartPoleMasked")
+
+
+class CartPole(WrappedEnv):
+    """CartPole of 200 steps; `CartPoleMasked` hides the velocities, so that they have to be inferred from memory.
+
+    A step's reward is 1/100, the return in the info is not divided: 200 at best.
+    """
+
+    max_episode_steps = MAX_EPISODE_STEPS
+
+    def __init__(self, environment: dict[str, Any], render_mode: str | None = None):
+        """
+        Args:
+            environment: the configuration's part on the environment; its type is CartPole or CartPoleMasked.
+            render_mode: "rgb_array", or None if nothing is to be looked at.
+
+        Raises:
+            ValueError: if the type is another one or the configuration has reset options.
+        """
+        super().__init__(render_mode)
+        refuse_task_options(environment)
+        if environment["type"] not in TYPES:
+            raise ValueError(f"type: {environment['type']!r} is not known; allowed: {', '.join(TYPES)}")
+        self._is_masked = environment["type"] == "CartPoleMasked"
+        # The task of CartPole-v0, which Gymnasium calls deprecated
+        self._env = make_registered("CartPole-v1", max_episode_steps=MAX_EPISODE_STEPS, render_mode=render_mode)
+        self.observation_space: gymnasium.spaces.Box = self._env.observation_space
+        self.action_space = self._env.action_space
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, Info]:
+        """Starts an episode.
+
+        Args:
+            seed: determines the episode.
+            options: passed on to Gymnasium's CartPole.
+
+        Returns:
+            The observation, shape (4,), and an empty info.
+        """
+        observation, _ = self._env.reset(seed=seed, options=options)
+        self._start_episode()
+        return self._observe(observation), {}
+
+    def step(self, action: np.ndarray | int) -> Step:
+        """Pushes the cart to the left (0) or to the right (1).
+
+        Args:
+            action: shape (1,), or an int.
+
+        Returns:
+            Observation of shape (4,), reward, terminated, truncated and info.
+        """
+        observation, reward, terminated, truncated, _ = self._env.step(discrete(action))
+        info = self._count_step(float(reward), terminated or truncated, {})
+        return self._observe(observation), float(reward) / REWARD_SCALE, bool(terminated), bool(truncated), info
+
+    def _observe(self, observation: np.ndarray) -> np.ndarray:
+        self._observation = np.array(observation, dtype=np.float32)
+        if self._is_masked:
+            self._observation[CART_AND_POLE_VELOCITY] = 0.0
+        return self._observation

@@ -1,0 +1,227 @@
+"""What all environments share: counting an episode, rendering on request, reading their part of the configuration."""
+
+import difflib
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+# The smallest picture that passes the encoder's three convolutions.
+SMALLEST_PICTURE = 36
+# These entries of `reset_params` choose the seeds of the episodes; they are no matter of the environment.
+SEED_PARAMETERS = ("start-seed", "num-seeds")
+
+Info = dict[str, Any]
+# Observation, reward, terminated, truncated, info
+Step = tuple[np.ndarray, float, bool, bool, Info]
+
+
+class EpisodeEnv(gymnasium.Env):
+    """Base of all environments: counts reward and length of the episode and guards the rendering.
+
+    Attributes:
+        max_episode_steps: the longest episode, None where episodes have no limit.
+    """
+
+    metadata = {"render_modes": ["rgb_array"]}
+    max_episode_steps: int | None
+
+    def __init__(self, render_mode: str | None = None):
+        """
+        Args:
+            render_mode: "rgb_array", or None if nothing is to be looked at.
+
+        Raises:
+            ValueError: if the render mode is another one.
+        """
+        if render_mode not in (None, "rgb_array"):
+            raise ValueError(f"render_mode: {render_mode!r} is not known; allowed: None, 'rgb_array'")
+        self.render_mode = render_mode
+        self._observation: np.ndarray | None = None
+        self._start_episode()
+
+    def _start_episode(self) -> None:
+        """Sets the counters of the episode back; belongs into every reset."""
+        self._episode_reward = 0.0
+        self._episode_length = 0
+
+    def _count_step(self, reward: float, ended: bool, numbers: dict[str, float]) -> Info:
+        """Counts one step and returns its info, which is empty unless the episode has ended.
+
+        Args:
+            reward: the step's reward, in the environment's own unit.
+            ended: whether this was the episode's last step.
+            numbers: the task's own results, such as the success.
+        """
+        self._episode_reward += reward
+        self._episode_length += 1
+        if not ended:
+            return {}
+        return {**numbers, "reward": self._episode_reward, "length": self._episode_length}
+
+    def render(self) -> np.ndarray:
+        """Returns the global view of the current state as a picture.
+
+        Returns:
+            Picture of shape (height, width, 3), uint8.
+
+        Raises:
+            RuntimeError: if the environment was made without a render mode or has not been reset yet.
+        """
+        self._check_rendering()
+        return self._draw()
+
+    def agent_view(self) -> np.ndarray | None:
+        """Returns what the agent sees as a picture, None where it sees numbers.
+
+        Returns:
+            Picture of shape (height, width, 3), uint8, or None.
+
+        Raises:
+            RuntimeError: if the environment was made without a render mode or has not been reset yet.
+        """
+        self._check_rendering()
+        if self._observation.ndim != 3 or self._observation.shape[0] != 3:
+            return None
+        return np.array(self._observation.transpose(1, 2, 0), order="C")
+
+    def _check_rendering(self) -> None:
+        if self.render_mode is None:
+            raise RuntimeError("there is nothing to look at: the environment was made without render_mode='rgb_array'")
+        if self._observation is None:
+            raise RuntimeError("there is nothing to look at before the first reset")
+
+    def _draw(self) -> np.ndarray:
+        raise NotImplementedError
+
+
+class WrappedEnv(EpisodeEnv):
+    """Base of the environments that pass their calls on to an environment made by Gymnasium, `self._env`."""
+
+    _env: gymnasium.Env | None = None
+
+    def _draw(self) -> np.ndarray:
+        return self._env.render()
+
+    def close(self) -> None:
+        """Closes the environment; closing it again does nothing."""
+        environment, self._env = self._env, None
+        if environment is not None:
+            environment.close()
+
+
+def make_registered(name: Any, **arguments: Any) -> gymnasium.Env:
+    """Makes a registered environment without Gymnasium's checker and warnings.
+
+    Args:
+        name: the registered id.
+        arguments: passed on to gymnasium.make.
+
+    Raises:
+        ValueError: if there is no such environment, or if it cannot be made.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return gymnasium.make(name, disable_env_checker=True, **arguments)
+    except gymnasium.error.UnregisteredEnv as error:
+        nearest = suggest(name, gymnasium.registry)
+        raise ValueError(f"name: {name!r} is not a registered environment{nearest}") from error
+    except Exception as error:
+        raise ValueError(f"name: {name!r} cannot be made: {one_line(error)}") from error
+
+
+def task_options(environment: dict[str, Any]) -> dict[str, Any]:
+    """Returns the `reset_params` of the configuration that are not about seeds.
+
+    Args:
+        environment: the configuration's part on the environment.
+
+    Raises:
+        ValueError: if `reset_params` is not a mapping.
+    """
+    parameters = environment.get("reset_params") or {}
+    if not isinstance(parameters, dict):
+        raise ValueError(f"reset_params: {parameters!r} is not allowed; expected names and values")
+    return {key: value for key, value in parameters.items() if key not in SEED_PARAMETERS}
+
+
+def refuse_task_options(environment: dict[str, Any]) -> None:
+    """Raises a ValueError if the configuration has reset options, for the environments that know none.
+
+    Args:
+        environment: the configuration's part on the environment.
+    """
+    for key, value in task_options(environment).items():
+        allowed = ", ".join(SEED_PARAMETERS)
+        raise ValueError(f"reset_params: {key}: {value!r} is not known in {environment['type']}; allowed: {allowed}")
+
+
+def whole_number(
+    environment: dict[str, Any], key: str, default: int | None, lowest: int = 1, highest: int | None = None
+) -> int | None:
+    """Returns an optional whole number of the configuration.
+
+    Args:
+        environment: the configuration's part on the environment.
+        key: the name of the number.
+        default: what holds where the configuration says nothing.
+        lowest: the smallest allowed value.
+        highest: the largest allowed value, None for any.
+
+    Raises:
+        ValueError: if the value is something else.
+    """
+    value = environment.get(key)
+    if value is None:
+        return default
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if not is_whole or value < lowest or (highest is not None and value > highest):
+        limits = f"of at least {lowest}" if highest is None else f"from {lowest} to {highest}"
+        raise ValueError(f"{key}: {value!r} is not allowed; expected a whole number {limits}")
+    return value
+
+
+def check_picture_size(height: int, width: int, named: str) -> None:
+    """Raises a ValueError if pictures are too small for the encoder.
+
+    Args:
+        height: rows of the picture.
+        width: columns of the picture.
+        named: what the size comes from, the beginning of the message.
+    """
+    if min(height, width) < SMALLEST_PICTURE:
+        smallest = f"{SMALLEST_PICTURE}×{SMALLEST_PICTURE}"
+        raise ValueError(f"{named}: pictures of {height}×{width} are too small; expected at least {smallest}")
+
+
+def picture_space(channels: int, height: int, width: int) -> gymnasium.spaces.Box:
+    """Returns the space of uint8 pictures of shape (channels, height, width)."""
+    return gymnasium.spaces.Box(0, 255, (channels, height, width), np.uint8)
+
+
+def discrete(action: Any) -> int:
+    """Returns a single action as an int, whether it comes as an int or as an array of shape (1,)."""
+    return int(np.asarray(action).item())
+
+
+def task_numbers(info: Info) -> dict[str, float]:
+    """Returns the single numbers of an info dictionary as floats and drops the rest."""
+    return {key: float(value) for key, value in info.items() if isinstance(value, int | float | np.number | np.bool_)}
+
+
+def suggest(name: Any, known: Iterable[str]) -> str:
+    """Returns the end of an error message: the known names that are nearest to the given one.
+
+    Args:
+        name: the name that is not known.
+        known: the names that are.
+    """
+    return "; the nearest: " + ", ".join(difflib.get_close_matches(str(name), known, n=3, cutoff=0.0))
+
+
+def one_line(error: Exception) -> str:
+    """Returns kind and message of an error in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
