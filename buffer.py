@@ -37,6 +37,7 @@ class Timeline:
         self.items = torch.zeros(config["num_blocks"], n_workers, columns, config["embed_dim"], device=device)
         self.item_step = torch.zeros(n_workers, columns, dtype=torch.int64, device=device)
         self.offsets = torch.arange(columns, device=device)
+        self.stretch = STRETCH
 
     def to_device(self, array: np.ndarray) -> Tensor:
         """Copy a NumPy array to the timeline's device without waiting for it."""
@@ -87,27 +88,29 @@ class Timeline:
         relative, learned = self.transformer.encoding == "relative", self.transformer.encoding == "learned"
         valid = np.minimum(step, self.length)
         end = t + self.length
-        columns = min(int(valid.max()) + STRETCH, self.items.shape[2])  # K
+        columns = min(int(valid.max()) + self.stretch, self.items.shape[2])  # K
         start, slot = group_queries(worker, end - valid, end, per_group, columns)
-        groups, total = len(start), self.items.shape[2]
-        owner = np.zeros(groups, dtype=np.int64)
-        owner[slot // per_group] = worker
+        groups, total, places = len(start), self.items.shape[2], len(start) * per_group
+        source = np.zeros(places, dtype=np.int64)
+        source[slot] = np.arange(len(slot))
+        owner = worker[source[::per_group]]  # the first place of a group is never empty
         start = np.minimum(start, total - columns)
-        # Empty places keep end = first = 0 and so see nothing.
-        place_end, place_first = np.zeros((2, groups * per_group), dtype=np.int64)
+        # Places that only fill up a group keep end = first = 0 and so see nothing.
+        place_end, place_first = np.zeros((2, places), dtype=np.int64)
         place_end[slot] = end - start[slot // per_group]
         place_first[slot] = place_end[slot] - valid
-        place_end, place_first = self.to_device(place_end), self.to_device(place_first)
-        ends = place_end.view(groups, per_group, 1)
+        ends = self.to_device(place_end).view(groups, per_group, 1)
+        firsts = self.to_device(place_first).view(groups, per_group, 1)
         offsets = self.offsets[:columns]
         rows = (self.to_device(owner * total + start)[:, None] + offsets).flatten()  # (groups·K,)
         items = self.items.flatten(1, 2).index_select(1, rows)
         return MemoryView(
             items=items.unflatten(1, (groups, columns)),
-            mask=(offsets < ends) & (offsets >= place_first.view(groups, per_group, 1)),
-            nonempty=(self.to_device(valid)[:, None] > 0).float(),
+            mask=(offsets < ends) & (offsets >= firsts),
+            nonempty=(ends > firsts).float().view(places, 1),
             distance=(ends - offsets).clamp(0, self.length) if relative else None,
             item_step=self.item_step.flatten()[rows].view(groups, columns) if learned else None,
+            source=source,
             slot=self.to_device(slot),
         )
 
@@ -340,7 +343,7 @@ class Buffer:
         step = np.concatenate((last_step, [self.step[w, t] + 1 for w, t in cut])).astype(np.int64)
         index = np.concatenate((last_index, list(self.final_index.values()))).astype(np.int64)
         memory = self.timeline.view(worker, t, step, self.per_group)
-        following = model(self.observations.embed(model, index), memory).value.float().cpu()
+        following = model(self.observations.embed(model, index[memory.source]), memory).value.cpu()
         values = self.values.cpu()
         next_values = torch.cat((values[:, 1:], following[: self.n_workers, None]), dim=1)
         for (w, t), value in zip(cut, following[self.n_workers :], strict=True):
@@ -371,7 +374,7 @@ class Buffer:
             yield np.sort(order[start : start + self.minibatch_size])
 
     def observe(self, samples: np.ndarray) -> tuple[Tensor, Tensor | None]:
-        """Return the distinct observations of `samples` (N,) and, if they can repeat, the place (N,) of each sample."""
+        """Return the distinct observations of `samples` (P,) and which of them each saw (P,), None if its own."""
         return self.observations.gather(self.observation_index.flat[samples])
 
     def memory(self, samples: np.ndarray) -> MemoryView:

@@ -8,6 +8,9 @@ from pathlib import Path
 from utils import ENVIRONMENT_TYPES, UserError
 
 
+OMITTED = object()
+
+
 @dataclass(frozen=True)
 class Field:
     """What a config may hold under one key.
@@ -16,7 +19,7 @@ class Field:
         kind: int, float, bool, str or dict.
         allowed: the values allowed, in words.
         test: whether a value of the right kind is allowed.
-        default: used where the key is missing; None where it must not be.
+        default: used where the key is missing; None where it must not be, OMITTED where it stays missing.
     """
 
     kind: type
@@ -46,12 +49,12 @@ def _schedule(default: dict | None = None) -> dict[str, Field]:
 SCHEMA: dict[str, Field | dict[str, Field]] = {
     "environment": {
         "type": _one_of(*ENVIRONMENT_TYPES),
-        "name": Field(str, default=""),
+        "name": Field(str, default=OMITTED),
         "reset_params": Field(dict, default={}),
-        "max_episode_steps": _within(int, 0, 10**6, 0),
-        "view_size": Field(int, "0 or odd, from 3 to 99", lambda value: value == 0 or value in range(3, 100, 2), 0),
-        "tile_size": _within(int, 0, 64, 0),
-        "num_actions": _within(int, 0, 7, 0),
+        "max_episode_steps": _within(int, 1, 10**6, OMITTED),
+        "view_size": Field(int, "odd, from 3 to 99", lambda value: value in range(3, 100, 2), OMITTED),
+        "tile_size": _within(int, 1, 64, OMITTED),
+        "num_actions": _within(int, 1, 7, OMITTED),
     },
     "gamma": _within(float, 0, 1),
     "lamda": _within(float, 0, 1),
@@ -151,10 +154,10 @@ def _check_section(section: object, schema: dict, prefix: str, problems: list[st
                 problems.append(f"{prefix}{key}: missing, it holds {', '.join(field)}")
         elif key in section:
             checked[key] = _check_value(section[key], field, prefix + key, problems)
-        elif field.default is not None:
-            checked[key] = field.default
-        else:
+        elif field.default is None:
             problems.append(f"{prefix}{key}: missing, should be {_describe(field)}")
+        elif field.default is not OMITTED:
+            checked[key] = field.default
     return checked
 
 
@@ -195,7 +198,7 @@ def _check_rules(config: dict) -> list[str]:
         problems.append(f"n_mini_batch: {minibatches} should divide n_workers·worker_steps, {samples}")
     elif samples == minibatches and config["normalize_advantages"]:
         problems.append(f"n_mini_batch: {minibatches} leaves one sample, whose advantage cannot be normalised")
-    if environment["type"] in ("Minigrid", "Gymnasium") and not environment["name"]:
+    if environment["type"] in ("Minigrid", "Gymnasium") and not environment.get("name"):
         problems.append(
             f"environment.name: missing, should be the registered id of a {environment['type']} environment"
         )

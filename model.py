@@ -17,7 +17,7 @@ class Prediction:
     Attributes:
         log_probs: one (N, actions) tensor of log-probabilities per action branch.
         value: (N,) predicted discounted return.
-        inputs: (blocks, N, D) inputs of the blocks, detached: what memory is to keep of this step.
+        inputs: (blocks, P, D) inputs of the blocks, detached: what memory is to keep of a step.
         output: (N, D) output of the transformer.
         attention: per block (groups, Q·heads, K) attention weights, detached.
     """
@@ -156,19 +156,21 @@ class ActorCriticModel(nn.Module):
         reconstructs = self.visual and config["reconstruction_coefficient"] > 0
         self.decoder = VisualDecoder(self.encoder, observation_shape, embed_dim) if reconstructs else None
 
-    def embed(self, observations: Tensor, place: Tensor | None = None) -> Tensor:
-        """Return h⁰ (N, D), what the first block reads.
+    def embed(self, observations: Tensor, which: Tensor | None = None) -> Tensor:
+        """Return h⁰ (P, D), what the first block reads.
 
         Args:
             observations: (M, *observation_shape), distinct where they are frames.
-            place: (N,) which of them each sample saw; None where M = N and each saw its own.
+            which: (P,) which of them each place saw; None where M = P and each saw its own.
         """
         embedded = F.relu(self.embedding(self.encoder(observations)))
-        return embedded if place is None else F.embedding(place, embedded)
+        return embedded if which is None else F.embedding(which, embedded)
 
     def forward(self, embedded: Tensor, memory: MemoryView) -> Prediction:
-        """Predict from embedded observations (N, D) and what each of them may remember."""
+        """Predict from embedded observations (P, D), in the order of `memory`'s places; drop what only fills places."""
         output, inputs, attention = self.transformer(embedded, memory)
+        if memory.slot is not None:
+            output = output[memory.slot]  # (N, D)
         hidden = F.relu(self.policy_hidden(output))
         log_probs = [branch(hidden).float().log_softmax(dim=1) for branch in self.policy]
         value = self.value(F.relu(self.value_hidden(output))).float().squeeze(1)

@@ -45,7 +45,8 @@ class Options:
     Attributes:
         device: where the model and the buffer live.
         processes: how many processes step the environments.
-        overlap: whether half of the environments step while the policy looks at the other half.
+        overlap: whether half of the environments step while the policy looks at the other half. By default only where
+            a GPU computes: cores that also step the environments have nothing to gain, and half a batch costs more.
         precision: "float32", or "bf16" for matrix products in bfloat16.
         compile: whether to compile the model with torch.compile.
         folder: where the folders models, checkpoints and summaries lie.
@@ -53,7 +54,7 @@ class Options:
 
     device: torch.device
     processes: int = 1
-    overlap: bool = True
+    overlap: bool | None = None
     precision: str = "float32"
     compile: bool = False
     folder: Path = Path(".")
@@ -127,13 +128,14 @@ class PPOTrainer:
         self.buffer = Buffer(config, self.model, self.task, self.device)
         self.generator = torch.Generator(self.device)
         n_workers = config["n_workers"]
+        overlap = self.device.type == "cuda" if options.overlap is None else options.overlap
         self.workers = Workers(
             config["environment"],
             self.task,
             n_workers,
             partial(training_seed, seed, config["environment"]),
             options.processes,
-            groups=2 if options.overlap and n_workers > 1 else 1,
+            groups=2 if overlap and n_workers > 1 else 1,
         )
         self.update = 0
         self.step = np.zeros(n_workers, dtype=np.int64)  # episode step of each environment
@@ -274,14 +276,15 @@ class PPOTrainer:
         buffer = self.buffer
         index = buffer.timeline.to_device(samples)
         with self._precision():
-            observations, place = buffer.observe(samples)
-            prediction = self.forward(self.model.embed(observations, place), buffer.memory(samples))
+            memory = buffer.memory(samples)
+            observations, which = buffer.observe(samples[memory.source])
+            prediction = self.forward(self.model.embed(observations, which), memory)
             rollout = (buffer.actions, buffer.log_probs, buffer.values, buffer.advantages)
             rollout = [tensor.flatten(0, 1)[index] for tensor in rollout]
             loss, parts = ppo_loss(prediction, *rollout, self.config, clip_range, beta)
             parts["reconstruction"] = torch.zeros_like(loss)
             if self.model.decoder is not None:
-                frames = observations[place].float() / 255
+                frames = observations[which[memory.slot]].float() / 255
                 reconstruction = F.binary_cross_entropy_with_logits(self.model.decoder(prediction.output), frames)
                 parts["reconstruction"] = reconstruction.detach()
                 loss = loss + self.config["reconstruction_coefficient"] * reconstruction

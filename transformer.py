@@ -12,6 +12,7 @@ which costs 2·D² + 2·heads·L·D instead of 2·L·D² multiply-adds per query
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -43,7 +44,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 
         return F.linear(x, weight, bias)
     blocks = x.view(rows, groups, -1).transpose(0, 1)  # (groups, N, in)
     y = torch.bmm(blocks, weight.view(groups, -1, weight.shape[1]).transpose(1, 2))  # (groups, N, out)
-    return y.transpose(0, 1).reshape(rows, -1)
+    y = y.transpose(0, 1).reshape(rows, -1)
+    return y if bias is None else y + bias
 
 
 class Linear(nn.Linear):
@@ -65,16 +67,18 @@ def sinusoid(angle_steps: Tensor, embed_dim: int) -> Tensor:
 class MemoryView:
     """What the queries of one forward pass may attend to.
 
-    The N queries are laid out in groups of Q that share one stretch of K memory columns, since the windows of nearby
-    steps overlap. A step of the policy has one query per group and needs no `slot`.
+    Queries come in groups of Q that share one stretch of K memory columns, since the windows of nearby steps overlap;
+    the P = groups·Q places are filled up with queries that see nothing and whose output is dropped. A step of the
+    policy has one query per group, and every place is taken.
 
     Attributes:
         items: (blocks, groups, K, D) stored items, a view of the timeline or one copy per group.
         mask: (groups, Q, K) bool, True where the query may attend to the column.
-        nonempty: (N, 1) float, 0 where the query's memory is empty, else 1.
-        distance: (groups, Q, K) int64 steps between query and column, at least 0; for the relative encoding only.
+        nonempty: (P, 1) float, 0 where the query's memory is empty, else 1.
+        distance: (groups, Q, K) int64 steps between query and column, from 0 to L; for the relative encoding only.
         item_step: (groups, K) int64 episode step at which the column was written; for the learned encoding only.
-        slot: (N,) int64 place of each query among the groups·Q places, or None where groups = N and Q = 1.
+        source: (P,) which of the N samples each place holds, on the host; None where P = N, in order.
+        slot: (N,) int64 the place of each sample; None where P = N, in order.
     """
 
     items: Tensor
@@ -82,36 +86,8 @@ class MemoryView:
     nonempty: Tensor
     distance: Tensor | None = None
     item_step: Tensor | None = None
+    source: np.ndarray | None = None
     slot: Tensor | None = None
-
-    def spread(self, queries: Tensor) -> Tensor:
-        """Lay (N, heads·X) out as (groups, Q·heads, X) with X = D or distances; empty places are zero."""
-        groups, per_group, _ = self.mask.shape
-        if self.slot is not None:
-            places = queries.new_zeros(groups * per_group, queries.shape[1])
-            queries = places.index_copy(0, self.slot, queries)
-        return queries.view(groups, per_group, -1)
-
-    def collect(self, places: Tensor) -> Tensor:
-        """Undo `spread`: (groups, Q·heads, X) to (N, heads·X)."""
-        groups, per_group, _ = self.mask.shape
-        rows = places.reshape(groups * per_group, -1)
-        return rows if self.slot is None else _TakeRows.apply(rows, self.slot)
-
-
-class _TakeRows(torch.autograd.Function):
-    """`index_select` of distinct rows, whose gradient can be copied to its place instead of being added up."""
-
-    @staticmethod
-    def forward(ctx, rows: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.shape = rows.shape
-        return rows.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        (index,) = ctx.saved_tensors
-        return gradient.new_zeros(ctx.shape).index_copy_(0, index, gradient), None
 
 
 class Attention(nn.Module):
@@ -146,7 +122,7 @@ class Attention(nn.Module):
         """Attend from x to the items.
 
         Args:
-            x: (N, D) queries, normalised already where the block does so.
+            x: (P, D) queries, normalised already where the block does so.
             items: (groups, K, D), normalised without affine where `norm` is given.
             bias: (groups, Q·heads, K), added to the scores: MASKED where a query may not look, else 0.
             memory: the layout of queries and columns.
@@ -154,40 +130,33 @@ class Attention(nn.Module):
                 and cancels in the softmax, and Σ aᵢ = 1 carries it through to the values.
 
         Returns:
-            (N, D) and the attention weights (groups, Q·heads, K).
+            (P, D) and the attention weights (groups, Q·heads, K).
         """
+        groups, width = items.shape[0], x.shape[1]
         query = self.query(x)
         content = query if self.relative is None else query + self.content_bias.flatten()
-        scale = 1 / math.sqrt(x.shape[1])
-        key, value = self.key.weight * scale, self.value.weight
+        scale = 1 / math.sqrt(width)
+        key, value, shift = self.key.weight * scale, self.value.weight, None
         if norm is not None:
-            key, value = key * norm.weight, value * norm.weight
+            key, value, shift = key * norm.weight, value * norm.weight, F.linear(norm.bias, value)
         # (heads·hd, D) to (heads·D, hd): what takes a head's query to the space of the items
-        key = key.view(self.num_heads, self.head_dim, -1).transpose(1, 2).reshape(-1, self.head_dim)
-        folded = self._rows(memory.spread(linear(content, key, groups=self.num_heads)))  # (groups, Q·heads, D)
+        key = key.view(self.num_heads, self.head_dim, width).transpose(1, 2).reshape(-1, self.head_dim)
+        folded = linear(content, key, groups=self.num_heads).view(groups, -1, width)  # (groups, Q·heads, D)
         if self.relative is not None:
             bias = bias + self._position_scores(query, memory) * scale
         weights = torch.baddbmm(bias.to(folded.dtype), folded, items.transpose(1, 2)).softmax(dim=-1)
-        context = memory.collect(torch.bmm(weights.to(items.dtype), items)) * memory.nonempty  # (N, heads·D)
-        values = linear(context, value, groups=self.num_heads)  # (N, D)
-        if norm is not None:
-            values = values + memory.nonempty * F.linear(norm.bias, self.value.weight)
-        return self.out(values), weights
-
-    def _rows(self, places: Tensor) -> Tensor:
-        """Split the heads of (groups, Q, heads·X) off into rows: (groups, Q·heads, X)."""
-        groups, per_group, width = places.shape
-        return places.view(groups, per_group * self.num_heads, width // self.num_heads)
+        context = torch.bmm(weights.to(items.dtype), items).view(x.shape[0], -1)  # (P, heads·D)
+        values = linear(context, value, shift, groups=self.num_heads)  # (P, D)
+        return self.out(values * memory.nonempty), weights
 
     def _position_scores(self, query: Tensor, memory: MemoryView) -> Tensor:
         """Return (groups, Q·heads, K): (q + v)·W_R r for the distance between each query and column."""
         table = self.relative(self.distances)  # (L+1, D)
         table = table.view(-1, self.num_heads, self.head_dim).transpose(0, 1)  # (heads, L+1, hd)
         query = (query + self.position_bias.flatten()).view(-1, self.num_heads, self.head_dim)
-        by_distance = torch.bmm(query.transpose(0, 1), table.transpose(1, 2))  # (heads, N, L+1)
-        by_distance = self._rows(memory.spread(by_distance.transpose(0, 1).reshape(query.shape[0], -1)))
-        index = memory.distance.repeat_interleave(self.num_heads, dim=1)  # (groups, Q·heads, K)
-        return by_distance.gather(2, index)
+        by_distance = torch.bmm(query.transpose(0, 1), table.transpose(1, 2)).transpose(0, 1)  # (P, heads, L+1)
+        index = memory.distance.flatten(0, 1)[:, None].expand(-1, self.num_heads, -1)  # (P, heads, K)
+        return by_distance.gather(2, index).view(memory.mask.shape[0], -1, index.shape[2])
 
 
 class Gate(nn.Module):
@@ -242,7 +211,7 @@ class Block(nn.Module):
         self.gate2 = Gate(embed_dim, config["gtrxl_bias"]) if config["gtrxl"] else torch.add
 
     def forward(self, x: Tensor, items: Tensor, bias: Tensor, memory: MemoryView) -> tuple[Tensor, Tensor]:
-        """Return the layer's output (N, D) and its attention weights; arguments as in `Attention.forward`."""
+        """Return the layer's output (P, D) and its attention weights; arguments as in `Attention.forward`."""
         pre, post = self.layer_norm == "pre", self.layer_norm == "post"
         attended, weights = self.attention(self.norm1(x) if pre else x, items, bias, memory, self.norm_kv)
         x = self.gate1(x, attended)
@@ -300,11 +269,11 @@ class Transformer(nn.Module):
         """Run all blocks.
 
         Args:
-            x: (N, D) embedded observations.
+            x: (P, D) embedded observations, in the order of the places of `memory`.
             memory: what each of them may attend to.
 
         Returns:
-            output (N, D), the inputs of the blocks (blocks, N, D) and the attention weights (groups, Q·heads, K) of
+            output (P, D), the inputs of the blocks (blocks, P, D) and the attention weights (groups, Q·heads, K) of
             each block.
         """
         groups, per_group, columns = memory.mask.shape

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Large blocks of memory in huge pages: without them the kernel's page faults take as long as the convolutions. PyTorch
-# reads this at its first allocation.
+# Both are read when PyTorch is loaded, so this module has to be imported first.
+# Large blocks of memory in huge pages: without them the kernel's page faults take as long as the convolutions.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+# How long PyTorch's threads spin for work before they sleep. By default it is so long that a second process on the same
+# cores makes products of small matrices ten times slower.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 MEMORY_GYM_TYPES = (
     "MortarMayhem",

@@ -1,0 +1,347 @@
+"""Measure how fast a config samples and learns on this machine, and how far that is from what arithmetic allows.
+
+Usage:
+    benchmark.py [--config=<file>] [--updates=<n>] [--attention=<name>] [--profile] [--output=<file>] [options]
+    benchmark.py --environments [--config=<file>] [--output=<file>]
+    benchmark.py -h | --help
+
+What to measure:
+    --config=<file>      A file of configs/ [default: configs/mortar_mayhem_grid.yaml].
+    --updates=<n>        Updates to measure behind one to warm up [default: 3].
+    --attention=<name>   fast, or textbook: windows per sample, keys and values projected [default: fast].
+    --profile            Also say what the time is spent on.
+    --environments       Measure layouts of the environments instead: processes, shared memory against pipes.
+    --output=<file>      Write the results as JSON too.
+
+Options:
+    --device=<name>      cpu, cuda or cuda:N; by default cuda where there is one.
+    --cpu                The same as --device=cpu.
+    --processes=<n>      Processes that step the environments, by default one per core.
+    --overlap=<name>     on, off or auto: two halves of the environments take turns [default: auto].
+    --precision=<name>   float32, or bf16 for bfloat16 matrix products [default: float32].
+    --compile            Compile the model first (torch.compile).
+    -h --help            Show this.
+
+Example:
+    python benchmark.py --config=configs/minigrid.yaml --updates=5
+"""
+
+import json
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+from cli import arguments_of, choose_device, command_line, cores, one_of, use_cores, whole_number
+from config import load_config
+
+PARTS = {  # what an operation of PyTorch's profiler counts as
+    "convolutions and large products": ("convolution",),
+    "matrix products": ("mm", "linear"),
+    "copies and gathers": ("copy_", "index", "cat", "stack", "embedding", "gather", "fill_", "zero_"),
+    "optimiser": ("_fused_adamw_", "_foreach", "linalg_vector_norm"),
+    "normalisation and softmax": ("layer_norm", "softmax"),
+}
+
+
+def main() -> None:
+    """Parse the command line, measure, print a table."""
+    arguments = arguments_of(__doc__)
+    config = load_config(arguments["--config"])
+    results = measure_environments(config) if arguments["--environments"] else measure_updates(config, arguments)
+    results = {"config": arguments["--config"]} | results
+    for name, value in results.items():
+        print(f"{name:<44}{value:>16,.3g}" if isinstance(value, float) else f"{name:<44}{value!s:>16}")
+    if arguments["--output"]:
+        Path(arguments["--output"]).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------- whole updates
+
+
+def measure_updates(config: dict, arguments: dict) -> dict:
+    """Return speeds, memory and the arithmetic floor of a config's updates.
+
+    Args:
+        config: a checked config.
+        arguments: the command line.
+    """
+    import torch
+
+    from trainer import Options, PPOTrainer
+
+    device = choose_device(arguments)
+    use_cores(device)
+    overlap = {"on": True, "off": False, "auto": None}[one_of(arguments, "--overlap", ("on", "off", "auto"))]
+    options = Options(
+        device,
+        processes=whole_number(arguments, "--processes", 1, 4096) or cores(),
+        overlap=overlap,
+        precision=one_of(arguments, "--precision", ("float32", "bf16")),
+        compile=arguments["--compile"],
+    )
+    textbook = one_of(arguments, "--attention", ("fast", "textbook")) == "textbook"
+    trainer = PPOTrainer(config, "benchmark", 1, options)
+    if textbook:
+        use_textbook_attention(trainer)
+    rates = {"blas_gflops": matrix_rate(device, plain=True), "best_gflops": matrix_rate(device, plain=False)}
+    trainer.start_workers()
+    try:
+        runs = []
+        for update in range(-1, whole_number(arguments, "--updates", 1)):
+            say(f"update {update + 1}" if update >= 0 else "warming up")
+            runs.append(measure_update(trainer))
+        shares = profile_update(trainer) if arguments["--profile"] else {}
+        memory = memory_in_use(trainer)
+    finally:
+        trainer.workers.close()
+    median = {name: statistics.median(run[name] for run in runs[1:]) for name in runs[0]}
+    seconds = median["sampling_seconds"] + median["optimisation_seconds"]
+    speeds = {
+        "sampling_steps_per_second": trainer.samples / median["sampling_seconds"],
+        "optimisation_steps_per_second": trainer.samples / median["optimisation_seconds"],
+        "update_steps_per_second": trainer.samples / seconds,
+    }
+    floors = {}
+    for name, rate in rates.items():
+        floor = median["gigaflop"] / rate
+        floors |= {f"floor_seconds_at_{name}": floor, f"update_over_floor_at_{name}": seconds / floor}
+    machine = {"device": trainer.run["device"], "cores": cores(), "threads": torch.get_num_threads()}
+    return machine | {"attention": arguments["--attention"]} | speeds | median | rates | floors | memory | shares
+
+
+def measure_update(trainer) -> dict[str, float]:
+    """Carry out one update; return its seconds, its arithmetic and how many observations were distinct."""
+    waited = 0.0
+    receive = trainer.workers.receive
+
+    def timed_receive(group: range) -> list:
+        nonlocal waited
+        started = time.perf_counter()
+        ended = receive(group)
+        waited += time.perf_counter() - started
+        return ended
+
+    trainer.workers.receive = timed_receive
+    scalars = trainer.train_update()
+    trainer.workers.receive = receive
+    return {
+        "sampling_seconds": trainer.samples / scalars["performance/sampling_steps_per_second"],
+        "of_which_waiting_for_environments": waited,
+        "optimisation_seconds": trainer.samples / scalars["performance/optimisation_steps_per_second"],
+        "distinct_observations": scalars["performance/distinct_observations"],
+        "gigaflop": count_operations(trainer) / 1e9,
+    }
+
+
+def count_operations(trainer) -> float:
+    """Return the floating-point operations that the mathematics of the last update needs.
+
+    A multiply-add counts as two. A layer costs its weights once forward, and twice more backward, the first of the
+    encoder only once more. Distinct frames are encoded once per rollout and once per minibatch. Attention is counted
+    over the items that each query may look at, and without gradients with respect to memory.
+    """
+    import numpy as np
+
+    model, buffer, config = trainer.model, trainer.buffer, trainer.config
+    transformer = config["transformer"]
+    encoder = layer_costs(model.encoder)
+    decoder = sum(layer_costs(model.decoder)) if model.decoder is not None else 0
+    heads = sum(module.weight.numel() for module in (model.policy_hidden, model.value_hidden, *model.policy))
+    dense = heads + sum(
+        parameter.numel() for parameter in model.transformer.blocks.parameters() if parameter.dim() == 2
+    )
+    seen = np.minimum(buffer.step, transformer["memory_length"]).sum() / buffer.step.size
+    attention = 2 * transformer["num_blocks"] * transformer["num_heads"] * transformer["embed_dim"] * seen
+    embedding = model.embedding.weight.numel()
+    distinct = len(buffer.observations)
+    total = buffer.step.size * (dense + attention) + distinct * (sum(encoder) + embedding)  # sampling
+    for epoch in range(config["epochs"]):
+        for samples in buffer.minibatches(np.random.default_rng((trainer.seed, trainer.update - 1, epoch))):
+            distinct = len(np.unique(buffer.observation_index.flat[samples]))
+            total += distinct * (3 * (sum(encoder) + embedding) - encoder[0])
+            total += len(samples) * (3 * (dense + decoder) + 2 * attention)
+    return 2 * float(total)
+
+
+def layer_costs(part) -> list[int]:
+    """Return the multiply-adds per sample of each layer of an encoder or a decoder."""
+    import math
+
+    layers = [module for module in part.children() if hasattr(module, "weight")]
+    sizes = getattr(part, "sizes", [])
+    costs = []
+    for layer in layers:
+        places = 1
+        if layer.weight.dim() == 4:  # a convolution works at each of its outputs, a transposed one at each input
+            places = math.prod(sizes[int(layer_name(part, layer)[-1])])
+        costs.append(layer.weight.numel() * places)
+    return costs
+
+
+def layer_name(part, layer) -> str:
+    """Return the name of a layer within its part."""
+    return next(name for name, module in part.named_children() if module is layer)
+
+
+def matrix_rate(device, plain: bool) -> float:
+    """Return the GFLOP/s of a float32 product (4096×384)·(384×384), by PyTorch's own choice or by the best kernel."""
+    import torch
+    from torch.nn import functional as F
+
+    from transformer import linear
+
+    x, weight = torch.randn(4096, 384, device=device), torch.randn(384, 384, device=device)
+    product = F.linear if plain else linear
+    best = float("inf")
+    for _ in range(30):
+        started = time.perf_counter()
+        for _ in range(5):
+            product(x, weight)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, (time.perf_counter() - started) / 5)
+    return 2 * 4096 * 384 * 384 / best / 1e9
+
+
+def memory_in_use(trainer) -> dict[str, float]:
+    """Return the peak memory of the trainer, the memory of its workers and the peak on the device, in GB."""
+    import psutil
+    import torch
+
+    workers = [psutil.Process(process.handle.pid).memory_info().rss for process in trainer.workers.processes]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    on_device = torch.cuda.max_memory_allocated(trainer.device) if trainer.device.type == "cuda" else 0
+    return {"trainer_peak_gb": peak / 1e9, "workers_gb": sum(workers) / 1e9, "device_peak_gb": on_device / 1e9}
+
+
+def profile_update(trainer) -> dict[str, float]:
+    """Carry out one update under PyTorch's profiler; return the share of its time that each kind of work takes."""
+    from torch.profiler import profile
+
+    say("profiling")
+    with profile() as profiler:
+        started = time.perf_counter()
+        waited = measure_update(trainer)["of_which_waiting_for_environments"]
+        total = time.perf_counter() - started
+    shares = dict.fromkeys(PARTS, 0.0)
+    on_gpu = trainer.device.type == "cuda"
+    for event in profiler.key_averages():
+        seconds = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
+        part = next((part for part, words in PARTS.items() if any(word in event.key for word in words)), None)
+        if part:
+            shares[part] += seconds / total
+    shares["waiting for environments"] = waited / total
+    return {f"share: {name}": share for name, share in shares.items()} | {
+        "share: everything else": max(0.0, 1 - sum(shares.values()))
+    }
+
+
+# ------------------------------------------------------------------------------------------- the textbook formulation
+
+
+def use_textbook_attention(trainer) -> None:
+    """Let a trainer attend as textbooks do: a window copied per sample, its items projected to keys and values."""
+    import torch
+
+    from transformer import Attention
+
+    class TextbookAttention(Attention):
+        """Multi-head attention that projects every memory item of every sample."""
+
+        def forward(self, x, items, bias, memory, norm):
+            samples, heads, head_dim = x.shape[0], self.num_heads, self.head_dim
+            if norm is not None:
+                items = items * norm.weight + norm.bias
+            query = self.query(x).view(samples, heads, 1, head_dim)
+            key = torch.nn.functional.linear(items, self.key.weight).view(samples, -1, heads, head_dim)
+            value = torch.nn.functional.linear(items, self.value.weight).view(samples, -1, heads, head_dim)
+            scores = (query @ key.permute(0, 2, 3, 1)).squeeze(2) / x.shape[1] ** 0.5  # (samples, heads, K)
+            weights = (scores + bias).softmax(dim=-1)
+            context = (weights[:, :, None] @ value.transpose(1, 2)).reshape(samples, -1)  # (samples, D)
+            return self.out(context * memory.nonempty), weights
+
+    for block in trainer.model.transformer.blocks:
+        block.attention.__class__ = TextbookAttention
+    trainer.buffer.per_group, trainer.buffer.timeline.stretch = 1, 0
+
+
+# -------------------------------------------------------------------------------------------- environments on their own
+
+
+def measure_environments(config: dict) -> dict[str, float]:
+    """Return steps per second of the environments alone, under random actions, for several layouts."""
+    import numpy as np
+
+    from utils import inspect_environment
+
+    task, n_workers = inspect_environment(config["environment"]), config["n_workers"]
+    actions = np.random.default_rng(1).integers(0, task.branches, (64, n_workers, len(task.branches)))
+    results = {}
+    for processes in sorted({1, cores(), 2 * cores(), n_workers}):
+        say(f"{processes} processes")
+        rate = measure_workers(config, task, processes, actions)
+        results[f"shared memory, {processes} processes, steps/s"] = rate
+    say("one process per environment over pipes")
+    results["pipes, a process per environment, steps/s"] = measure_pipes(config, actions)
+    return results
+
+
+def measure_workers(config: dict, task, processes: int, actions) -> float:
+    """Return steps per second of this project's workers."""
+    from functools import partial
+
+    from utils import training_seed
+    from worker import Workers
+
+    environment = config["environment"]
+    workers = Workers(environment, task, config["n_workers"], partial(training_seed, 1, environment), processes)
+    workers.start()
+
+    def step(chosen) -> None:
+        workers.send(workers.groups[0], chosen)
+        workers.receive(workers.groups[0])
+
+    try:
+        return rate_of(step, actions)
+    finally:
+        workers.close()
+
+
+def measure_pipes(config: dict, actions) -> float:
+    """Return steps per second of Gymnasium's vector environment with observations pickled through pipes."""
+    from functools import partial
+
+    from gymnasium.vector import AsyncVectorEnv
+
+    from utils import create_env
+
+    make = partial(create_env, config["environment"])
+    vector = AsyncVectorEnv([make] * config["n_workers"], shared_memory=False, context="forkserver")
+    vector.reset(seed=1)
+    single = actions.shape[2] == 1
+    try:
+        return rate_of(lambda chosen: vector.step(chosen[:, 0] if single else chosen), actions)
+    finally:
+        vector.close(terminate=True)
+
+
+def rate_of(step, actions) -> float:
+    """Return environment steps per second of a function that steps all environments; median of five stretches."""
+    rates = []
+    for _ in range(6):
+        started = time.perf_counter()
+        for chosen in actions:
+            step(chosen)
+        rates.append(actions.shape[0] * actions.shape[1] / (time.perf_counter() - started))
+    return statistics.median(rates[1:])
+
+
+def say(what: str) -> None:
+    """Show what is being measured."""
+    print(f"{what} …", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    command_line(main)

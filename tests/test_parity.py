@@ -1,0 +1,134 @@
+"""The product computes what the reference implementation computed: outputs, losses, gradients and advantages.
+
+Reads every fixture (`*.npz`) of the folder that the environment variable PARITY_FIXTURES names, by default the
+project's own. Nothing in here depends on their sizes.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import canonical
+import numpy as np
+import pytest
+import torch
+
+from buffer import generalised_advantages
+from trainer import ppo_loss
+from transformer import MemoryView
+
+FOLDER = Path(os.environ.get("PARITY_FIXTURES") or Path(__file__).parent / "parity")
+TOLERANCE = 1e-5  # of outputs and losses, absolute
+GRADIENT_TOLERANCE = {"relative": 1e-4, "floor": 1e-6}
+
+
+def fixtures(estimations):
+    """Returns the fixtures of advantage estimations, or all others, as test parameters."""
+    chosen = []
+    for path in sorted(FOLDER.glob("*.npz")):
+        with np.load(path) as file:
+            if ("rewards" in file.files) == estimations:
+                chosen.append(pytest.param(path, id=path.stem))
+    return chosen
+
+
+class Minibatch:
+    """The product's computation of one fixture.
+
+    Attributes:
+        data: the fixture's arrays as tensors.
+        names: the parameters that the fixture lists.
+        model: with the fixture's weights and, after the backward pass, its gradients.
+        prediction, loss, parts: what the product makes of the fixture's inputs.
+    """
+
+    def __init__(self, path):
+        with np.load(path) as file:
+            config, self.names = json.loads(str(file["config"])), json.loads(str(file["parameters"]))
+            self.data = {k: torch.from_numpy(file[k]) for k in file.files if k not in ("config", "parameters")}
+        observations = self.data["in/frames" if config["visual"] else "in/obs"]
+        self.model = canonical.build(config, tuple(observations.shape[1:]))
+        canonical.load(self.model, {name: self.data[f"param/{name}"] for name in self.names})
+        embedded = self.model.embed(observations, self.data.get("in/frame_index"))
+        self.prediction = self.model(embedded, self.memory())
+        batch = [self.data[f"in/{name}"] for name in ("actions", "log_probs", "values", "advantages")]
+        settings = canonical.product_config(config)
+        loss, self.parts = ppo_loss(self.prediction, *batch, settings, config["clip_range"], config["beta"])
+        loss.backward()
+        self.loss = loss.item()
+
+    def memory(self):
+        """Returns the fixture's windows as a view with one query per group."""
+        windows, mask = self.data["in/memory"], self.data["in/mask"]
+        samples, slots, blocks, width = windows.shape
+        step = self.data["in/positions"].masked_fill(~mask, 0)
+        inputs = windows.permute(2, 0, 1, 3).reshape(blocks, samples * slots, width)
+        return MemoryView(
+            items=self.model.transformer.to_items(inputs, step.flatten()).view(blocks, samples, slots, width),
+            mask=mask[:, None],
+            nonempty=mask.any(dim=1, keepdim=True).float(),
+            item_step=step,
+        )
+
+
+@pytest.fixture(scope="module", params=fixtures(estimations=False))
+def minibatch(request):
+    return Minibatch(request.param)
+
+
+def assert_close(found, expected, what):
+    assert canonical.excess(torch.as_tensor(found), expected, 0, TOLERANCE) <= 1, what
+
+
+def test_there_are_fixtures():
+    assert fixtures(estimations=False)
+    assert fixtures(estimations=True)
+
+
+def test_parameters_are_the_same(minibatch):
+    """The product has all parameters that the variant uses, and none that the fixture does not set."""
+    found, used = set(canonical.places(minibatch.model)), {n for n in minibatch.names if f"grad/{n}" in minibatch.data}
+    assert used <= found <= set(minibatch.names)
+
+
+def test_outputs(minibatch):
+    data, prediction = minibatch.data, minibatch.prediction
+    branches = [name for name in data if name.startswith("out/log_softmax")]
+    assert len(branches) == len(prediction.log_probs)
+    for index, found in enumerate(prediction.log_probs):
+        assert_close(found, data[f"out/log_softmax{index}"], f"branch {index}")
+    assert_close(prediction.value, data["out/value"], "value")
+    assert_close(prediction.inputs.transpose(0, 1), data["out/memory"], "memory")
+
+
+def test_losses(minibatch):
+    assert_close(minibatch.loss, minibatch.data["out/loss"], "loss")
+    for name, fixture_name in canonical.LOSS_PARTS.items():
+        assert_close(minibatch.parts[name], minibatch.data[f"out/{fixture_name}"], name)
+
+
+def test_gradients(minibatch):
+    gradients = canonical.gradients(minibatch.model)
+    for name, found in gradients.items():
+        expected = minibatch.data.get(f"grad/{name}", torch.zeros_like(found))
+        assert canonical.excess(found, expected, **GRADIENT_TOLERANCE) <= 1, name
+    norm, expected = torch.stack([g.norm() for g in gradients.values()]).norm(), minibatch.data["out/grad_norm"]
+    assert abs(norm - expected) <= TOLERANCE * expected + TOLERANCE
+
+
+@pytest.mark.parametrize("path", fixtures(estimations=True))
+def test_generalised_advantages(path):
+    """The reference knows no truncation: every end is a terminal state."""
+    with np.load(path) as file:
+        data = {name: torch.from_numpy(file[name]) for name in file.files}
+    next_values = torch.cat((data["values"][:, 1:], data["last_value"][:, None]), dim=1)
+    found = generalised_advantages(
+        data["rewards"],
+        data["dones"],
+        torch.zeros_like(data["dones"]),
+        data["values"],
+        next_values,
+        data["gamma"].item(),
+        data["lamda"].item(),
+    )
+    assert_close(found, data["advantages"], "advantages")
