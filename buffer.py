@@ -377,6 +377,29 @@ class Buffer:
         """Return the distinct observations of `samples` (P,) and which of them each saw (P,), None if its own."""
         return self.observations.gather(self.observation_index.flat[samples])
 
+    def note_seen(self) -> None:
+        """Fill `seen`: which distinct frames the running episode has shown in front of each step of this rollout."""
+        shape = (self.n_workers, self.worker_steps)
+        self.seen = np.zeros((*shape, len(self.observations)), dtype=bool)
+        running, everyone = np.zeros((self.n_workers, len(self.observations)), dtype=bool), np.arange(self.n_workers)
+        for t in range(self.worker_steps):
+            running[self.step[:, t] == 0] = False
+            self.seen[:, t] = running
+            running[everyone, self.observation_index[:, t]] = True
+
+    def recall_targets(self, samples: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Return what `samples` (N,) should recall of their minibatch's M distinct frames.
+
+        Returns:
+            (N, M) 1 where the episode has shown the frame, else 0, and (N, 1) 1 where that is known: the whole episode
+            lies in this rollout and in the memory window; else 0.
+        """
+        worker, t = np.divmod(samples, self.worker_steps)
+        distinct = np.unique(self.observation_index.flat[samples])
+        known = self.step[worker, t] <= np.minimum(t, self.timeline.length)
+        targets = self.seen[worker, t][:, distinct]
+        return self.timeline.to_device(targets).float(), self.timeline.to_device(known)[:, None].float()
+
     def memory(self, samples: np.ndarray) -> MemoryView:
         """Return what `samples` (N,) may look at."""
         worker, t = np.divmod(samples, self.worker_steps)

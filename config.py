@@ -7,7 +7,6 @@ from pathlib import Path
 
 from utils import ENVIRONMENT_TYPES, UserError
 
-
 OMITTED = object()
 
 
@@ -68,6 +67,7 @@ SCHEMA: dict[str, Field | dict[str, Field]] = {
     "max_grad_norm": _within(float, 1e-6, 10**6),
     "normalize_advantages": Field(bool, default=True),
     "reconstruction_coefficient": _within(float, 0, 1000, 0.0),
+    "recall_coefficient": _within(float, 0, 1000, 0.0),
     "checkpoint_interval": _within(int, 1, 10**9, 50),
     "model_interval": _within(int, 0, 10**9, 0),
     "video_interval": _within(int, 0, 10**9, 0),

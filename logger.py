@@ -68,10 +68,9 @@ class Logger:
 
     def video(self, steps: int, model: nn.Module, config: dict, task: Task) -> None:
         """Log one episode with its attention as a video."""
-        from watch import episode_video
+        from watch import episode_summary
 
-        frames, fps = episode_video(model, config, task)
-        self.writer.add_video("episode", frames, steps, fps=fps)
+        self.writer.file_writer.add_summary(episode_summary(model, config, task, "episode"), steps)
 
     def close(self) -> None:
         """Finish the files and the bar."""

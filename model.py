@@ -110,6 +110,26 @@ class VisualDecoder(nn.Module):
         return self.deconv1(x, output_size=self.sizes[0])
 
 
+class Recall(nn.Module):
+    """Says which frames the running episode has shown so far, from the transformer's output.
+
+    As an auxiliary task it teaches attention to keep what was seen, and gives the encoder a reason to tell frames apart
+    whose difference matters only later: memory is detached, so no gradient of the policy reaches their encoding.
+
+    Args:
+        embed_dim: D.
+    """
+
+    def __init__(self, embed_dim: int) -> None:
+        super().__init__()
+        self.query = Linear(embed_dim, embed_dim)
+        self.prior = Linear(embed_dim, 1)
+
+    def forward(self, output: Tensor, frames: Tensor) -> Tensor:
+        """Return logits (N, M) for transformer outputs (N, D) and embedded frames (M, D)."""
+        return F.linear(self.query(output), frames) / math.sqrt(frames.shape[1]) + self.prior(frames).T
+
+
 class VectorEncoder(nn.Module):
     """One linear layer for float vectors.
 
@@ -155,16 +175,11 @@ class ActorCriticModel(nn.Module):
         self.value = orthogonal(Linear(hidden, 1), 1)
         reconstructs = self.visual and config["reconstruction_coefficient"] > 0
         self.decoder = VisualDecoder(self.encoder, observation_shape, embed_dim) if reconstructs else None
+        self.recall = Recall(embed_dim) if self.visual and config["recall_coefficient"] > 0 else None
 
-    def embed(self, observations: Tensor, which: Tensor | None = None) -> Tensor:
-        """Return h⁰ (P, D), what the first block reads.
-
-        Args:
-            observations: (M, *observation_shape), distinct where they are frames.
-            which: (P,) which of them each place saw; None where M = P and each saw its own.
-        """
-        embedded = F.relu(self.embedding(self.encoder(observations)))
-        return embedded if which is None else F.embedding(which, embedded)
+    def embed(self, observations: Tensor) -> Tensor:
+        """Return h⁰ (M, D), what the first block reads, for observations (M, *observation_shape)."""
+        return F.relu(self.embedding(self.encoder(observations)))
 
     def forward(self, embedded: Tensor, memory: MemoryView) -> Prediction:
         """Predict from embedded observations (P, D), in the order of `memory`'s places; drop what only fills places."""

@@ -27,7 +27,7 @@ EPISODES_KEPT = 100
 
 
 # What a minibatch reports, in this order, followed by the total loss and the gradient norms.
-LOSS_PARTS = ("policy", "value", "entropy", "kl", "clip_fraction", "reconstruction")
+LOSS_PARTS = ("policy", "value", "entropy", "kl", "clip_fraction", "reconstruction", "recall")
 
 
 class Interrupted(Exception):
@@ -40,7 +40,7 @@ class NonFinite(Exception):
 
 @dataclass
 class Options:
-    """How a run is carried out; nothing in here changes what is learned, but for rounding.
+    """How a run is carried out; nothing in here changes what is learned but for rounding and the draw of actions.
 
     Attributes:
         device: where the model and the buffer live.
@@ -214,6 +214,8 @@ class PPOTrainer:
             with torch.no_grad():
                 next_values = buffer.bootstrap(self.model, last_index, self.step)
         buffer.compute_advantages(next_values)
+        if self.model.recall is not None:
+            buffer.note_seen()
 
     def _act(self, group: range, t: int) -> None:
         """Let the policy act in the environments of a group, and let them step."""
@@ -278,16 +280,23 @@ class PPOTrainer:
         with self._precision():
             memory = buffer.memory(samples)
             observations, which = buffer.observe(samples[memory.source])
-            prediction = self.forward(self.model.embed(observations, which), memory)
+            distinct = self.model.embed(observations)
+            prediction = self.forward(distinct if which is None else F.embedding(which, distinct), memory)
             rollout = (buffer.actions, buffer.log_probs, buffer.values, buffer.advantages)
             rollout = [tensor.flatten(0, 1)[index] for tensor in rollout]
             loss, parts = ppo_loss(prediction, *rollout, self.config, clip_range, beta)
-            parts["reconstruction"] = torch.zeros_like(loss)
+            parts["reconstruction"] = parts["recall"] = torch.zeros_like(loss)
             if self.model.decoder is not None:
                 frames = observations[which[memory.slot]].float() / 255
                 reconstruction = F.binary_cross_entropy_with_logits(self.model.decoder(prediction.output), frames)
                 parts["reconstruction"] = reconstruction.detach()
                 loss = loss + self.config["reconstruction_coefficient"] * reconstruction
+            if self.model.recall is not None:
+                targets, known = buffer.recall_targets(samples)
+                logits = self.model.recall(prediction.output, distinct)
+                recall = F.binary_cross_entropy_with_logits(logits, targets, known.expand_as(targets))
+                parts["recall"] = recall.detach()
+                loss = loss + self.config["recall_coefficient"] * recall
         self.optimizer.zero_grad()
         loss.backward()
         norms = self._clip_gradients()
@@ -402,6 +411,8 @@ class PPOTrainer:
         for index in fresh:
             self.step[index] = 0
             self.seen[index].clear()
+        for seen, episode in zip(self.seen, self.workers.episodes, strict=True):
+            seen.add(episode.digest)
         if fresh:
             print(f"environments {fresh} are not deterministic and began fresh episodes", file=sys.stderr)
 
@@ -474,5 +485,6 @@ def check_task(config: dict, task: Task) -> None:
             f"transformer.positional_encoding: {encoding!r} needs a longest episode, which this task does not have; "
             "allowed are '' and 'relative'"
         )
-    if config["reconstruction_coefficient"] > 0 and not task.visual:
-        raise UserError("reconstruction_coefficient: needs frames, this task shows vectors; allowed is 0")
+    for name in ("reconstruction_coefficient", "recall_coefficient"):
+        if config[name] > 0 and not task.visual:
+            raise UserError(f"{name}: {config[name]} needs frames, this task shows vectors; allowed is 0")

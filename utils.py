@@ -2,6 +2,7 @@
 
 import math
 import os
+import traceback
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,6 +70,9 @@ def create_env(environment: dict, render_mode: str | None = None):
             return GymnasiumEnv(environment, render_mode)
     except ValueError as error:
         raise UserError(f"environment: {error}") from error
+    except ModuleNotFoundError as error:
+        how = "pip install --no-deps memory-gym==1.0.2" if error.name == "memory_gym" else f"pip install {error.name}"
+        raise UserError(f"environment.type: {kind!r} needs a package that is not installed: {how}") from error
     raise UserError(f"environment.type: {kind!r} should be one of {', '.join(ENVIRONMENT_TYPES)}")
 
 
@@ -99,8 +103,8 @@ def inspect_environment(environment: dict) -> Task:
         UserError: if it cannot be created or breaks the contract, naming how.
     """
     env = create_env(environment)
+    name = type(env).__name__
     try:
-        name = type(env).__name__
         space, actions = env.observation_space, env.action_space
         limit = getattr(env, "max_episode_steps", "missing")
         if limit is not None and (type(limit) is not int or limit < 1):
@@ -115,6 +119,12 @@ def inspect_environment(environment: dict) -> Task:
         check_observation(env, env.reset(seed=0)[0], task)
         checked_step(env, np.zeros(len(branches), dtype=np.int64), task)
         return task
+    except UserError:
+        raise
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{name}: fails at its first step ({where.filename}:{where.lineno}): {what}") from error
     finally:
         env.close()
 
