@@ -1,0 +1,156 @@
+"""Watch a trained agent play unseen episodes, together with what it attends to.
+
+Usage:
+    enjoy.py --model=<file> [options]
+    enjoy.py -h | --help
+
+Without --video it opens a window, or prints the results where there is none.
+
+Options:
+    --model=<file>    A file of models/.
+    --episodes=<n>    How many [default: 1].
+    --seed=<n>        Skip that many of the unseen seeds [default: 0].
+    --deterministic   Take the most probable actions instead of drawing them.
+    --video=<file>    Write all episodes to this .mp4 or .gif.
+    --window          Open a window, beside --video too; Esc ends, space pauses.
+    --fps=<n>         Steps per second of window and video [default: 6].
+    --device=<name>   cpu, cuda or cuda:N; by default cuda where there is one.
+    --cpu             The same as --device=cpu.
+    -h --help         Show this.
+
+Example:
+    python enjoy.py --model=models/poc_memory_env.nn --video=episode.mp4
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from cli import arguments_of, choose_device, command_line, use_cores, whole_number
+from utils import UserError
+
+WIDTH = 720
+
+
+def main() -> None:
+    """Parse the command line and play."""
+    arguments = arguments_of(__doc__)
+    episodes = whole_number(arguments, "--episodes", 1)
+    seed, fps = whole_number(arguments, "--seed", 0, 2**30), whole_number(arguments, "--fps", 1, 120)
+    if arguments["--window"] and not has_display():
+        raise UserError("--window: there is no display; write a video instead: --video=episode.mp4")
+    from play import first_unseen_seed, load_for_play, output_file
+    from watch import Player, write_video
+
+    video = output_file(arguments, "--video", (".mp4", ".gif"))
+    device = choose_device(arguments)
+    use_cores(device)
+    model, config, task, _ = load_for_play(Path(arguments["--model"]), device)
+    first = first_unseen_seed(config["environment"]) + seed
+    window = open_window(arguments["--window"], wanted=video is None)
+    player = Player(model, config, task, arguments["--deterministic"], render=bool(window or video))
+    results: list[dict[str, float]] = []
+    pictures = play(player, range(first, first + episodes), fps, window, results)
+    try:
+        if video is None:
+            for _ in pictures:
+                pass
+        else:
+            write_video(video, pictures, fps)
+            print(f"the video is {video}", file=sys.stderr)
+    finally:
+        player.close()
+    if len(results) > 1:
+        print(f"mean of {len(results)} episodes: {', '.join(describe_means(results))}")
+    if window is None and video is None:
+        print("There is no display here; to watch: --video=episode.mp4", file=sys.stderr)
+
+
+def play(player, seeds: range, fps: int, window, results: list[dict[str, float]]) -> Iterator:
+    """Play episodes, print and collect their results, and yield the pictures where there are any.
+
+    Args:
+        player: a `watch.Player`.
+        seeds: of the episodes.
+        fps: pictures per second.
+        window: a `Window` to show them in, or None.
+        results: takes what the environment reports of each episode.
+    """
+    from watch import describe, draw_episode
+
+    for number, seed in enumerate(seeds, start=1):
+        moments = draw_episode(player, seed, WIDTH, fps) if player.render else ((None, m) for m in player.play(seed))
+        reported = False
+        for picture, moment in moments:
+            if moment.result is not None and not reported:
+                reported = True
+                results.append(moment.result)
+                print(f"episode {number}, seed {seed}: {', '.join(describe(moment.result))}", flush=True)
+            if picture is not None:
+                yield picture
+            if window is not None and not window.show(picture, fps):
+                return
+
+
+def describe_means(results: list[dict[str, float]]) -> list[str]:
+    """Return the mean of each number that all episodes report, in words."""
+    names = [name for name in ("reward", "length", "success", *results[0]) if all(name in r for r in results)]
+    means = {name: sum(result[name] for result in results) / len(results) for name in names}
+    return [f"{name.replace('_', ' ')} {mean:.2f}" for name, mean in means.items()]
+
+
+def has_display() -> bool:
+    """Return whether there is a screen to open a window on."""
+    return sys.platform != "linux" or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+
+
+def open_window(required: bool, wanted: bool) -> "Window | None":
+    """Return a window; None where it is not wanted, or where none can be opened and it is not required."""
+    if not required and not (wanted and has_display()):
+        return None
+    import pygame
+
+    try:
+        return Window()
+    except pygame.error as error:
+        if required:
+            raise UserError(f"--window: cannot be opened: {error}") from error
+        return None
+
+
+class Window:
+    """A window of the size of what it shows first. The environments draw off screen and do not touch it."""
+
+    def __init__(self) -> None:
+        import pygame
+
+        self.pygame = pygame
+        pygame.display.init()
+        pygame.display.set_caption("Esc closes, space pauses")
+        self.surface = pygame.display.set_mode((WIDTH, WIDTH))
+        if "SDL_VIDEODRIVER" not in os.environ and pygame.display.get_driver() in ("dummy", "offscreen"):
+            raise pygame.error("there is no screen behind DISPLAY or WAYLAND_DISPLAY")
+        self.clock, self.paused = pygame.time.Clock(), False
+
+    def show(self, picture, fps: int) -> bool:
+        """Show a PIL picture for 1/fps seconds, or while paused; return False once somebody closed the window."""
+        pygame = self.pygame
+        if self.surface.get_size() != picture.size:
+            self.surface = pygame.display.set_mode(picture.size)
+        self.surface.blit(pygame.image.frombytes(picture.tobytes(), picture.size, "RGB"), (0, 0))
+        while True:
+            pygame.display.flip()
+            self.clock.tick(fps)
+            for event in pygame.event.get():
+                pressed = event.key if event.type == pygame.KEYDOWN else None
+                if event.type == pygame.QUIT or pressed == pygame.K_ESCAPE:
+                    pygame.display.quit()
+                    return False
+                self.paused ^= pressed == pygame.K_SPACE
+            if not self.paused:
+                return True
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -1,0 +1,146 @@
+"""Evaluate models on episodes that training has not seen.
+
+Usage:
+    evaluate.py <models>... [options]
+    evaluate.py -h | --help
+
+Models are files or folders of them. Those whose configs agree are runs of one
+group; those of one run with different steps form its learning curve.
+
+Options:
+    --seeds=<n>         Environment seeds that each model plays [default: 50].
+    --repetitions=<n>   How often it plays each of them [default: 5].
+    --seed=<n>          Skip n unseen seeds; seeds actions [default: 0].
+    --deterministic     Take the most probable actions instead of drawing them.
+    --metric=<name>     What is plotted: reward, success, … [default: reward].
+    --plot=<file>       Learning curves as .png, .pdf or .svg.
+    --output=<file>     Write <file>.json with everything and <file>.csv.
+    --processes=<n>     Step the environments, by default on half of the cores.
+    --device=<name>     cpu, cuda or cuda:N; by default cuda where there is one.
+    --cpu               The same as --device=cpu.
+    -h --help           Show this.
+Example: python evaluate.py models/*.nn --output=results --plot=curves.pdf
+"""
+
+import sys
+import time
+from pathlib import Path
+
+from cli import arguments_of, choose_device, command_line, cores, whole_number
+from utils import UserError
+
+
+def main() -> None:
+    """Parse the command line, play, and report."""
+    arguments = arguments_of(__doc__)
+    numbers = [whole_number(arguments, name, 1, 10**6) for name in ("--seeds", "--repetitions")]
+    seed = whole_number(arguments, "--seed", 0, 2**30)
+    processes = whole_number(arguments, "--processes", 1, 4096) or cores() - max(1, cores() // 2) or 1
+    from play import output_file
+
+    figure = output_file(arguments, "--plot", (".png", ".pdf", ".svg"))
+    output = output_file(arguments, "--output", ("",))
+    device = choose_device(arguments)
+    import torch
+
+    import results
+
+    # The environments need the other cores. Must not depend on --processes: it decides how sums are rounded.
+    torch.set_num_threads(max(1, cores() // 2))
+    evaluated, protocol = evaluate(arguments, *numbers, seed, processes, device)
+    groups = results.group_runs(evaluated)
+    print("\n".join(results.table(groups)), flush=True)
+    write_results(groups, protocol, output, figure, arguments["--metric"])
+
+
+def evaluate(arguments: dict, seeds: int, repetitions: int, seed: int, processes: int, device) -> tuple[list, dict]:
+    """Play all models on the same seeds; return what they did and how they were evaluated."""
+    from checkpoint import provenance
+    from play import first_unseen_seed, load_for_play, play_episodes
+    from results import Evaluated, find_models
+    from watch import task_name
+
+    models = [(path, *load_for_play(path, device)) for path in find_models(arguments["<models>"])]
+    first = seed + max(first_unseen_seed(config["environment"]) for _, _, config, _, _ in models)
+    table = list(range(first, first + seeds))
+    evaluated = []
+    for number, (path, model, config, task, run) in enumerate(models, start=1):
+        with Progress(f"{number}/{len(models)} {path.name}", seeds * repetitions) as progress:
+            episodes = play_episodes(
+                model, config, task, table, repetitions, action_seed=seed, deterministic=arguments["--deterministic"],
+                processes=processes, progress=progress.count,
+            )  # fmt: skip
+        evaluated.append(Evaluated(str(path), task_name(config["environment"]), config, run, episodes))
+    return evaluated, {
+        "command": ["python", *sys.argv],
+        "seeds": table,
+        "repetitions": repetitions,
+        "seed": seed,
+        "deterministic": arguments["--deterministic"],
+        "versions": provenance(device),
+    }
+
+
+class Progress:
+    """A bar over the episodes of one model, or one line at its end where there is no terminal.
+
+    Args:
+        name: what is under way.
+        total: number of episodes.
+    """
+
+    def __init__(self, name: str, total: int) -> None:
+        self.name, self.total, self.bar = name, total, None
+
+    def __enter__(self) -> "Progress":
+        self.started = time.perf_counter()
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=self.total, desc=self.name[-30:], unit="episode", dynamic_ncols=True)
+        return self
+
+    def count(self, episodes: int) -> None:
+        """Add episodes that have ended."""
+        if self.bar is not None:
+            self.bar.update(episodes)
+
+    def __exit__(self, *failure: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        elif failure == (None, None, None):
+            seconds = time.perf_counter() - self.started
+            print(f"{self.name}: {self.total:,} episodes in {seconds:.1f} s", file=sys.stderr, flush=True)
+
+
+def write_results(groups: list, protocol: dict, output: Path | None, figure: Path | None, metric: str) -> None:
+    """Write the files that were asked for and name them.
+
+    Args:
+        groups: of `results.group_runs`.
+        protocol: how they were evaluated.
+        output: .json and .csv, without suffix, or None.
+        figure: or None.
+        metric: what the figure shows; UserError where no group reports it.
+    """
+    from checkpoint import write_file
+    from results import plot, to_csv, to_json
+
+    files = {}
+    if output is not None:
+        files[output.with_name(output.name + ".json")] = to_json(groups, protocol)
+        files[output.with_name(output.name + ".csv")] = to_csv(groups)
+    for path, data in files.items():
+        write_file(path, data)
+    if figure is not None:
+        known = list(dict.fromkeys(name for group in groups for point in group.points for name in point.statistics))
+        if metric not in known:
+            raise UserError(f"--metric: {metric!r} is not reported; allowed here are {', '.join(known)}")
+        write_file(figure, plot(groups, metric, figure.suffix))
+        files[figure] = None
+    if files:
+        print(f"wrote {', '.join(map(str, files))}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -1,0 +1,195 @@
+"""What watching and evaluating share: a model that acts with its memory, unseen episodes, and many of them at once."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from buffer import Timeline, make_store, policy_step
+from checkpoint import load_model
+from model import ActorCriticModel, Prediction
+from utils import Task, UserError, inspect_environment, seed_range
+from worker import EnvironmentFailure, SharedArrays, Workers
+
+# How many environments are played at once: enough for matrix products of a good size, and few enough that most of them
+# are still busy with their last episode when the longest ends.
+ENVIRONMENTS = 50
+# How many observations are kept before all are forgotten; the features of frames that come again are reused till then.
+OBSERVATIONS_KEPT = 2048
+# The fewest steps between two moves of the memory to the front of the timeline.
+SHORTEST_ROLLOUT = 64
+
+
+class Agent:
+    """A model that acts in n environments and remembers what happens there, however long the episodes are.
+
+    The memory, and all that the model is told, is that of training: `policy_step` on a `Timeline`.
+
+    Args:
+        model: the actor-critic.
+        config: its config.
+        task: what the environments are like.
+        count: n.
+        deterministic: whether it takes the most probable actions instead of drawing them.
+    """
+
+    def __init__(self, model: ActorCriticModel, config: dict, task: Task, count: int, deterministic: bool) -> None:
+        device = next(model.parameters()).device
+        transformer = config["transformer"]
+        self.model, self.deterministic = model, deterministic
+        self.rollout = max(transformer["memory_length"], SHORTEST_ROLLOUT)
+        self.timeline = Timeline(model, transformer, count, self.rollout, device)
+        self.capacity = max(OBSERVATIONS_KEPT, count)
+        self.store = make_store(task, transformer["embed_dim"], self.capacity, device)
+        self.generator = torch.Generator(device)
+        self.step = np.zeros(count, dtype=np.int64)  # episode step of each environment
+        self.t = -1
+
+    def advance(self) -> None:
+        """Go one column on; all environments act once between two calls."""
+        self.t += 1
+        if self.t == self.rollout:
+            self.timeline.roll(self.rollout)
+            self.t = 0
+
+    def act(self, arrays: SharedArrays, rows: slice) -> tuple[Prediction, np.ndarray]:
+        """Look at what n neighbouring environments show; return the prediction and the actions (n, branches)."""
+        if len(self.store) + rows.stop - rows.start > self.capacity:
+            self.store.clear()
+        prediction, _ = policy_step(self.model, self.timeline, self.store, arrays, rows, self.t, self.step[rows])
+        actions = prediction.mode() if self.deterministic else prediction.sample(self.generator)
+        return prediction, actions.cpu().numpy()
+
+    def count_step(self, rows: slice, ended: np.ndarray) -> None:
+        """Count a step of n neighbouring environments; where an episode ended (n,), the next one begins."""
+        self.step[rows] = np.where(ended, 0, self.step[rows] + 1)
+
+
+def first_unseen_seed(environment: dict) -> int:
+    """Return the first episode seed that training cannot have drawn."""
+    start, count = seed_range(environment)
+    return start + count
+
+
+def load_for_play(path: Path, device: torch.device) -> tuple[ActorCriticModel, dict, Task, dict]:
+    """Read a model as `load_model` does and check that its environment is still what it was trained on.
+
+    Raises:
+        UserError: if the file is not a model, or the environment cannot be created or has changed.
+    """
+    model, config, task, run = load_model(path, device)
+    found = inspect_environment(config["environment"])
+    if found != task:
+        kind = config["environment"]["type"]
+        raise UserError(f"{path}: was trained where {kind} was {task}; what is installed here is {found}")
+    return model.eval(), config, task, run
+
+
+def play_episodes(
+    model: ActorCriticModel,
+    config: dict,
+    task: Task,
+    seeds: list[int],
+    repetitions: int = 1,
+    *,
+    action_seed: int = 0,
+    deterministic: bool = False,
+    processes: int = 1,
+    progress: Callable[[int], None] = lambda count: None,
+) -> list[dict[str, float]]:
+    """Play an episode per seed and repetition, many at once.
+
+    Every environment has a fixed list of episodes, so that processes and their speed do not matter. Whoever is done
+    plays on until the others are done too; that is not counted.
+
+    Args:
+        model: on the device where it is to compute.
+        config: its config.
+        task: what its environment is like.
+        seeds: reset seeds of the episodes.
+        repetitions: how often each seed is played.
+        action_seed: all actions are drawn from it.
+        deterministic: whether the most probable actions are taken instead.
+        processes: number of processes that step the environments.
+        progress: called with the number of episodes that have just ended.
+
+    Returns:
+        Per episode its `seed`, its `repetition` (from 0) and what the environment reports of it (reward, length, …),
+        ordered by seed and repetition as given.
+
+    Raises:
+        UserError, EnvironmentFailure: if an environment breaks its contract or fails.
+    """
+    planned = [(seed, repetition) for repetition in range(repetitions) for seed in seeds]
+    count = min(ENVIRONMENTS, len(planned))
+    plan = [planned[index::count] for index in range(count)]
+    agent = Agent(model, config, task, count, deterministic)
+    agent.generator.manual_seed(action_seed)
+    episode_seed = partial(planned_seed, [[seed for seed, _ in episodes] for episodes in plan])
+    workers = Workers(config["environment"], task, count, episode_seed, processes, groups=2 if count > 1 else 1)
+    try:
+        found = _play(agent, workers, [len(episodes) for episodes in plan], progress)
+    finally:
+        workers.close()
+    if len(found) < len(planned):
+        raise EnvironmentFailure("a process died, and its episodes cannot be repeated: the task is not deterministic")
+    reported = {plan[index][number]: info for (index, number), info in found.items()}
+    order = [(s, r) for s in seeds for r in range(repetitions)]
+    return [{"seed": s, "repetition": r} | reported[s, r] for s, r in order]
+
+
+def planned_seed(seeds: list[list[int]], index: int, episode: int) -> int:
+    """Return the reset seed of an environment's episode; behind the last one that counts, the list begins anew."""
+    return seeds[index][episode % len(seeds[index])]
+
+
+def _play(
+    agent: Agent, workers: Workers, wanted: list[int], progress: Callable[[int], None]
+) -> dict[tuple[int, int], dict[str, float]]:
+    """Play until every environment has ended as many episodes as wanted; return infos by (environment, episode).
+
+    The environments of one group step while the model looks at the other group.
+    """
+    arrays, found = workers.arrays, {}
+    workers.start()
+    stepping = set()
+    while any(episode.number < number for episode, number in zip(workers.episodes, wanted, strict=True)):
+        agent.advance()
+        for group in workers.groups:
+            rows = slice(group.start, group.stop)
+            if group in stepping:
+                for index, info in workers.receive(group):
+                    number = workers.episodes[index].number - 1
+                    if number < wanted[index]:
+                        found[index, number] = info
+                        progress(1)
+                agent.count_step(rows, arrays.terminated[rows] | arrays.truncated[rows])
+            workers.send(group, agent.act(arrays, rows)[1])
+            stepping.add(group)
+    return found
+
+
+def output_file(arguments: dict, name: str, suffixes: tuple[str, ...]) -> Path | None:
+    """Return the file that an option names, None where it was not given; UserError where it could not be written.
+
+    Args:
+        arguments: of the command line.
+        name: of the option.
+        suffixes: allowed endings of the file; "" where the option takes none.
+    """
+    if arguments[name] is None:
+        return None
+    path = Path(arguments[name])
+    if path.suffix.lower() not in suffixes and suffixes != ("",):
+        raise UserError(f"{name}: {str(path)!r} should end in {' or '.join(suffixes)}")
+    if not path.name or path.is_dir():
+        raise UserError(f"{name}: {str(path)!r} should be a file, not a folder")
+    probe = path.parent / f".{path.name}.probe"
+    try:
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{name}: {str(path.parent)!r} cannot be written to: {error.strerror}") from error
+    return path

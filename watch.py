@@ -1,0 +1,371 @@
+"""Watching an agent: one episode at a time, drawn with what the agent attends to, as a video or for TensorBoard."""
+
+import io
+import math
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch.utils.tensorboard.summary import Summary
+
+from model import ActorCriticModel, Prediction
+from play import Agent, first_unseen_seed
+from utils import Task, checked_step, create_env
+from worker import SharedArrays
+
+# TensorBoard's episode: how many steps at most, how wide, how fast.
+SUMMARY_STEPS, SUMMARY_WIDTH, SUMMARY_FPS = 200, 480, 6
+# How long a video shows how an episode ended, in seconds.
+HOLD_SECONDS = 1.5
+# All sizes are those of a picture of this width, and scaled for others.
+BASE_WIDTH = 720
+THUMBNAILS = 5
+SMALLEST_TEXT = 11
+# The fewest past steps that fill a strip.
+SHORTEST_STRIP = 16
+WHITE, INK, FAINT, EMPTY, MARK = (255, 255, 255), (30, 30, 40), (110, 110, 125), (232, 232, 238), (213, 94, 0)
+VIRIDIS = np.array([matplotlib.colormaps["viridis"](level)[:3] for level in range(256)]) * 255
+
+
+@dataclass
+class Moment:
+    """What there is to see at one step of an episode.
+
+    Attributes:
+        step: number of the step in its episode; at the end, how many steps the episode had.
+        frame: (H, W, 3) uint8 global view, None where nothing is rendered.
+        view: (h, w, 3) uint8 of what the agent sees, None where it sees numbers or nothing is rendered.
+        action: (branches,) the agent's action, None at the end.
+        value: the return that the agent expects from here on.
+        reward: sum of the rewards up to here.
+        attention: (blocks, n) mean over the heads of the weights of the last n steps, oldest first; each row sums to 1.
+        result: what the environment reports of the finished episode; None in front of its end.
+    """
+
+    step: int
+    frame: np.ndarray | None
+    view: np.ndarray | None
+    action: np.ndarray | None
+    value: float
+    reward: float
+    attention: np.ndarray
+    result: dict[str, float] | None = None
+
+
+class Player:
+    """One environment in this process, played by a model.
+
+    Args:
+        model: the actor-critic, on the device where it is to compute.
+        config: its config.
+        task: what the environment is like.
+        deterministic: whether the most probable actions are taken instead of drawn ones.
+        render: whether moments have pictures.
+    """
+
+    def __init__(
+        self, model: ActorCriticModel, config: dict, task: Task, deterministic: bool = False, render: bool = True
+    ) -> None:
+        self.model, self.config, self.task, self.deterministic, self.render = model, config, task, deterministic, render
+        self.env = create_env(config["environment"], "rgb_array" if render else None)
+        self.arrays = SharedArrays(1, task, multiprocessing.get_context("spawn"))
+
+    def close(self) -> None:
+        """Close the environment."""
+        self.env.close()
+
+    def play(self, seed: int) -> Iterator[Moment]:
+        """Play one episode; yield each of its steps before the action takes effect, and its end.
+
+        Args:
+            seed: of the environment and of the actions.
+        """
+        agent = Agent(self.model, self.config, self.task, 1, self.deterministic)
+        agent.generator.manual_seed(seed)
+        observation, _ = self.env.reset(seed=seed)
+        total, ended = 0.0, False
+        while not ended:
+            self.arrays.show(0, observation)
+            agent.advance()
+            prediction, actions = agent.act(self.arrays, slice(0, 1))
+            step = int(agent.step[0])
+            attention = past_attention(prediction, min(step, agent.timeline.length))
+            moment = Moment(step, *self._pictures(), actions[0], float(prediction.value[0]), total, attention)
+            yield moment
+            observation, reward, terminated, truncated, info = checked_step(self.env, actions[0], self.task)
+            total, ended = total + float(reward), terminated or truncated
+            agent.count_step(slice(0, 1), np.array([ended]))
+        numbers = {name: float(value) for name, value in info.items() if isinstance(value, (int, float, np.number))}
+        yield Moment(step + 1, *self._pictures(), None, moment.value, total, attention, numbers)
+
+    def _pictures(self) -> tuple[np.ndarray | None, np.ndarray | None]:
+        return (self.env.render(), self.env.agent_view()) if self.render else (None, None)
+
+
+def past_attention(prediction: Prediction, valid: int) -> np.ndarray:
+    """Return (blocks, valid): what one query's blocks attend to, mean over the heads, the previous step last.
+
+    Args:
+        prediction: of one observation; its attention is (1, heads, columns) per block.
+        valid: how many of the newest columns it may look at.
+    """
+    weights = [block[0].float().mean(dim=0).cpu().numpy() for block in prediction.attention]
+    return np.stack([block[len(block) - valid :] for block in weights])
+
+
+class Painter:
+    """Draws moments as pictures that all have the same, even size.
+
+    From top to bottom: what happens in words, the global view with the agent's own beside it, a strip per block with
+    the attention to past steps, and the past steps that get most of it.
+
+    Args:
+        title: what is played.
+        moment: the first one, for the sizes.
+        width: of the pictures.
+        memory_length: L, the most past steps of a strip.
+    """
+
+    def __init__(self, title: str, moment: Moment, width: int, memory_length: int) -> None:
+        self.title, self.memory_length = title, memory_length
+        self.width, self.scale = width - width % 2, width / BASE_WIDTH
+        self.font, self.small = (ImageFont.load_default(max(SMALLEST_TEXT, self._size(size))) for size in (18, 14))
+        self.margin, self.gap = self._size(16), self._size(12)
+        pictures = [picture for picture in (moment.frame, moment.view) if picture is not None]
+        self.sizes = self._picture_sizes(pictures)
+        self.top = self._size(64)
+        self.strips_top = self.top + max(height for _, height in self.sizes) + self._size(34)
+        self.strip_height, self.strip_left = self._size(18), self._size(84)
+        self.axis = self.strips_top + len(moment.attention) * (self.strip_height + self._size(4))
+        self.thumbnails_top = self.axis + self._size(46)
+        self.thumbnail = self._thumbnail_size(pictures[-1])
+        height = self.thumbnails_top + self.thumbnail[1] + self._size(26)
+        self.height = height + height % 2
+        self.past: deque[Image.Image] = deque(maxlen=memory_length)
+        self.last = moment
+
+    def _size(self, pixels: float) -> int:
+        return max(1, round(pixels * self.scale))
+
+    def _picture_sizes(self, pictures: list[np.ndarray]) -> list[tuple[int, int]]:
+        """Return (width, height) of the views: equally high, as large as fits, whole multiples of small pixels."""
+        aspects = [picture.shape[1] / picture.shape[0] for picture in pictures]
+        room = self.width - 2 * self.margin - (len(pictures) - 1) * self.gap
+        height = int(min(self._size(360), room / sum(aspects)))
+        smallest = min(picture.shape[0] for picture in pictures)
+        height -= height % smallest if height > smallest else 0
+        return [(round(height * aspect), height) for aspect in aspects]
+
+    def _thumbnail_size(self, picture: np.ndarray) -> tuple[int, int]:
+        room = (self.width - 2 * self.margin - (THUMBNAILS - 1) * self.gap) / THUMBNAILS
+        aspect = picture.shape[1] / picture.shape[0]
+        height = min(self._size(128), room / aspect)
+        return max(1, round(height * aspect)), max(1, round(height))
+
+    def draw(self, moment: Moment) -> Image.Image:
+        """Return the picture of a moment; moments are to come in order, an episode's first one has step 0."""
+        if moment.step == 0:
+            self.past.clear()
+        canvas = Image.new("RGB", (self.width, self.height), WHITE)
+        draw = ImageDraw.Draw(canvas)
+        self._draw_words(draw, moment)
+        self._draw_legend(canvas, draw)
+        self._draw_views(canvas, draw, moment)
+        # At the end, what the last action was taken on stays.
+        self.last = moment if moment.result is None else self.last
+        self._draw_attention(canvas, draw, self.last)
+        if moment.result is None:
+            shown = moment.frame if moment.view is None else moment.view
+            self.past.append(resized(shown, self.thumbnail))
+        return canvas
+
+    def _draw_words(self, draw: ImageDraw.ImageDraw, moment: Moment) -> None:
+        """Draw the title and, under it, the step in numbers or what the episode came to."""
+        draw.text((self.margin, self._size(10)), self.title, INK, self.font)
+        if moment.result is not None:
+            outcome = "over: " + ", ".join(describe(moment.result))
+            draw.text((self.margin, self._size(37)), outcome, MARK, self.small)
+            return
+        action = " ".join(str(branch) for branch in moment.action.tolist())
+        fields = (f"step {moment.step}", f"action {action}", f"reward {moment.reward:.2f}", f"value {moment.value:.2f}")
+        for index, text in enumerate(fields):
+            left = self.margin + index * (self.width - 2 * self.margin) // len(fields)
+            draw.text((left, self._size(37)), text, INK, self.small)
+
+    def _draw_legend(self, canvas: Image.Image, draw: ImageDraw.ImageDraw) -> None:
+        """Say what the colours of the strips mean."""
+        width, right, middle = self._size(96), self.width - self.margin, self._size(20)
+        draw.text((right, middle), "most", FAINT, self.small, anchor="rm")
+        right -= round(draw.textlength("most ", self.small)) + self._size(3)
+        colours = Image.fromarray(VIRIDIS.astype(np.uint8)[None]).resize((width, self._size(10)))
+        canvas.paste(colours, (right - width, middle - self._size(5)))
+        draw.text((right - width - self._size(7), middle), "attention: none", FAINT, self.small, anchor="rm")
+
+    def _draw_views(self, canvas: Image.Image, draw: ImageDraw.ImageDraw, moment: Moment) -> None:
+        left = (self.width - sum(width for width, _ in self.sizes) - (len(self.sizes) - 1) * self.gap) // 2
+        for picture, size, name in zip(
+            (moment.frame, moment.view), self.sizes, ("world", "agent's view"), strict=False
+        ):
+            canvas.paste(resized(picture, size), (left, self.top))
+            draw.rectangle((left - 1, self.top - 1, left + size[0], self.top + size[1]), outline=FAINT)
+            middle = (left + size[0] // 2, self.top + size[1] + self._size(3))
+            draw.text(middle, name, FAINT, self.small, anchor="ma")
+            left += size[0] + self.gap
+
+    def _draw_attention(self, canvas: Image.Image, draw: ImageDraw.ImageDraw, moment: Moment) -> None:
+        """Draw a strip per block, in which a past step keeps its place while the present moves to the right."""
+        blocks, valid = moment.attention.shape
+        span = min(2 ** math.ceil(math.log2(max(SHORTEST_STRIP, moment.step))), self.memory_length)
+        first, cell = max(0, moment.step - span), (self.width - self.margin - self.strip_left) / span
+        for block in range(blocks):
+            top = self.strips_top + block * (self.strip_height + self._size(4))
+            draw.text((self.margin, top + self.strip_height // 2), f"block {block + 1}", INK, self.small, anchor="lm")
+            draw.rectangle((self.strip_left, top, self.width - self.margin, top + self.strip_height), EMPTY)
+            if valid:
+                weights = moment.attention[block, -span:]
+                colours = VIRIDIS[(weights / weights.max() * 255).astype(int)].astype(np.uint8)
+                strip = Image.fromarray(colours[None]).resize((round(len(weights) * cell), self.strip_height + 1), 0)
+                canvas.paste(strip, (self.strip_left, top))
+        self._draw_axis(draw, first, span, cell, moment.step)
+        if valid:
+            self._draw_most_attended(canvas, draw, moment, first, cell)
+        else:
+            draw.text((self.width // 2, self.thumbnails_top + self.thumbnail[1] // 2),
+                      "the first step: nothing to remember yet", FAINT, self.small, anchor="mm")  # fmt: skip
+
+    def _draw_axis(self, draw: ImageDraw.ImageDraw, first: int, span: int, cell: float, step: int) -> None:
+        """Name past steps under the strips, and the present."""
+        every = max(1, span // 8)
+        now = self.strip_left + (step - first) * cell
+        top = self.axis + self._size(9)
+        for past in range(-(-first // every) * every, step, every):
+            left = self.strip_left + (past - first + 0.5) * cell
+            if left < now - self._size(30):
+                draw.text((left, top), str(past), FAINT, self.small, anchor="ma")
+        draw.text((min(now, self.width - self.margin), top), "now", INK, self.small, anchor="ra" if step else "la")
+        draw.text((self.margin, top), "past step", FAINT, self.small)
+
+    def _draw_most_attended(
+        self, canvas: Image.Image, draw: ImageDraw.ImageDraw, moment: Moment, first: int, cell: float
+    ) -> None:
+        """Show the past steps with the largest weights, mean over the blocks, in order of time; mark their place."""
+        weights = moment.attention.mean(axis=0)
+        oldest = moment.step - len(weights)
+        places = np.sort(np.argsort(-weights, kind="stable")[:THUMBNAILS])
+        left = self.margin
+        for place in places.tolist():
+            past, weight = oldest + place, weights[place]
+            canvas.paste(self.past[place - len(weights)], (left, self.thumbnails_top))
+            most = place == int(weights.argmax())
+            edge = (
+                left - 1,
+                self.thumbnails_top - 1,
+                left + self.thumbnail[0],
+                self.thumbnails_top + self.thumbnail[1],
+            )
+            draw.rectangle(edge, outline=MARK if most else FAINT, width=self._size(3) if most else 1)
+            under = (left + self.thumbnail[0] // 2, self.thumbnails_top + self.thumbnail[1] + self._size(4))
+            draw.text(under, f"step {past}: {weight:.0%}", INK, self.small, anchor="ma")
+            tip, size = self.strip_left + (past - first + 0.5) * cell, self._size(5)
+            draw.polygon([(tip, self.axis), (tip - size, self.axis + 1.6 * size), (tip + size, self.axis + 1.6 * size)],
+                         MARK if most else FAINT)  # fmt: skip
+            left += self.thumbnail[0] + self.gap
+
+
+def describe(result: dict[str, float]) -> list[str]:
+    """Return what an episode came to in words: reward and length, success as yes or no, then the task's own numbers."""
+    words = [f"reward {result['reward']:.2f}", f"length {result['length']:.0f}"]
+    if "success" in result:
+        words.append(f"success {'yes' if result['success'] else 'no'}")
+    others = [name for name in result if name not in ("reward", "length", "success")]
+    return words + [f"{name.replace('_', ' ')} {result[name]:.2f}" for name in others]
+
+
+def resized(picture: np.ndarray, size: tuple[int, int]) -> Image.Image:
+    """Return a picture (H, W, 3) in another size (width, height): enlarged pixels stay sharp squares."""
+    enlarged = size[1] >= picture.shape[0]
+    method = Image.Resampling.NEAREST if enlarged else Image.Resampling.BOX
+    return Image.fromarray(picture).resize(size, method)
+
+
+def draw_episode(player: Player, seed: int, width: int, fps: int) -> Iterator[tuple[Image.Image, Moment]]:
+    """Play an episode and yield picture and moment of each step; its end is repeated so that it can be read."""
+    painter = None
+    for moment in player.play(seed):
+        if painter is None:
+            title = f"{task_name(player.config['environment'])}, seed {seed}"
+            painter = Painter(title, moment, width, player.config["transformer"]["memory_length"])
+        picture = painter.draw(moment)
+        for _ in range(1 if moment.result is None else math.ceil(HOLD_SECONDS * fps)):
+            yield picture, moment
+
+
+def task_name(environment: dict) -> str:
+    """Return what a person calls the task of a config's `environment` section."""
+    return environment.get("name") or environment["type"]
+
+
+def write_video(path: Path, pictures: Iterable[Image.Image], fps: int) -> None:
+    """Write pictures of one even size to an .mp4 (H.264) or .gif, whole or not at all."""
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        if path.suffix.lower() == ".gif":
+            temporary.write_bytes(encode_gif(pictures, fps))
+        else:
+            write_mp4(temporary, pictures, fps)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_mp4(path: Path, pictures: Iterable[Image.Image], fps: int) -> None:
+    """Write pictures of one even size as H.264."""
+    import imageio.v2
+
+    settings = {"codec": "libx264", "pixelformat": "yuv420p", "macro_block_size": 2, "ffmpeg_log_level": "error"}
+    writer = imageio.v2.get_writer(path, format="FFMPEG", fps=fps, **settings)
+    try:
+        for picture in pictures:
+            writer.append_data(np.asarray(picture))
+    finally:  # the writer's own context leaves ffmpeg running where something fails
+        writer.close()
+
+
+def encode_gif(pictures: Iterable[Image.Image], fps: int) -> bytes:
+    """Return pictures as an animated GIF that repeats; equal neighbours become one that is shown for longer."""
+    few_colours = (picture.quantize(128, dither=Image.Dither.NONE) for picture in pictures)
+    stream = io.BytesIO()
+    next(few_colours).save(stream, "GIF", save_all=True, append_images=few_colours, duration=1000 / fps, loop=0)
+    return stream.getvalue()
+
+
+def episode_summary(model: ActorCriticModel, config: dict, task: Task, tag: str) -> Summary:
+    """Play an episode, the same unseen one at each call, and return it as an animated picture for TensorBoard.
+
+    Args:
+        model: on any device; nothing of it changes.
+        config: its config.
+        task: what its environment is like.
+        tag: under which TensorBoard shows it.
+    """
+    player = Player(model, config, task)
+    try:
+        seed = first_unseen_seed(config["environment"])
+        pictures = []
+        for picture, moment in draw_episode(player, seed, SUMMARY_WIDTH, SUMMARY_FPS):
+            if moment.step > SUMMARY_STEPS:
+                break
+            pictures.append(picture)
+    finally:
+        player.close()
+    width, height = pictures[0].size
+    image = Summary.Image(
+        height=height, width=width, colorspace=3, encoded_image_string=encode_gif(pictures, SUMMARY_FPS)
+    )
+    return Summary(value=[Summary.Value(tag=tag, image=image)])
