@@ -9,8 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from model import ActorCriticModel
+
+# The tests' products are so small that a second thread only waits, for very long where the cores are busy.
+torch.set_num_threads(1)
 
 TRANSFORMER = ("num_blocks", "embed_dim", "num_heads", "positional_encoding", "layer_norm", "gtrxl", "gtrxl_bias")
 RENAMES = (
@@ -39,6 +43,7 @@ def product_config(config: dict[str, Any]) -> dict[str, Any]:
         "value_loss_coefficient": config["value_loss_coefficient"],
         "normalize_advantages": True,
         "reconstruction_coefficient": config.get("reconstruction_coefficient", 0.0),
+        "recall_coefficient": 0.0,
     }
 
 
@@ -47,6 +52,12 @@ def build(config: dict[str, Any], observation_shape: tuple[int, ...]) -> ActorCr
     return ActorCriticModel(
         product_config(config), observation_shape, list(config["branches"]), config["max_episode_steps"]
     )
+
+
+def embed(model: ActorCriticModel, observations: Tensor, which: Tensor | None) -> Tensor:
+    """Embeds distinct observations and lays them out by `which` of them each sample saw, None if its own."""
+    distinct = model.embed(observations)
+    return distinct if which is None else functional.embedding(which, distinct)
 
 
 def places(model: ActorCriticModel) -> dict[str, tuple[nn.Parameter, slice]]:

@@ -431,7 +431,7 @@ class CheckedTrainer(PPOTrainer):
         self.settings |= {name: self.config[f"{name}_schedule"]["initial"] for name in ("clip_range", "beta")}
         self.history = History(self.settings, self.config["n_workers"])
         self.before = np.zeros(self.config["n_workers"], dtype=np.int64)  # episode steps at the start of the rollout
-        self.seen = {
+        self.covered = {
             "terminated": 0,
             "truncated": 0,
             "first steps": 0,
@@ -478,11 +478,11 @@ class CheckedTrainer(PPOTrainer):
         assert (self.step == expected).all()
         self.before = expected
         assert set(buffer.final_index) == set(zip(*map(np.ndarray.tolist, np.nonzero(buffer.truncated)), strict=True))
-        self.seen["terminated"] += buffer.terminated.sum()
-        self.seen["truncated"] += buffer.truncated.sum()
-        self.seen["cut by both"] += buffer.truncated[:, -1].sum()  # the time limit, and the end of the rollout
-        self.seen["first steps"] += (buffer.step == 0).sum()
-        self.seen["windows across a boundary"] += (buffer.step > np.arange(buffer.worker_steps)).sum()
+        self.covered["terminated"] += buffer.terminated.sum()
+        self.covered["truncated"] += buffer.truncated.sum()
+        self.covered["cut by both"] += buffer.truncated[:, -1].sum()  # the time limit, and the end of the rollout
+        self.covered["first steps"] += (buffer.step == 0).sum()
+        self.covered["windows across a boundary"] += (buffer.step > np.arange(buffer.worker_steps)).sum()
 
     def check_environments(self) -> None:
         """Observations, rewards and ends are those of the environments, stepped here with the stored actions."""
@@ -515,7 +515,7 @@ class CheckedTrainer(PPOTrainer):
         for samples in (np.arange(self.samples), order, *np.array_split(order, 7), order[:1]):
             memory = buffer.memory(samples)
             observations, which = buffer.observe(samples[memory.source])
-            prediction = self.model(self.model.embed(observations, which), memory)
+            prediction = self.model(canonical.embed(self.model, observations, which), memory)
             worker, t = np.divmod(samples, buffer.worker_steps)
             assert_close(prediction.log_prob(buffer.actions[worker, t]), buffer.log_probs[worker, t])
             assert_close(prediction.value, buffer.values[worker, t])
@@ -579,7 +579,7 @@ def test_training_run(name, tmp_path):
             trainer.train_update()
     finally:
         trainer.workers.close()
-    missing = {what for what, count in trainer.seen.items() if not count}
+    missing = {what for what, count in trainer.covered.items() if not count}
     assert missing <= ({"truncated", "cut by both"} if name == "PocMemoryEnv" else set())
 
 
@@ -731,7 +731,7 @@ def test_training_on_repeated_frames():
     frames = generator.integers(0, 256, (4, 40, 52, 3), dtype=np.uint8)
     store, shown = FrameStore((3, 40, 52), 12, CPU), generator.integers(0, 4, 25)
     index = store.add(frames[shown], digests(frames[shown]))
-    embedded = model.embed(*store.gather(index))
+    embedded = canonical.embed(model, *store.gather(index))
     parameters = canonical.parameters(model)
     expected = textbook.encode(parameters, config, torch.from_numpy(frames[shown]).permute(0, 3, 1, 2))
     assert canonical.excess(embedded, expected, relative=1e-5, floor=TOLERANCE) <= 1

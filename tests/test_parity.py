@@ -49,7 +49,7 @@ class Minibatch:
         observations = self.data["in/frames" if config["visual"] else "in/obs"]
         self.model = canonical.build(config, tuple(observations.shape[1:]))
         canonical.load(self.model, {name: self.data[f"param/{name}"] for name in self.names})
-        embedded = self.model.embed(observations, self.data.get("in/frame_index"))
+        embedded = canonical.embed(self.model, observations, self.data.get("in/frame_index"))
         self.prediction = self.model(embedded, self.memory())
         batch = [self.data[f"in/{name}"] for name in ("actions", "log_probs", "values", "advantages")]
         settings = canonical.product_config(config)
