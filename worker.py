@@ -89,13 +89,13 @@ class Episode:
         number: how many episodes the environment finished before.
         actions: (branches,) int64 of each step, as bytes.
         digest: of the current observation, empty before the first one.
-        stepping: whether one more step was asked for and not answered.
+        midway: whether it is brought back in the middle of a rollout, which has to be told if that fails.
     """
 
     number: int = 0
     actions: list[bytes] = field(default_factory=list)
     digest: bytes = b""
-    stepping: bool = False
+    midway: bool = False
 
 
 class EnvironmentRunner:
@@ -147,7 +147,7 @@ class EnvironmentRunner:
             not episode.digest or self.arrays.digests[index].tobytes() == episode.digest
         ):
             return True
-        if episode.stepping:
+        if episode.midway:
             self.cut.add(index)
             self.arrays.final_observations[index] = last_observation
             self.arrays.final_digests[index] = np.frombuffer(episode.digest, np.uint8)
@@ -267,7 +267,7 @@ class Workers:
         if episodes is not None:
             self.episodes = episodes
         for process in self.processes:
-            self._launch(process)
+            self._launch(process, midway=False)
         fresh = []
         for process in self.processes:
             try:
@@ -318,21 +318,20 @@ class Workers:
                 process.handle.join()
                 process.handle = None
 
-    def _launch(self, process: Process) -> None:
+    def _launch(self, process: Process, midway: bool) -> None:
         """Start a process and let it replay; its answer is to be awaited."""
         process.connection, theirs = self.context.Pipe()
         arguments = (theirs, partial(self.make_runner, process.indices))
         process.handle = self.context.Process(target=serve, args=arguments, daemon=True)
         process.handle.start()
         theirs.close()
-        self._tell(process, ("replay", {index: self._finished(index, process) for index in process.indices}))
+        self._tell(process, ("replay", {index: self._finished(index, process, midway) for index in process.indices}))
 
-    def _finished(self, index: int, process: Process) -> Episode:
+    def _finished(self, index: int, process: Process, midway: bool) -> Episode:
         """Return the running episode without the step that is still pending."""
         episode = self.episodes[index]
-        if any(index in group for group in process.pending):
-            return Episode(episode.number, episode.actions[:-1], episode.digest, stepping=True)
-        return episode
+        pending = any(index in group for group in process.pending)
+        return Episode(episode.number, episode.actions[: len(episode.actions) - pending], episode.digest, midway)
 
     def _tell(self, process: Process, message: tuple) -> None:
         """Send a message; that the process is dead is noticed when its answer is awaited."""
@@ -368,7 +367,7 @@ class Workers:
                 raise EnvironmentFailure(f"{death} {self.restarts} times at the same step")
             print(f"\n{death}; replaying its episodes", file=sys.stderr)
             process.connection.close()
-            self._launch(process)
+            self._launch(process, midway=bool(process.pending))
             try:
                 fresh = self._read(process)
                 break
