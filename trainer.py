@@ -22,6 +22,8 @@ from model import ActorCriticModel, Prediction
 from utils import Task, UserError, inspect_environment, polynomial_decay, training_seed
 from worker import EnvironmentFailure, Episode, Workers
 
+# Multiply-adds of one forward pass from which on a second thread pays.
+PARALLEL_WORTH = 150e6
 # Episode statistics are means over this many of the latest episodes.
 EPISODES_KEPT = 100
 
@@ -127,6 +129,7 @@ class PPOTrainer:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
         self.buffer = Buffer(config, self.model, self.task, self.device)
         self.generator = torch.Generator(self.device)
+        self.threads = torch.get_num_threads()
         n_workers = config["n_workers"]
         overlap = self.device.type == "cuda" if options.overlap is None else options.overlap
         self.workers = Workers(
@@ -199,6 +202,7 @@ class PPOTrainer:
         The environments of one group step while the policy looks at the other group.
         """
         buffer, groups = self.buffer, self.workers.groups
+        self._use_threads(len(groups[0]))
         buffer.begin()
         self.generator.manual_seed(derived_seed(self.seed, self.update))
         with self._precision():
@@ -266,6 +270,7 @@ class PPOTrainer:
         learning_rate, clip_range, beta = (polynomial_decay(schedule, self.update) for schedule in schedules)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+        self._use_threads(self.buffer.minibatch_size)
         statistics = []
         for epoch in range(self.config["epochs"]):
             for samples in self.buffer.minibatches(np.random.default_rng((self.seed, self.update, epoch))):
@@ -310,6 +315,12 @@ class PPOTrainer:
         total = squares.sum().sqrt()
         torch._foreach_mul_(gradients, (self.config["max_grad_norm"] / (total + 1e-6)).clamp(max=1.0))
         return torch.cat(((self.membership @ squares).sqrt(), total[None]))
+
+    def _use_threads(self, rows: int) -> None:
+        """Compute with as many threads as pay for forward passes of so many rows: waiting for each other costs too."""
+        parts = (self.model.embedding, self.model.transformer, self.model.policy_hidden, self.model.value_hidden)
+        weights = sum(parameter.numel() for part in parts for parameter in part.parameters())
+        torch.set_num_threads(self.threads if rows * weights >= PARALLEL_WORTH else 1)
 
     def _modules(self) -> tuple[list[str], Tensor]:
         """Return the names of the model's modules, and which parameter belongs to which: (modules, parameters)."""

@@ -1,0 +1,149 @@
+"""What training adds to PPO, the benchmark's arithmetic and command line, and that the smallest task is learned."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import benchmark
+from config import check_config, load_config
+from trainer import Options, PPOTrainer
+
+ROOT = Path(__file__).parent.parent
+MINIGRID = {"type": "Minigrid", "name": "MiniGrid-MemoryS7-v0"}
+
+
+def tiny(name: str, **changes) -> dict:
+    """Return a shipped config scaled down to a fraction of a second."""
+    config = load_config(ROOT / "configs" / f"{name}.yaml") | {"n_workers": 4, "worker_steps": 32, "n_mini_batch": 2}
+    config["transformer"] = config["transformer"] | {"embed_dim": 32, "num_blocks": 2, "memory_length": 16}
+    return check_config(config | {"epochs": 1, "hidden_layer_size": 16} | changes, "test")
+
+
+@pytest.fixture
+def sampled(tmp_path):
+    """Return a function that makes a trainer and lets it sample two rollouts."""
+    trainers = []
+
+    def make(config: dict) -> PPOTrainer:
+        trainer = PPOTrainer(config, "test", 3, Options(torch.device("cpu"), processes=1, folder=tmp_path))
+        trainers.append(trainer)
+        trainer.start_workers()
+        trainer.train_update()
+        trainer.sample()
+        return trainer
+
+    yield make
+    for trainer in trainers:
+        trainer.workers.close()
+
+
+def test_recall_targets(sampled):
+    trainer = sampled(tiny("minigrid_published", recall_coefficient=0.5))
+    buffer = trainer.buffer
+    samples = next(buffer.minibatches(np.random.default_rng(1)))
+    targets, known = buffer.recall_targets(samples)
+    frames = sorted({int(buffer.observation_index.flat[sample]) for sample in samples})
+    assert targets.shape == (len(samples), len(frames)) and 0 < known.mean() < 1
+    for row, sample in enumerate(samples):
+        w, t = divmod(int(sample), buffer.worker_steps)
+        step = int(buffer.step[w, t])
+        if not known[row]:
+            assert step > t or step > trainer.config["transformer"]["memory_length"]
+            continue
+        episode = {int(buffer.observation_index[w, earlier]) for earlier in range(t - step, t)}
+        assert [int(target) for target in targets[row]] == [int(frame in episode) for frame in frames]
+
+
+def test_recall_teaches_the_encoder_about_the_past(sampled):
+    """The loss of a step reaches the encoding of a frame that only an earlier step saw; PPO's does not."""
+    trainer = sampled(tiny("minigrid_published", recall_coefficient=0.5))
+    frames = trainer.buffer.observations.frames[:2].permute(0, 3, 1, 2)
+    embedded = trainer.model.embed(frames)
+    embedded.retain_grad()
+    output = torch.randn(1, embedded.shape[1])
+    trainer.model.recall(output, embedded)[0, 1].backward()
+    assert embedded.grad[0].abs().sum() == 0 and embedded.grad[1].abs().sum() > 0
+
+
+def test_novelty_is_paid_once_per_episode(sampled):
+    schedule = {"initial": 10.0, "final": 10.0, "power": 1.0, "max_decay_steps": 1}
+    trainer = sampled(tiny("minigrid_published", novelty_schedule=schedule))
+    buffer = trainer.buffer
+    for w in range(buffer.n_workers):
+        for t in range(buffer.worker_steps - 1):
+            begun = t - int(buffer.step[w, t])
+            if begun < 0:  # part of the episode lies in front of this rollout
+                continue
+            earlier = set(buffer.observation_index[w, begun : t + 1].tolist())
+            ended = buffer.terminated[w, t] or buffer.truncated[w, t]
+            new = not ended and int(buffer.observation_index[w, t + 1]) not in earlier
+            assert (buffer.rewards[w, t] > 5) == new
+    reported = [info["reward"] for info in trainer.finished]
+    assert reported and max(reported) <= 1  # statistics stay those of the task
+
+
+def test_operations_are_counted_from_the_shapes(sampled):
+    trainer = sampled(tiny("cartpole_masked"))
+    buffer, samples, dim, hidden, blocks, epochs = trainer.buffer, 128, 32, 16, 2, 1
+    trainer.update += 1  # count_operations looks at the update before
+    dense = blocks * (5 + 12) * dim**2 + 2 * dim * hidden + 2 * hidden
+    encoder, embedding = 4 * dim, dim**2
+    seen = np.minimum(buffer.step, 16).mean()
+    attention = 2 * blocks * dim * seen
+    sampling = samples * (dense + attention) + len(buffer.observations) * (encoder + embedding)
+    training = epochs * samples * (3 * dense + 2 * attention + 3 * embedding + 2 * encoder)
+    assert benchmark.count_operations(trainer) == pytest.approx(2 * (sampling + training))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--updates=1", "--cpu", "--processes=1", "--overlap=on", "--profile"],
+        ["--updates=1", "--device=cpu", "--attention=textbook", "--overlap=off"],
+        ["--updates=1", "--cpu", "--precision=bf16", "--overlap=auto"],
+        ["--environments"],
+    ],
+)
+def test_benchmark(arguments, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny("minigrid_published")))
+    command = [sys.executable, ROOT / "benchmark.py", "--config=tiny.yaml", "--output=found.json", *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    rates = {name: value for name, value in found.items() if "steps/s" in name or name.endswith("per_second")}
+    assert len(rates) >= 3 and all(rate > 0 for rate in rates.values())
+    shares = [value for name, value in found.items() if name.startswith("share:")]
+    assert not shares or sum(shares) == pytest.approx(1, abs=0.01)
+
+
+def test_textbook_benchmark_does_the_same_work(sampled):
+    """The textbook formulation predicts what the fast one sampled."""
+    trainer = sampled(tiny("mystery_path_grid"))
+    benchmark.use_textbook_attention(trainer)
+    buffer, samples = trainer.buffer, np.arange(trainer.samples)
+    memory = buffer.memory(samples)
+    observations, which = buffer.observe(samples[memory.source])
+    with torch.no_grad():
+        prediction = trainer.model(trainer.model.embed(observations)[which], memory)
+    assert torch.allclose(prediction.value, buffer.values.flatten(), atol=1e-5)
+
+
+def test_benchmark_help():
+    done = subprocess.run([sys.executable, ROOT / "benchmark.py", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "python benchmark.py --config" in done.stdout
+
+
+@pytest.mark.slow
+def test_poc_memory_env_is_learned(tmp_path):
+    """From scratch to success in all of 100 unseen episodes, within 41,000 steps."""
+    command = [sys.executable, ROOT / "train.py", f"--config={ROOT}/configs/poc_memory_env.yaml", "--updates=20"]
+    assert subprocess.run([*command, "--seed=1", "--cpu"], cwd=tmp_path).returncode == 0
+    command = [sys.executable, ROOT / "evaluate.py", "models/poc_memory_env.nn", "--output=found", "--cpu"]
+    assert subprocess.run([*command, "--seeds=100", "--repetitions=1"], cwd=tmp_path).returncode == 0
+    assert ",success" in (tmp_path / "found.csv").read_text() or "success" in (tmp_path / "found.json").read_text()
