@@ -4,6 +4,7 @@ import io
 import os
 import platform
 import subprocess
+import warnings
 from importlib import metadata
 from pathlib import Path
 
@@ -79,19 +80,26 @@ def load(path: Path, kind: str) -> dict:
     if not path.is_file():
         raise UserError(f"{path}: there is no such file")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what PyTorch warns of is refused below
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can fail in any way
         reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
         raise UserError(f"{path}: is damaged or was not written by this program ({reason})") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    marks = [content.get(key) if isinstance(content, dict) else None for key in ("format", "version", "kind")]
+    kinds = [type(mark) for mark in marks]
+    if kinds != [str, int, str] or marks[0] != FORMAT or marks[2] not in ("model", "checkpoint"):
         raise UserError(f"{path}: was not written by this program")
-    version = content.get("version")
-    if type(version) is not int or version > FORMAT_VERSION:
-        raise UserError(f"{path}: has format version {version!r}, this program reads up to {FORMAT_VERSION}")
-    if content.get("kind") != kind:
-        raise UserError(f"{path}: is a {content.get('kind')!r} file, should be a {kind}")
+    if not 1 <= marks[1] <= FORMAT_VERSION:
+        raise UserError(f"{path}: has format version {marks[1]:.3g}, this program reads up to {FORMAT_VERSION}")
+    if marks[2] != kind:
+        raise UserError(f"{path}: is a {marks[2]}, should be a {kind}")
     stored = content.pop("fingerprint", None)
-    if stored != fingerprint(content):
+    try:
+        intact = type(stored) is str and stored == fingerprint(content)
+    except Exception:  # tensors of an unknown kind, or nested too deep
+        intact = False
+    if not intact:
         raise UserError(f"{path}: is damaged, its contents do not match their fingerprint")
     return content
 
@@ -131,8 +139,8 @@ def load_model(path: Path, device: torch.device) -> tuple[ActorCriticModel, dict
         model = ActorCriticModel(config, task.observation_shape, task.branches, task.max_episode_steps)
         model.load_state_dict(content["weights"])
         return model.to(device), config, task, dict(content["run"])
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(str(error).splitlines()[0]) from error
     except Exception as error:  # the file is ours by its marks, but holds something else
         reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
         raise UserError(f"{path}: does not hold a model ({reason})") from error
@@ -162,7 +170,8 @@ def save_checkpoint(folder: Path, update: int, state: dict) -> Path:
     """Write the checkpoint behind `update` updates and forget all but the last two."""
     path = folder / f"checkpoint-{update:09d}.pt"
     save(path, "checkpoint", state)
-    for old in list_checkpoints(folder)[:-KEPT]:
+    # Temporary files are left by a process that was killed while it wrote.
+    for old in (*list_checkpoints(folder)[:-KEPT], *folder.glob(".*.tmp")):
         old.unlink()
     return path
 

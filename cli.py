@@ -29,9 +29,7 @@ def arguments_of(doc: str) -> dict:
         return docopt(doc)
     except DocoptExit as error:
         given = " ".join(sys.argv[1:]) or "no argument"
-        reason = str(error).split("\n")[0].strip()
-        reason = "" if not reason or reason.startswith("Usage") else f" ({reason})"
-        raise UserError(f"{os.path.basename(sys.argv[0])}: cannot read {given!r}{reason}; see --help") from error
+        raise UserError(f"{os.path.basename(sys.argv[0])}: cannot read {given!r}; see --help") from error
 
 
 def whole_number(arguments: dict, name: str, low: int = 0, high: int = 2**31 - 1) -> int | None:
@@ -60,6 +58,8 @@ def choose_device(arguments: dict):
     """Return the torch.device that --device and --cpu ask for; UserError where there is none such."""
     import torch
 
+    if arguments["--cpu"] and arguments["--device"] not in (None, "cpu"):
+        raise UserError(f"--cpu: contradicts --device={arguments['--device']}")
     name = "cpu" if arguments["--cpu"] else arguments["--device"]
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, number = name.partition(":")

@@ -5,6 +5,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from utils import ENVIRONMENT_TYPES, UserError
 
 OMITTED = object()
@@ -89,6 +91,24 @@ SCHEMA: dict[str, Field | dict[str, Field]] = {
 }
 
 
+class Loader(yaml.SafeLoader):
+    """YAML without keys that are there twice, of which all but the last are lost, and aliases, which can explode."""
+
+    def compose_node(self, parent: object, index: object) -> yaml.Node:
+        """Read a node that is no alias."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"aliases such as *{self.peek_event().anchor} are not supported")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """Return a mapping of distinct keys."""
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"the key {_short(key)} is there {keys.count(key)} times")
+        return super().construct_mapping(node, deep)
+
+
 def load_config(path: str | Path) -> dict:
     """Read and check a YAML config.
 
@@ -101,11 +121,9 @@ def load_config(path: str | Path) -> dict:
     Raises:
         UserError: naming all that is wrong with it, a line each.
     """
-    import yaml
-
     try:
         text = Path(path).read_text(encoding="utf-8")
-        return check_config(yaml.safe_load(text), str(path))
+        return check_config(yaml.load(text, Loader), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', error)}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date

@@ -1,6 +1,7 @@
 """What a person sees of a run: TensorBoard, one progress bar, plain lines where there is no terminal."""
 
 import sys
+import threading
 import time
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -27,13 +28,15 @@ class Logger:
     def __init__(self, folder: Path, config: dict, run: dict, steps: int) -> None:
         self.updates, self.started, self.first = config["updates"], time.perf_counter(), None
         resumed = "summaries" in run
-        run.setdefault("summaries", f"{run['run_id']}/{datetime.now():%Y%m%d-%H%M%S}")
+        run.setdefault("summaries", f"{run['run_id']}/{datetime.now():%Y%m%d-%H%M%S-%f}")
         self.writer = SummaryWriter(folder / run["summaries"], purge_step=steps + 1 if resumed else None)
         if not resumed:
             self.writer.add_text("config", f"```\n{yaml.safe_dump(config, sort_keys=False)}```")
             self.writer.add_text("run", "\n".join(f"- {key}: {value}" for key, value in run.items()))
             for summary in hparams(flatten(config) | {"seed": run["seed"]}, {"episode/reward_mean": 0})[:2]:
                 self.writer.file_writer.add_summary(summary)
+        # The thread that writes hands its errors on to whoever logs next; they need not be shown as well.
+        threading.excepthook = lambda error: None if error.exc_type is OSError else sys.__excepthook__(*error[:3])
         self.bar = None
         if sys.stderr.isatty():
             layout = "{desc} {percentage:3.0f}%|{bar}| {n}/{total} {postfix} {elapsed}<{remaining}"
@@ -71,6 +74,10 @@ class Logger:
         from watch import episode_summary
 
         self.writer.file_writer.add_summary(episode_summary(model, config, task, "episode"), steps)
+
+    def flush(self) -> None:
+        """Let the system have all that was logged."""
+        self.writer.flush()
 
     def close(self) -> None:
         """Finish the files and the bar."""

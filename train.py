@@ -1,37 +1,35 @@
 """Train an agent with PPO and Transformer-XL memory.
 
 Usage:
-    train.py [--config=<file>] [--run-id=<id>] [--seed=<n>] [--updates=<n>] [--overwrite] [options]
-    train.py --resume=<id> [--updates=<n>] [options]
+    train.py [--config=<file>] [--run-id=<id>] [--seed=<n>] [--overwrite] [options]
+    train.py --resume=<id> [options]
     train.py -h | --help
 
-What to train:
+Options:
     --config=<file>      A file of configs/ [default: configs/poc_memory_env.yaml].
     --run-id=<id>        Name of the run, by default the config's.
-    --seed=<n>           Everything random derives from it; drawn and printed by default.
-    --updates=<n>        Stop after that many updates instead of the config's.
+    --seed=<n>           Everything random derives from it; by default drawn.
     --overwrite          Replace an earlier run of the same id.
     --resume=<id>        Continue an interrupted run as if nothing had happened.
-
-Options:
+    --updates=<n>        Stop after that many updates instead of the config's.
     --device=<name>      cpu, cuda or cuda:N; by default cuda where there is one.
     --cpu                The same as --device=cpu.
     --processes=<n>      Processes that step the environments, by default one per core.
     --precision=<name>   float32, or bf16 for bfloat16 matrix products [default: float32].
-    --compile            Compile the model first (torch.compile); pays on long runs.
+    --compile            Compile the model first (torch.compile).
     -h --help            Show this.
 
-Example:
-    python train.py --config configs/minigrid.yaml --run-id=my-run
+Example: python train.py --config configs/minigrid.yaml --run-id=my-run
 """
 
+import contextlib
 import secrets
 import shutil
 import sys
 from pathlib import Path
 
 from cli import arguments_of, choose_device, command_line, cores, one_of, use_cores, whole_number
-from config import load_config
+from config import check_config, load_config
 from utils import UserError
 
 
@@ -41,7 +39,7 @@ def main() -> None:
     config, run_id, seed, checkpoint = new_run(arguments) if arguments["--resume"] is None else resumed_run(arguments)
     config["updates"] = whole_number(arguments, "--updates", 1) or config["updates"]
     # Imports PyTorch, which neither --help nor the worker processes, which import this file, should have to.
-    from trainer import EnvironmentFailure, Interrupted, NonFinite, Options, PPOTrainer
+    from trainer import EnvironmentFailure, Interrupted, NonFinite, Options, PPOTrainer, Unwritable
 
     device = choose_device(arguments)
     use_cores(device)
@@ -49,6 +47,8 @@ def main() -> None:
     precision = one_of(arguments, "--precision", ("float32", "bf16"))
     options = Options(device, processes, precision=precision, compile=arguments["--compile"])
     trainer = PPOTrainer(config, run_id, seed, options, checkpoint)
+    if checkpoint is None:
+        make_room(trainer.checkpoints)
     print(f"run {run_id}, seed {seed}, {config['environment']['type']} on {trainer.run['device']}, "
           f"{config['updates']} updates of {trainer.samples:,} steps", file=sys.stderr)  # fmt: skip
     try:
@@ -56,7 +56,7 @@ def main() -> None:
     except Interrupted:
         print(f"stopped; to go on: python train.py --resume={run_id}", file=sys.stderr)
         sys.exit(130)
-    except (EnvironmentFailure, NonFinite) as error:
+    except (EnvironmentFailure, NonFinite, Unwritable) as error:
         print(f"{error}\nto go on from the last checkpoint: python train.py --resume={run_id}", file=sys.stderr)
         sys.exit(1)
     print(f"The model is {trainer.model_path}. To watch it: python enjoy.py --model={trainer.model_path}\n"
@@ -76,10 +76,18 @@ def new_run(arguments: dict) -> tuple[dict, str, int, None]:
         raise UserError(f"--run-id: {taken[0]} exists; choose another id, or --overwrite, or --resume={run_id}")
     for folder in (model.parent, checkpoints.parent, Path("summaries")):
         check_writable(folder)
-    if checkpoints.exists():
-        shutil.rmtree(checkpoints)
-    checkpoints.mkdir()
+    if model.is_dir() or checkpoints.is_symlink() or (checkpoints.exists() and not checkpoints.is_dir()):
+        raise UserError(f"--run-id: something else is in the place of {model} or {checkpoints}")
     return config, run_id, seed, None
+
+
+def make_room(checkpoints: Path) -> None:
+    """Replace what an earlier run of the same id saved by an empty folder, once nothing can go wrong any more."""
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    try:
+        checkpoints.mkdir()
+    except OSError as error:
+        raise UserError(f"{checkpoints}: cannot be replaced: {error.strerror}") from error
 
 
 def resumed_run(arguments: dict) -> tuple[dict, str, int, dict]:
@@ -91,8 +99,14 @@ def resumed_run(arguments: dict) -> tuple[dict, str, int, dict]:
     checkpoint, path = load_newest(Path("checkpoints") / run_id)
     for folder in ("models", path.parent, "summaries"):
         check_writable(Path(folder))
+    if type(checkpoint.get("seed")) is not int or type(checkpoint.get("update")) is not int:
+        raise UserError(f"{path}: holds no run")
     print(f"continuing {run_id} behind update {checkpoint['update']} from {path}", file=sys.stderr)
-    return checkpoint["config"], run_id, checkpoint["seed"], checkpoint
+    try:
+        config = check_config(checkpoint.get("config"), str(path))
+    except UserError as error:  # a file is wrong or right, not to be put right line by line
+        raise UserError(str(error).splitlines()[0]) from error
+    return config, run_id, checkpoint["seed"], checkpoint
 
 
 def check_run_id(run_id: str) -> None:
@@ -109,7 +123,8 @@ def check_writable(folder: Path) -> None:
         probe.write_bytes(bytes(2**20))
         probe.unlink()
     except OSError as error:
-        probe.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            probe.unlink()
         raise UserError(f"{folder}: cannot be written to: {error.strerror}") from error
 
 

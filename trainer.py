@@ -1,11 +1,12 @@
 """PPO with episodic Transformer-XL memory: sample → advantages → epochs of minibatches → log → checkpoint."""
 
 import copy
+import re
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,10 @@ LOSS_PARTS = ("policy", "value", "entropy", "kl", "clip_fraction", "reconstructi
 
 class Interrupted(Exception):
     """Somebody asked the run to stop."""
+
+
+class Unwritable(Exception):
+    """The disk is full or gone."""
 
 
 class NonFinite(Exception):
@@ -148,7 +153,12 @@ class PPOTrainer:
         self.run = {"run_id": run_id, "seed": seed} | provenance(self.device)
         self.modules, self.membership = self._modules()
         if checkpoint is not None:
-            self._restore(checkpoint)
+            try:
+                self._restore(checkpoint)
+                self.state()
+            except Exception as error:  # the file is ours by its marks, but holds something else
+                reason = " ".join(str(error).split())[:100] or type(error).__name__
+                raise UserError(f"{self.checkpoints}: the checkpoint holds no run of this config ({reason})") from error
         self.boundary = self.state()
 
     @property
@@ -174,14 +184,18 @@ class PPOTrainer:
                     scalars = self.train_update()
                     logger.log(self.update, self.update * self.samples, scalars)
                     self._at_intervals(logger)
-            save_checkpoint(self.checkpoints, self.update, self.boundary)
-            self.save_model(self.model_path)
+                save_checkpoint(self.checkpoints, self.update, self.boundary)
+                self.save_model(self.model_path)
+            logger.close()
         except (Interrupted, EnvironmentFailure, UserError):
             self._try_checkpoint()
             raise
+        except OSError as error:
+            raise Unwritable(f"update {self.update}: cannot write any more: {error.strerror}") from error
         finally:
             self.workers.close()
-            logger.close()
+            with suppress(OSError):
+                logger.close()
 
     def train_update(self) -> dict[str, float]:
         """Carry out one update and return what is logged of it."""
@@ -314,7 +328,8 @@ class PPOTrainer:
         squares = torch.stack(torch._foreach_norm(gradients)) ** 2
         total = squares.sum().sqrt()
         torch._foreach_mul_(gradients, (self.config["max_grad_norm"] / (total + 1e-6)).clamp(max=1.0))
-        return torch.cat(((self.membership @ squares).sqrt(), total[None]))
+        # Not a product: 0 times NaN is NaN, and all modules would seem to be at fault.
+        return torch.cat((squares.where(self.membership, 0).sum(dim=1).sqrt(), total[None]))
 
     def _use_threads(self, rows: int) -> None:
         """Compute with as many threads as pay for forward passes of so many rows: waiting for each other costs too."""
@@ -331,7 +346,7 @@ class PPOTrainer:
             owners.append(block if parts[0] == "transformer" else parts[0].split("_")[0])
         names = list(dict.fromkeys(owners))
         membership = torch.tensor([[owner == name for owner in owners] for name in names], device=self.device)
-        return names, membership.float()
+        return names, membership
 
     # --------------------------------------------------------------------------------------- statistics and safeguards
 
@@ -383,6 +398,8 @@ class PPOTrainer:
             name = names[bad[minibatch].argmax()]
             epoch, minibatch = divmod(minibatch, self.config["n_mini_batch"])
             found = f"epoch {epoch + 1}, minibatch {minibatch + 1}: {name}"
+        elif not torch.isfinite(torch.stack(torch._foreach_norm(list(self.model.parameters())))).all():
+            found = "the last optimiser step: a weight"
         if found:
             saved = list_checkpoints(self.checkpoints)
             last = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint had been written"
@@ -422,15 +439,19 @@ class PPOTrainer:
         for index in fresh:
             self.step[index] = 0
             self.seen[index].clear()
-        for seen, episode in zip(self.seen, self.workers.episodes, strict=True):
-            seen.add(episode.digest)
+        for index in range(len(self.seen)) if self.update == 0 else fresh:
+            self.seen[index].add(self.workers.episodes[index].digest)
         if fresh:
-            print(f"environments {fresh} are not deterministic and began fresh episodes", file=sys.stderr)
+            print(f"environments {sorted(fresh)} are not deterministic and began fresh episodes", file=sys.stderr)
 
     def state(self) -> dict:
         """Return a copy of all that the rest of the run depends on, as tensors and plain data."""
         timeline = self.buffer.timeline
-        episodes = [{"number": e.number, "actions": list(e.actions), "digest": e.digest} for e in self.workers.episodes]
+        # Digests as text: an empty `bytes` is nothing that weights_only=True reads.
+        episodes = [
+            {"number": episode.number, "actions": list(episode.actions), "digest": episode.digest.hex()}
+            for episode in self.workers.episodes
+        ]
         return {
             "config": self.config,
             "seed": self.seed,
@@ -454,9 +475,17 @@ class PPOTrainer:
         timeline.items[:, :, : timeline.length] = state["memory"].to(self.device)
         timeline.item_step[:, : timeline.length] = state["item_step"].to(self.device)
         self.update, self.finished, self.run = state["update"], state["finished"], state["run"]
+        # These become a path and lines; a file must not choose where else to write.
+        if not {str} >= {type(self.run[key]) for key in ("run_id", "device", "commit")} or not re.fullmatch(
+            r"[\w.-]*\w/[\d-]+", self.run.get("summaries", "x/0")
+        ):
+            raise ValueError("its description is none")
         self.step = np.array(state["step"], dtype=np.int64)
         self.seen = [set(seen) for seen in state["seen"]]
-        self.workers.episodes = [Episode(**episode) for episode in state["episodes"]]
+        self.workers.episodes = [
+            Episode(episode["number"], list(episode["actions"]), bytes.fromhex(episode["digest"]))
+            for episode in state["episodes"]
+        ]
 
     def _try_checkpoint(self) -> None:
         """Write the state behind the last update; a failure is reported, and the older checkpoints stay intact."""
@@ -468,14 +497,15 @@ class PPOTrainer:
     def _at_intervals(self, logger: Logger) -> None:
         """Do what is due every so many updates."""
         config = self.config
-        if self.update % config["checkpoint_interval"] == 0:
-            self._try_checkpoint()
         if config["model_interval"] and self.update % config["model_interval"] == 0:
             self.save_model(self.checkpoints / f"model-{self.update * self.samples:012d}.nn")
         if config["histogram_interval"] and self.update % config["histogram_interval"] == 0:
             logger.histograms(self.update * self.samples, self.model)
         if config["video_interval"] and self.update % config["video_interval"] == 0:
             logger.video(self.update * self.samples, self.model, config, self.task)
+        if self.update % config["checkpoint_interval"] == 0:  # last: a resumed run repeats nothing in front of it
+            logger.flush()
+            self._try_checkpoint()
 
     def save_model(self, path: Path) -> None:
         """Write the model as it is now."""

@@ -4,6 +4,7 @@ import math
 import os
 import traceback
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 
@@ -116,7 +117,10 @@ def inspect_environment(environment: dict) -> Task:
             )
         branches = actions.nvec.tolist() if hasattr(actions, "nvec") else [int(actions.n)]
         task = Task(tuple(space.shape), tuple(branches), limit)
-        check_observation(env, env.reset(seed=0)[0], task)
+        first = env.reset(seed=0)
+        if not isinstance(first, tuple) or len(first) != 2:
+            raise UserError(f"{name}: reset returned {type(first).__name__}, should be a tuple: observation, info")
+        check_observation(env, first[0], task)
         checked_step(env, np.zeros(len(branches), dtype=np.int64), task)
         return task
     except UserError:
@@ -152,6 +156,8 @@ def checked_step(env: object, action: np.ndarray, task: Task) -> tuple:
             "truncated, info"
         )
     check_observation(env, result[0], task)
+    if not isinstance(result[1], Real):
+        raise UserError(f"{type(env).__name__}: reward is {type(result[1]).__name__}, should be a number")
     if not math.isfinite(result[1]):
         raise UserError(f"{type(env).__name__}: reward is not finite: {result[1]}")
     return result

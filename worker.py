@@ -193,8 +193,8 @@ def serve(connection: Connection, make_runner: Callable[[], EnvironmentRunner]) 
     """Run in a process of its own: step environments as told until the trainer is gone.
 
     Args:
-        connection: receives ("replay", episodes) or ("step", group); answers ("done", result), ("failed", traceback) or
-            ("broken", message) where the environment breaks the contract.
+        connection: receives ("replay", episodes) or ("step", group); answers ("done", result) or
+            ("failed", what went wrong).
         make_runner: creates this process's environments.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's
@@ -205,8 +205,8 @@ def serve(connection: Connection, make_runner: Callable[[], EnvironmentRunner]) 
             try:
                 runner = runner or make_runner()
                 answer = ("done", getattr(runner, command)(argument))
-            except UserError as error:
-                answer = ("broken", str(error))
+            except UserError as error:  # the contract is broken
+                answer = ("failed", f"{runner.where() if runner else 'creation'}: {error}")
             except Exception:
                 answer = ("failed", f"{runner.where() if runner else 'creation'}:\n{traceback.format_exc().rstrip()}")
             connection.send(answer)
@@ -343,8 +343,6 @@ class Workers:
     def _read(self, process: Process) -> list:
         """Return the next answer of a process; EOFError or OSError if it died."""
         kind, answer = process.connection.recv()
-        if kind == "broken":
-            raise UserError(answer)
         if kind == "failed":
             raise EnvironmentFailure(answer)
         return answer

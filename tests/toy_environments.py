@@ -1,0 +1,121 @@
+"""Environments that go wrong in a chosen way, registered by importing this module: `tests.toy_environments:Exit-v0`.
+
+They are quick, and all but `Random` are determined by their reset seed and their actions. What goes wrong does so
+behind the first step, because the trainer plays one step itself before it starts any process.
+"""
+
+import os
+import random
+import time
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+
+LONGEST = 24
+# An episode goes wrong at this step.
+FAULT_STEP = 9
+
+
+class Toy(gymnasium.Env):
+    """Shows where a point on a line is and how old the episode is; pays for being right of the middle."""
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (3,), np.float32)
+    action_space = gymnasium.spaces.Discrete(3)
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.age, self.place = 0, float(self.np_random.normal())
+        self.end = int(self.np_random.integers(LONGEST // 2, 2 * LONGEST))
+        return self.observe(), {}
+
+    def step(self, action):
+        self.age += 1
+        self.place += 0.1 * (int(action) - 1) + 0.01 * float(self.np_random.normal())
+        self.fault()
+        return self.observe(), float(self.place > 0), self.age >= self.end, False, {}
+
+    def observe(self):
+        return np.array([self.place, self.age / LONGEST, self.end % 2], dtype=np.float32)
+
+    def fault(self):
+        """Go wrong, or not."""
+
+
+def once(name: str) -> bool:
+    """Tell whether this is the first call with that name in the whole run, whatever the process; needs TOY_FOLDER."""
+    try:
+        (Path(os.environ["TOY_FOLDER"]) / name).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+class Exit(Toy):
+    """Takes its process along at a step, every time."""
+
+    def fault(self):
+        if self.age == FAULT_STEP:
+            os._exit(7)
+
+
+class ExitOnce(Toy):
+    """Takes its process along at two steps of the run, as native code might."""
+
+    def fault(self):
+        if (self.age == FAULT_STEP and once("first")) or (self.age == FAULT_STEP + 2 and once("second")):
+            os._exit(7)
+
+
+class Raise(Toy):
+    """Raises an exception at a step while the file TOY_FOLDER/well does not exist."""
+
+    def fault(self):
+        if self.age == FAULT_STEP and not (Path(os.environ["TOY_FOLDER"]) / "well").exists():
+            raise ArithmeticError("the toy is broken")
+
+
+class NotANumber(Toy):
+    """Shows NaN at a step."""
+
+    def fault(self):
+        if self.age == FAULT_STEP:
+            self.place = float("nan")
+
+
+class InfiniteReward(Toy):
+    """Pays infinity at a step."""
+
+    def step(self, action):
+        observation, reward, *rest = super().step(action)
+        return observation, float("inf") if self.age == FAULT_STEP else reward, *rest
+
+
+class Random(Toy):
+    """Is determined by nothing."""
+
+    def step(self, action):
+        self.place += random.random()
+        return super().step(action)
+
+
+class Slow(Toy):
+    """Takes its time."""
+
+    def fault(self):
+        time.sleep(0.02)
+
+
+class WrongShape(Toy):
+    """Shows more than it declares, at a step."""
+
+    def observe(self):
+        return np.zeros(5 if self.age == FAULT_STEP else 3, dtype=np.float32)
+
+
+for toy in (Toy, Exit, ExitOnce, Raise, NotANumber, InfiniteReward, Random, Slow, WrongShape):
+    if f"{toy.__name__}-v0" not in gymnasium.registry:
+        gymnasium.register(f"{toy.__name__}-v0", entry_point=toy, max_episode_steps=LONGEST)
