@@ -18,7 +18,7 @@ Options:
     --cpu                The same as --device=cpu.
     --processes=<n>      Processes that step the environments, by default one per core.
     --overlap=<name>     on, off or auto: two halves of the environments take turns [default: auto].
-    --precision=<name>   float32, or bf16 for bfloat16 matrix products [default: float32].
+    --precision=<name>   float32, or bf16 matrix products [default: float32].
     --compile            Compile the model first (torch.compile).
     -h --help            Show this.
 

@@ -1,23 +1,23 @@
 """Train an agent with PPO and Transformer-XL memory.
 
 Usage:
-    train.py [--config=<file>] [--run-id=<id>] [--seed=<n>] [--overwrite] [options]
+    train.py [--config=<file>] [--run-id=<id>] [--seed=<n>] [options]
     train.py --resume=<id> [options]
     train.py -h | --help
 
 Options:
-    --config=<file>      A file of configs/ [default: configs/poc_memory_env.yaml].
-    --run-id=<id>        Name of the run, by default the config's.
-    --seed=<n>           Everything random derives from it; by default drawn.
-    --overwrite          Replace an earlier run of the same id.
-    --resume=<id>        Continue an interrupted run as if nothing had happened.
-    --updates=<n>        Stop after that many updates instead of the config's.
-    --device=<name>      cpu, cuda or cuda:N; by default cuda where there is one.
-    --cpu                The same as --device=cpu.
-    --processes=<n>      Processes that step the environments, by default one per core.
-    --precision=<name>   float32, or bf16 for bfloat16 matrix products [default: float32].
-    --compile            Compile the model first (torch.compile).
-    -h --help            Show this.
+    --config=<file>     A config [default: configs/poc_memory_env.yaml].
+    --run-id=<id>       Name of the run, by default the config's.
+    --seed=<n>          Everything random derives from it; by default drawn.
+    --overwrite         Replace an earlier run of the same id.
+    --resume=<id>       Continue an interrupted run as if nothing had happened.
+    --updates=<n>       Stop after that many updates instead of the config's.
+    --device=<name>     cpu, cuda or cuda:N; by default cuda where there is one.
+    --cpu               The same as --device=cpu.
+    --processes=<n>     Processes for the environments, by default one per core.
+    --precision=<name>  float32, or bf16 matrix products [default: float32].
+    --compile           Compile the model first (torch.compile).
+    -h --help           Show this.
 
 Example: python train.py --config configs/minigrid.yaml --run-id=my-run
 """
@@ -94,6 +94,8 @@ def resumed_run(arguments: dict) -> tuple[dict, str, int, dict]:
     """Return config, id, seed and newest checkpoint of an interrupted run."""
     from checkpoint import load_newest
 
+    if arguments["--overwrite"]:
+        raise UserError("--overwrite: contradicts --resume, which continues the run")
     run_id = arguments["--resume"]
     check_run_id(run_id)
     checkpoint, path = load_newest(Path("checkpoints") / run_id)

@@ -125,6 +125,8 @@ def make_registered(name: Any, **arguments: Any) -> gymnasium.Env:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            # Not every environment takes a render mode, None included.
+            arguments = {key: value for key, value in arguments.items() if key != "render_mode" or value is not None}
             return gymnasium.make(name, disable_env_checker=True, **arguments)
     except gymnasium.error.UnregisteredEnv as error:
         nearest = suggest(name, gymnasium.registry)
