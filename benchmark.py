@@ -1,29 +1,26 @@
 """Measure how fast a config samples and learns on this machine, and how far that is from what arithmetic allows.
 
 Usage:
-    benchmark.py [--config=<file>] [--updates=<n>] [--attention=<name>] [--profile] [--output=<file>] [options]
-    benchmark.py --environments [--config=<file>] [--output=<file>]
+    benchmark.py [options]
     benchmark.py -h | --help
 
-What to measure:
-    --config=<file>      A file of configs/ [default: configs/mortar_mayhem_grid.yaml].
-    --updates=<n>        Updates to measure behind one to warm up [default: 3].
-    --attention=<name>   fast, or textbook: windows per sample, keys and values projected [default: fast].
-    --profile            Also say what the time is spent on.
-    --environments       Measure layouts of the environments instead: processes, shared memory against pipes.
-    --output=<file>      Write the results as JSON too.
-
 Options:
+    --config=<file>      A config [default: configs/mortar_mayhem_grid.yaml].
+    --updates=<n>        Updates to measure behind one to warm up [default: 3].
+    --attention=<name>   fast, or textbook: windows per sample, keys and values
+                         of every item projected [default: fast].
+    --profile            Also say what the time is spent on.
+    --environments       Measure only the environments, in several layouts.
+    --output=<file>      Write the results as JSON too.
     --device=<name>      cpu, cuda or cuda:N; by default cuda where there is one.
     --cpu                The same as --device=cpu.
-    --processes=<n>      Processes that step the environments, by default one per core.
-    --overlap=<name>     on, off or auto: two halves of the environments take turns [default: auto].
+    --processes=<n>      Processes for the environments, by default one per core.
+    --overlap=<name>     on, off or auto: halves of the environments take turns
+                         [default: auto].
     --precision=<name>   float32, or bf16 matrix products [default: float32].
     --compile            Compile the model first (torch.compile).
     -h --help            Show this.
-
-Example:
-    python benchmark.py --config=configs/minigrid.yaml --updates=5
+Example: python benchmark.py --config=configs/minigrid.yaml --updates=5
 """
 
 import json

@@ -136,7 +136,9 @@ def test_textbook_benchmark_does_the_same_work(sampled):
 
 def test_benchmark_help():
     done = subprocess.run([sys.executable, ROOT / "benchmark.py", "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "python benchmark.py --config" in done.stdout
+    lines = done.stdout.rstrip("\n").split("\n")
+    assert done.returncode == 0 and any("python benchmark.py --config" in line for line in lines)
+    assert len(lines) <= 24 and max(map(len, lines)) <= 80
 
 
 @pytest.mark.slow
