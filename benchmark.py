@@ -1,4 +1,4 @@
-"""Measure how fast a config samples and learns on this machine, and how far that is from what arithmetic allows.
+"""Measure how fast a config samples and learns here, and what arithmetic allows.
 
 Usage:
     benchmark.py [options]
@@ -12,9 +12,9 @@ Options:
     --profile            Also say what the time is spent on.
     --environments       Measure only the environments, in several layouts.
     --output=<file>      Write the results as JSON too.
-    --device=<name>      cpu, cuda or cuda:N; by default cuda where there is one.
+    --device=<name>      cpu, cuda or cuda:N; by default cuda if there is one.
     --cpu                The same as --device=cpu.
-    --processes=<n>      Processes for the environments, by default one per core.
+    --processes=<n>      Processes for environments, by default one per core.
     --overlap=<name>     on, off or auto: halves of the environments take turns
                          [default: auto].
     --precision=<name>   float32, or bf16 matrix products [default: float32].
