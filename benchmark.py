@@ -261,7 +261,8 @@ def use_textbook_attention(trainer) -> None:
 
     for block in trainer.model.transformer.blocks:
         block.attention.__class__ = TextbookAttention
-    trainer.buffer.per_group, trainer.buffer.timeline.stretch = 1, 0
+    timeline = trainer.buffer.timeline
+    trainer.buffer.per_group, timeline.stretch, timeline.narrow = 1, 0, False
 
 
 # -------------------------------------------------------------------------------------------- environments on their own

@@ -38,6 +38,8 @@ class Timeline:
         self.item_step = torch.zeros(n_workers, columns, dtype=torch.int64, device=device)
         self.offsets = torch.arange(columns, device=device)
         self.stretch = STRETCH
+        # A GPU wants equal shapes at every step; elsewhere columns that nobody may look at are left out.
+        self.narrow = device.type != "cuda"
 
     def to_device(self, array: np.ndarray) -> Tensor:
         """Copy a NumPy array to the timeline's device without waiting for it."""
@@ -53,8 +55,7 @@ class Timeline:
             step: (n,) episode step of each.
         """
         valid = np.minimum(step, self.length)
-        # A GPU wants equal shapes at every step; elsewhere columns that nobody may look at are left out.
-        width = self.length if self.device.type == "cuda" else max(1, int(valid.max()))
+        width = max(1, int(valid.max())) if self.narrow else self.length
         columns = slice(self.length + t - width, self.length + t)
         valid = self.to_device(valid)[:, None]  # (n, 1)
         return MemoryView(
@@ -88,7 +89,8 @@ class Timeline:
         relative, learned = self.transformer.encoding == "relative", self.transformer.encoding == "learned"
         valid = np.minimum(step, self.length)
         end = t + self.length
-        columns = min(int(valid.max()) + self.stretch, self.items.shape[2])  # K
+        longest = int(valid.max()) if self.narrow else self.length
+        columns = min(longest + self.stretch, self.items.shape[2])  # K
         start, slot = group_queries(worker, end - valid, end, per_group, columns)
         groups, total, places = len(start), self.items.shape[2], len(start) * per_group
         source = np.zeros(places, dtype=np.int64)
