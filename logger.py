@@ -39,7 +39,7 @@ class Logger:
         threading.excepthook = lambda error: None if error.exc_type is OSError else sys.__excepthook__(*error[:3])
         self.bar = None
         if sys.stderr.isatty():
-            layout = "{desc} {percentage:3.0f}%|{bar}| {n}/{total} {postfix} {elapsed}<{remaining}"
+            layout = "{desc} {percentage:3.0f}%|{bar}| {n}/{total} {elapsed}<{remaining}"
             done = steps // (config["n_workers"] * config["worker_steps"])
             self.bar = tqdm(total=self.updates, initial=done, desc=run["run_id"][:16], bar_format=layout,
                             dynamic_ncols=True)  # fmt: skip
@@ -55,7 +55,7 @@ class Logger:
                 shown.append(f"{name} {scalars[f'episode/{name}_mean']:.2f}")
         shown.append(f"{scalars['performance/update_steps_per_second']:,.0f} steps/s")
         if self.bar is not None:
-            self.bar.set_postfix_str(" ".join(shown), refresh=False)
+            self.bar.set_description_str(" ".join(word for word in shown if "length" not in word), refresh=False)
             self.bar.update()
             return
         now = time.perf_counter()
