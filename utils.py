@@ -8,6 +8,8 @@ from numbers import Real
 
 import numpy as np
 
+from environments import MEMORY_GYM_TYPES
+
 # Both are read when PyTorch is loaded, so this module has to be imported first.
 # Large blocks of memory in huge pages: without them the kernel's page faults take as long as the convolutions.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -15,16 +17,6 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 # cores makes products of small matrices ten times slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-MEMORY_GYM_TYPES = (
-    "MortarMayhem",
-    "MortarMayhem-Grid",
-    "MysteryPath",
-    "MysteryPath-Grid",
-    "SearingSpotlights",
-    "Endless-MortarMayhem",
-    "Endless-MysteryPath",
-    "Endless-SearingSpotlights",
-)
 ENVIRONMENT_TYPES = ("PocMemoryEnv", "CartPole", "CartPoleMasked", "Minigrid", *MEMORY_GYM_TYPES, "Gymnasium")
 
 
@@ -45,8 +37,6 @@ def create_env(environment: dict, render_mode: str | None = None):
     Raises:
         UserError: if the section names something that does not exist or cannot be played.
     """
-    import environments  # noqa: F401  (silences pygame before anything imports it)
-
     kind = environment["type"]
     try:
         if kind == "PocMemoryEnv":

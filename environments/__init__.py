@@ -4,6 +4,17 @@ import os
 import sys
 import warnings
 
+MEMORY_GYM_TYPES = (
+    "MortarMayhem",
+    "MortarMayhem-Grid",
+    "MysteryPath",
+    "MysteryPath-Grid",
+    "SearingSpotlights",
+    "Endless-MortarMayhem",
+    "Endless-MysteryPath",
+    "Endless-SearingSpotlights",
+)
+
 # All have to be set before Gymnasium or pygame is first imported: pygame greets on standard output otherwise, newer
 # versions of Gymnasium open a sound device, SDL complains where there is no screen, and old versions of pygame use what
 # some setuptools announce to remove.

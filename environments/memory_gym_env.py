@@ -13,6 +13,7 @@ import memory_gym
 import numpy as np
 import pygame
 
+from environments import MEMORY_GYM_TYPES
 from environments.episode import (
     EpisodeEnv,
     Info,
@@ -23,17 +24,6 @@ from environments.episode import (
     suggest,
     task_numbers,
     task_options,
-)
-
-TYPES = (
-    "MortarMayhem",
-    "MortarMayhem-Grid",
-    "MysteryPath",
-    "MysteryPath-Grid",
-    "SearingSpotlights",
-    "Endless-MortarMayhem",
-    "Endless-MysteryPath",
-    "Endless-SearingSpotlights",
 )
 
 # The lowest and highest allowed values of reset options, of each element where the option is a list. Memory Gym checks
@@ -170,8 +160,9 @@ class MemoryGymEnv(EpisodeEnv):
         """
         super().__init__(render_mode)
         self._type = environment["type"]
-        if self._type not in TYPES:
-            raise ValueError(f"type: {self._type!r} is not a task of Memory Gym{suggest(self._type, TYPES)}")
+        if self._type not in MEMORY_GYM_TYPES:
+            nearest = suggest(self._type, MEMORY_GYM_TYPES)
+            raise ValueError(f"type: {self._type!r} is not a task of Memory Gym{nearest}")
         self._task = make_task(self._type)
         self.action_space = self._task.action_space
         self.observation_space = picture_space(3, self._task.screen_dim, self._task.screen_dim)

@@ -36,14 +36,14 @@ CASES = {
     "Minigrid-Memory": (MinigridEnv, MEMORY_S9),
     "Minigrid-DoorKey": (MinigridEnv, {"type": "Minigrid", "name": "MiniGrid-DoorKey-5x5-v0"}),
     "Gymnasium": (GymnasiumEnv, {"type": "Gymnasium", "name": "MountainCar-v0", "max_episode_steps": 60}),
-    **{name: (MemoryGymEnv, {"type": name}) for name in memory_gym_env.TYPES},
+    **{name: (MemoryGymEnv, {"type": name}) for name in memory_gym_env.MEMORY_GYM_TYPES},
     "SearingSpotlights-bright": (
         MemoryGymEnv,
         {"type": "SearingSpotlights", "reset_params": {"light_dim_off_duration": 0}},
     ),
 }
 every_environment = pytest.mark.parametrize(("cls", "environment"), CASES.values(), ids=CASES.keys())
-every_memory_gym_task = pytest.mark.parametrize("task", memory_gym_env.TYPES)
+every_memory_gym_task = pytest.mark.parametrize("task", memory_gym_env.MEMORY_GYM_TYPES)
 
 
 def digest(array):
@@ -421,7 +421,7 @@ for task, actions in json.loads(sys.stdin.read()).items():
 
 
 def test_pixels_rewards_and_ends_are_those_of_memory_gym():
-    envs = {task: MemoryGymEnv({"type": task}) for task in memory_gym_env.TYPES}
+    envs = {task: MemoryGymEnv({"type": task}) for task in memory_gym_env.MEMORY_GYM_TYPES}
     actions = {task: random_actions(env, 250, seed=4) for task, env in envs.items()}
     finished = subprocess.run(
         [sys.executable, "-c", PLAIN_MEMORY_GYM],

@@ -143,9 +143,20 @@ def test_benchmark_help():
 
 @pytest.mark.slow
 def test_poc_memory_env_is_learned(tmp_path):
-    """From scratch to success in all of 100 unseen episodes, within 41,000 steps."""
+    """From scratch to success in at least 95 of 100 unseen episodes by 40,960 steps (seed 1, the least steady)."""
     command = [sys.executable, ROOT / "train.py", f"--config={ROOT}/configs/poc_memory_env.yaml", "--updates=20"]
     assert subprocess.run([*command, "--seed=1", "--cpu"], cwd=tmp_path).returncode == 0
     command = [sys.executable, ROOT / "evaluate.py", "models/poc_memory_env.nn", "--output=found", "--cpu"]
     assert subprocess.run([*command, "--seeds=100", "--repetitions=1"], cwd=tmp_path).returncode == 0
-    assert ",success" in (tmp_path / "found.csv").read_text() or "success" in (tmp_path / "found.json").read_text()
+    (model,) = json.loads((tmp_path / "found.json").read_text())["models"]
+    assert model["run"]["steps"] == 40_960 and model["statistics"]["success"]["mean"] >= 0.95
+
+
+@pytest.mark.slow
+def test_shipped_model_is_as_good_as_stated(tmp_path):
+    """`models/poc_memory_env.nn` on 50 unseen seeds × 5: every episode a success, the reward within its interval."""
+    command = [sys.executable, ROOT / "evaluate.py", ROOT / "models" / "poc_memory_env.nn", "--output=found", "--cpu"]
+    assert subprocess.run(command, cwd=tmp_path).returncode == 0
+    (model,) = json.loads((tmp_path / "found.json").read_text())["models"]
+    assert model["statistics"]["success"]["mean"] == 1.0
+    assert 1.12 <= model["statistics"]["reward"]["iqm"] <= 1.23  # docs/results.md
