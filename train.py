@@ -7,7 +7,7 @@ Usage:
 
 Options:
     --config=<file>     A config [default: configs/poc_memory_env.yaml].
-    --run-id=<id>       Name of the run, by default the config's.
+    --run-id=<id>       Name of the run; by default the config's, or numbered.
     --seed=<n>          Everything random derives from it; by default drawn.
     --overwrite         Replace an earlier run of the same id.
     --resume=<id>       Continue an interrupted run as if nothing had happened.
@@ -67,6 +67,8 @@ def new_run(arguments: dict) -> tuple[dict, str, int, None]:
     """Return config, id and seed of a new run, whose folders exist and can be written to; UserError otherwise."""
     config = load_config(arguments["--config"])
     run_id = arguments["--run-id"] or Path(arguments["--config"]).stem
+    if not arguments["--run-id"] and not arguments["--overwrite"]:
+        run_id = free_run_id(run_id)
     check_run_id(run_id)
     seed = whole_number(arguments, "--seed")
     seed = secrets.randbelow(2**31) if seed is None else seed
@@ -79,6 +81,14 @@ def new_run(arguments: dict) -> tuple[dict, str, int, None]:
     if model.is_dir() or checkpoints.is_symlink() or (checkpoints.exists() and not checkpoints.is_dir()):
         raise UserError(f"--run-id: something else is in the place of {model} or {checkpoints}")
     return config, run_id, seed, None
+
+
+def free_run_id(name: str) -> str:
+    """Return the first of name, name-2, name-3, … that no run has."""
+    run_id, number = name, 2
+    while (Path("models") / f"{run_id}.nn").exists() or (Path("checkpoints") / run_id).exists():
+        run_id, number = f"{name}-{number}", number + 1
+    return run_id
 
 
 def make_room(checkpoints: Path) -> None:

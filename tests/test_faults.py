@@ -1164,12 +1164,12 @@ def test_existing_run_is_kept(tmp_path):
     config = small_config(toy("Toy"), 1)
     assert run(tmp_path, config)[0] == 0
     files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    code, said = run(tmp_path, config)
+    code, said = run(tmp_path, config, "--run-id=run")
     assert code == 2
     assert said.count("\n") == 1 and "models/run.nn exists" in said and "--overwrite" in said
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
-    assert run(tmp_path, config, "--run-id=other")[0] == 0
-    assert (tmp_path / "models" / "other.nn").exists()
+    assert run(tmp_path, config)[0] == 0  # without an id, a free one is taken
+    assert (tmp_path / "models" / "run-2.nn").exists()
     assert {path: path.read_bytes() for path in files} == files
     before = read(tmp_path / "models" / "run.nn")
     code, said = run(tmp_path, config, "--overwrite", "--seed=6")
