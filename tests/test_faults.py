@@ -1205,7 +1205,7 @@ def test_killed_before_the_first_checkpoint(toy_run, tmp_path):
     if not checkpoint.list_checkpoints(tmp_path / "checkpoints" / "run"):
         code, said = resume(tmp_path)
         assert code == 2 and said.count("\n") == 1 and "no checkpoint" in said
-        code, said = run(tmp_path, small_config(toy("Toy"), 6))
+        code, said = run(tmp_path, small_config(toy("Toy"), 6), "--run-id=run")
         assert code == 2 and said.count("\n") == 1 and "--overwrite" in said
         code, said = run(tmp_path, small_config(toy("Toy"), 6), "--overwrite")
     else:
