@@ -72,7 +72,7 @@ def new_run(arguments: dict) -> tuple[dict, str, int, None]:
     check_run_id(run_id)
     seed = whole_number(arguments, "--seed")
     seed = secrets.randbelow(2**31) if seed is None else seed
-    model, checkpoints = Path("models") / f"{run_id}.nn", Path("checkpoints") / run_id
+    model, checkpoints = run_paths(run_id)
     taken = [path for path in (model, checkpoints) if path.exists()]
     if taken and not arguments["--overwrite"]:
         raise UserError(f"--run-id: {taken[0]} exists; choose another id, or --overwrite, or --resume={run_id}")
@@ -83,10 +83,15 @@ def new_run(arguments: dict) -> tuple[dict, str, int, None]:
     return config, run_id, seed, None
 
 
+def run_paths(run_id: str) -> tuple[Path, Path]:
+    """Return where a run's model and its checkpoints go."""
+    return Path("models") / f"{run_id}.nn", Path("checkpoints") / run_id
+
+
 def free_run_id(name: str) -> str:
     """Return the first of name, name-2, name-3, … that no run has."""
     run_id, number = name, 2
-    while (Path("models") / f"{run_id}.nn").exists() or (Path("checkpoints") / run_id).exists():
+    while any(path.exists() for path in run_paths(run_id)):
         run_id, number = f"{name}-{number}", number + 1
     return run_id
 
@@ -108,7 +113,7 @@ def resumed_run(arguments: dict) -> tuple[dict, str, int, dict]:
         raise UserError("--overwrite: contradicts --resume, which continues the run")
     run_id = arguments["--resume"]
     check_run_id(run_id)
-    checkpoint, path = load_newest(Path("checkpoints") / run_id)
+    checkpoint, path = load_newest(run_paths(run_id)[1])
     for folder in ("models", path.parent, "summaries"):
         check_writable(Path(folder))
     if type(checkpoint.get("seed")) is not int or type(checkpoint.get("update")) is not int:
