@@ -67,6 +67,7 @@ SCHEMA: dict[str, Field | dict[str, Field]] = {
     "value_loss_coefficient": _within(float, 0, 1000),
     "hidden_layer_size": _within(int, 1, 10**5),
     "max_grad_norm": _within(float, 1e-6, 10**6),
+    "value_gain": _within(float, 0, 1000, 1.0),
     "normalize_advantages": Field(bool, default=True),
     "reconstruction_coefficient": _within(float, 0, 1000, 0.0),
     "recall_coefficient": _within(float, 0, 1000, 0.0),

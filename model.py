@@ -172,7 +172,7 @@ class ActorCriticModel(nn.Module):
         self.policy_hidden = orthogonal(Linear(embed_dim, hidden), math.sqrt(2))
         self.value_hidden = orthogonal(Linear(embed_dim, hidden), math.sqrt(2))
         self.policy = nn.ModuleList(orthogonal(Linear(hidden, n), math.sqrt(0.01)) for n in branches)
-        self.value = orthogonal(Linear(hidden, 1), 1)
+        self.value = orthogonal(Linear(hidden, 1), config["value_gain"])
         reconstructs = self.visual and config["reconstruction_coefficient"] > 0
         self.decoder = VisualDecoder(self.encoder, observation_shape, embed_dim) if reconstructs else None
         self.recall = Recall(embed_dim) if self.visual and config["recall_coefficient"] > 0 else None

@@ -44,6 +44,7 @@ def product_config(config: dict[str, Any]) -> dict[str, Any]:
         "normalize_advantages": True,
         "reconstruction_coefficient": config.get("reconstruction_coefficient", 0.0),
         "recall_coefficient": 0.0,
+        "value_gain": 1.0,
     }
 
 
