@@ -78,9 +78,11 @@ class VisualEncoder(nn.Module):
 
     def forward(self, frames: Tensor) -> Tensor:
         """Return (N, D) for uint8 frames (N, C, H, W)."""
-        x = frames.to(torch.float32) * (1 / 255)
-        for conv in (self.conv1, self.conv2, self.conv3):
-            x = F.relu_(conv(x))
+        # Pixels are 255ths: cheaper to say to the few weights than to the many pixels.
+        x = F.conv2d(frames.to(torch.float32), self.conv1.weight * (1 / 255), self.conv1.bias, self.conv1.stride)
+        for conv in (self.conv2, self.conv3):
+            x = conv(F.relu_(x))
+        x = F.relu_(x)
         return F.relu(self.hidden(x.flatten(1)))  # (N, 64·h·w), channels first as in the reference
 
 
@@ -105,9 +107,66 @@ class VisualDecoder(nn.Module):
     def forward(self, output: Tensor) -> Tensor:
         """Return the logits of the frame's pixels (N, C, H, W) for transformer outputs (N, D)."""
         x = F.relu(self.hidden(output)).view(-1, 64, *self.sizes[3])
-        x = F.relu(self.deconv3(x, output_size=self.sizes[2]))
-        x = F.relu(self.deconv2(x, output_size=self.sizes[1]))
-        return self.deconv1(x, output_size=self.sizes[0])
+        x = F.relu(upsample(x, self.deconv3, self.sizes[2]))
+        x = F.relu(upsample(x, self.deconv2, self.sizes[1]))
+        return upsample(x, self.deconv1, self.sizes[0])
+
+
+def upsample(x: Tensor, layer: nn.ConvTranspose2d, size: tuple[int, int]) -> Tensor:
+    """Return what a transposed convolution returns, by a plain one that is up to twice as fast on the CPU.
+
+    A kernel of r·s pixels and stride s lets each s×s block of the output depend on r×r inputs: a convolution with r×r
+    kernels gives the block's pixels as s·s·out channels, which are then laid out in space.
+
+    Args:
+        x: (N, in, h, w).
+        layer: whose kernel size is a multiple of its stride.
+        size: (H, W) of the output; pixels that no input reaches hold the bias.
+    """
+    stride, (inputs, outputs) = layer.stride[0], layer.weight.shape[:2]
+    reach = layer.kernel_size[0] // stride
+    kernel = layer.weight.reshape(inputs, outputs, reach, stride, reach, stride).flip(2, 4)
+    kernel = kernel.permute(3, 5, 1, 0, 2, 4).reshape(-1, inputs, reach, reach)  # (s·s·out, in, r, r)
+    missing = [int(whole > (part + reach - 1) * stride) for whole, part in zip(size, x.shape[2:], strict=True)]
+    if any(missing):
+        x = F.pad(x, (0, missing[1], 0, missing[0]))
+    kernel, bias = kernel.contiguous(memory_format=torch.channels_last), layer.bias.repeat(stride * stride)
+    y = F.conv2d(x, kernel, bias, padding=reach - 1).permute(0, 2, 3, 1)  # (N, h+r-1, w+r-1, s·s·out)
+    n, height, width, _ = y.shape
+    y = y.reshape(n, height, width, stride, stride, outputs).transpose(2, 3)
+    y = y.reshape(n, height * stride, width * stride, outputs)
+    return y[:, : size[0], : size[1]].permute(0, 3, 1, 2)
+
+
+class FrameCrossEntropy(torch.autograd.Function):
+    """Mean binary cross-entropy of logits and frames, with its gradient in the same pass.
+
+    The logits of a minibatch are its largest tensor. `binary_cross_entropy_with_logits` reads or writes as much a dozen
+    times; here a few frames at a time stay in the processor's cache.
+    """
+
+    @staticmethod
+    def forward(context: torch.autograd.function.FunctionCtx, logits: Tensor, frames: Tensor) -> Tensor:
+        """Return the mean over all pixels of softplus(x) − x·y.
+
+        Args:
+            context: keeps the gradient, sigmoid(x) − y over the number of pixels.
+            logits: x (N, C, H, W).
+            frames: y (N, C, H, W) uint8, in 255ths.
+        """
+        at_once = 32 if logits.device.type == "cpu" else len(logits)
+        gradient, total = torch.empty_like(logits), torch.zeros((), device=logits.device)
+        for x, y, slope in zip(*(tensor.split(at_once) for tensor in (logits, frames, gradient)), strict=True):
+            x, y = x.float(), y.float() / 255
+            total += (F.softplus(x) - x * y).sum()
+            slope.copy_((torch.sigmoid(x) - y) / logits.numel())
+        context.save_for_backward(gradient)
+        return total / logits.numel()
+
+    @staticmethod
+    def backward(context: torch.autograd.function.FunctionCtx, slope: Tensor) -> tuple[Tensor, None]:
+        """Return the gradient with respect to the logits for that of the loss."""
+        return context.saved_tensors[0] * slope, None
 
 
 class Recall(nn.Module):

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from buffer import Buffer, policy_step
 from checkpoint import list_checkpoints, provenance, save_checkpoint, save_model
 from logger import Logger
-from model import ActorCriticModel, Prediction
-from utils import Task, UserError, inspect_environment, polynomial_decay, training_seed
+from model import ActorCriticModel, FrameCrossEntropy, Prediction
+from utils import Task, UserError, inspect_environment, polynomial_decay, release_memory, training_seed
 from worker import EnvironmentFailure, Episode, Workers
 
 # Multiply-adds of one forward pass from which on a second thread pays.
@@ -306,8 +306,8 @@ class PPOTrainer:
             loss, parts = ppo_loss(prediction, *rollout, self.config, clip_range, beta)
             parts["reconstruction"] = parts["recall"] = torch.zeros_like(loss)
             if self.model.decoder is not None:
-                frames = observations[which[memory.slot]].float() / 255
-                reconstruction = F.binary_cross_entropy_with_logits(self.model.decoder(prediction.output), frames)
+                frames = observations[which[memory.slot]]
+                reconstruction = FrameCrossEntropy.apply(self.model.decoder(prediction.output), frames)
                 parts["reconstruction"] = reconstruction.detach()
                 loss = loss + self.config["reconstruction_coefficient"] * reconstruction
             if self.model.recall is not None:

@@ -17,12 +17,13 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional
 
 import buffer
 import transformer
 from buffer import FrameStore, Timeline, generalised_advantages, group_queries, make_store, policy_step
 from config import check_config
-from model import Prediction
+from model import FrameCrossEntropy, Prediction
 from trainer import LOSS_PARTS, Options, PPOTrainer
 from transformer import MemoryView
 from utils import Task, create_env, training_seed
@@ -745,10 +746,23 @@ def test_training_on_repeated_frames():
 
 
 @pytest.mark.parametrize("size", ((84, 84), (36, 36), (40, 64), (37, 51)))
-def test_reconstruction_has_the_size_of_the_frame(size):
+def test_reconstruction_is_that_of_transposed_convolutions(size):
+    """The decoder and its loss, both rearranged, against PyTorch's own: loss and gradients."""
     model, _ = visual_model((3, *size), reconstruction_coefficient=0.1)
-    frames = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
-    assert model.decoder(model.embed(frames)).shape == frames.shape
+    frames = torch.randint(0, 256, (35, 3, *size), dtype=torch.uint8)  # more than are taken at once
+    output = torch.randn(35, model.transformer.embed_dim)
+    plain = copy.deepcopy(model.decoder).double()
+    x = functional.relu(plain.hidden(output.double())).view(-1, 64, *plain.sizes[3])
+    x = functional.relu(plain.deconv3(x, output_size=plain.sizes[2]))
+    x = functional.relu(plain.deconv2(x, output_size=plain.sizes[1]))
+    logits = plain.deconv1(x, output_size=plain.sizes[0])
+    expected = functional.binary_cross_entropy_with_logits(logits, frames.double() / 255)
+    loss = FrameCrossEntropy.apply(model.decoder(output), frames)
+    (3 * expected).backward()
+    (3 * loss).backward()
+    assert canonical.excess(loss, expected, relative=1e-5, floor=TOLERANCE) <= 1
+    for (name, parameter), other in zip(model.decoder.named_parameters(), plain.parameters(), strict=True):
+        assert canonical.excess(parameter.grad, other.grad, **GRADIENT_TOLERANCE) <= 1, name
 
 
 def test_reconstruction_can_be_left_out():
