@@ -38,7 +38,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 
     rows = x.shape[0]
     if x.device.type == "cpu" and x.dtype == torch.float32 and rows * weight.numel() >= CONVOLUTION_WORTH:
         pixels = x.view(1, rows, 1, -1).permute(0, 3, 1, 2)  # (1, channels, N, 1), channels last in memory
-        y = F.conv2d(pixels, weight[:, :, None, None], bias, groups=groups)
+        # A dilation that a 1×1 kernel does not have: PyTorch asks oneDNN even where it computes with one thread.
+        y = F.conv2d(pixels, weight[:, :, None, None], bias, dilation=(1, 2), groups=groups)
         return y.permute(0, 2, 3, 1).reshape(rows, -1)
     if groups == 1:
         return F.linear(x, weight, bias)
@@ -186,7 +187,7 @@ class Gate(nn.Module):
         reset = torch.sigmoid(y_reset + x_reset)
         update = torch.sigmoid(y_update + x_update - self.bg)
         candidate = torch.tanh(y_candidate + self.candidate(reset * x))
-        return torch.lerp(x, candidate, update)
+        return torch.lerp(x, candidate.to(x.dtype), update.to(x.dtype))  # bf16 products leave a float32 state
 
 
 class Block(nn.Module):

@@ -1,5 +1,6 @@
 """What training adds to PPO, the benchmark's arithmetic and command line, and that the smallest task is learned."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -41,6 +42,24 @@ def sampled(tmp_path):
     yield make
     for trainer in trainers:
         trainer.workers.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "encoding"),
+    [("poc_memory_env", "learned"), ("minigrid", "absolute"), ("searing_spotlights", ""), ("mystery_path", "relative")],
+)
+def test_bf16_computes_the_same_but_for_rounding(sampled, name, encoding):
+    config = tiny(name)
+    config["transformer"]["positional_encoding"] = encoding
+    trainer = sampled(config)
+    samples = next(trainer.buffer.minibatches(np.random.default_rng(1)))
+    weights = copy.deepcopy(trainer.model.state_dict())
+    expected = trainer._train_minibatch(samples, 0.1, 0.001)
+    trainer.model.load_state_dict(weights)
+    trainer.options.precision = "bf16"
+    found = trainer._train_minibatch(samples, 0.1, 0.001)
+    assert (found != expected).any()
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.02)
 
 
 def test_recall_targets(sampled):
