@@ -24,7 +24,7 @@ from utils import Task, UserError, inspect_environment, polynomial_decay, releas
 from worker import EnvironmentFailure, Episode, Workers
 
 # Multiply-adds of one forward pass from which on a second thread pays.
-PARALLEL_WORTH = 150e6
+PARALLEL_WORTH = 24e6
 # Episode statistics are means over this many of the latest episodes.
 EPISODES_KEPT = 100
 
@@ -131,7 +131,7 @@ class PPOTrainer:
         torch.manual_seed(seed)
         self.model = ActorCriticModel(config, *vars(self.task).values()).to(self.device)
         self.forward = torch.compile(self.model, dynamic=True) if options.compile else self.model
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
+        self.optimizer = make_optimizer(self.model)
         self.buffer = Buffer(config, self.model, self.task, self.device)
         self.generator = torch.Generator(self.device)
         self.threads = torch.get_num_threads()
@@ -207,7 +207,9 @@ class PPOTrainer:
         times.append(time.perf_counter())
         self.update += 1
         self.buffer.timeline.roll(self.config["worker_steps"])
+        self.boundary = None  # freed before its successor is made: the two are as large as six models
         self.boundary = self.state()
+        release_memory()
         return self._scalars(statistics, np.diff(times))
 
     def sample(self) -> None:
@@ -511,6 +513,18 @@ class PPOTrainer:
         """Write the model as it is now."""
         progress = {"updates": self.update, "steps": self.update * self.samples}
         save_model(path, self.model, self.config, self.task, self.run | progress)
+
+
+def make_optimizer(model: ActorCriticModel) -> torch.optim.AdamW:
+    """Return AdamW with its moments in place, which it would otherwise scatter among the blocks of the first step."""
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    for parameter in model.parameters():
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
 
 
 def derived_seed(*numbers: int) -> int:
