@@ -89,8 +89,8 @@ def measure_updates(config: dict, arguments: dict) -> dict:
         for update in range(-1, whole_number(arguments, "--updates", 1)):
             say(f"update {update + 1}" if update >= 0 else "warming up")
             runs.append(measure_update(trainer))
-        shares = profile_update(trainer) if arguments["--profile"] else {}
         memory = memory_in_use(trainer)
+        shares = profile_update(trainer) if arguments["--profile"] else {}
     finally:
         trainer.workers.close()
     median = {name: statistics.median(run[name] for run in runs[1:]) for name in runs[0]}

@@ -22,10 +22,10 @@ Options:
 Example: python train.py --config configs/minigrid.yaml --run-id=my-run
 """
 
-import contextlib
 import secrets
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 from cli import arguments_of, choose_device, command_line, cores, one_of, use_machine, whole_number
@@ -48,7 +48,7 @@ def main() -> None:
     options = Options(device, processes, precision=precision, compile=arguments["--compile"])
     trainer = PPOTrainer(config, run_id, seed, options, checkpoint)
     if checkpoint is None:
-        make_room(trainer.checkpoints)
+        make_room(trainer.checkpoints, arguments["--overwrite"])
     print(f"run {run_id}, seed {seed}, {config['environment']['type']} on {trainer.run['device']}, "
           f"{config['updates']} updates of {trainer.samples:,} steps", file=sys.stderr)  # fmt: skip
     try:
@@ -96,13 +96,16 @@ def free_run_id(name: str) -> str:
     return run_id
 
 
-def make_room(checkpoints: Path) -> None:
-    """Replace what an earlier run of the same id saved by an empty folder, once nothing can go wrong any more."""
-    shutil.rmtree(checkpoints, ignore_errors=True)
+def make_room(checkpoints: Path, overwrite: bool) -> None:
+    """Create the run's folder, once nothing can go wrong any more; if to `overwrite`, in place of an earlier run's."""
+    if overwrite:
+        shutil.rmtree(checkpoints, ignore_errors=True)
     try:
         checkpoints.mkdir()
+    except FileExistsError as error:
+        raise UserError(f"{checkpoints}: another run took this id just now; choose another --run-id") from error
     except OSError as error:
-        raise UserError(f"{checkpoints}: cannot be replaced: {error.strerror}") from error
+        raise UserError(f"{checkpoints}: cannot be created: {error.strerror}") from error
 
 
 def resumed_run(arguments: dict) -> tuple[dict, str, int, dict]:
@@ -134,14 +137,11 @@ def check_run_id(run_id: str) -> None:
 
 def check_writable(folder: Path) -> None:
     """Create a folder and write a megabyte to it; UserError where that fails."""
-    probe = folder / ".probe"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(bytes(2**20))
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(2**20))
     except OSError as error:
-        with contextlib.suppress(OSError):
-            probe.unlink()
         raise UserError(f"{folder}: cannot be written to: {error.strerror}") from error
 
 

@@ -281,7 +281,7 @@ def assert_plain(said: str) -> None:
 
 def leftovers(folder: Path) -> list[Path]:
     """Temporary files that nobody will ever look at."""
-    return [path for path in folder.rglob("*") if path.suffix == ".tmp" or path.name == ".probe"]
+    return [path for path in folder.rglob("*") if path.suffix == ".tmp"]
 
 
 @pytest.fixture(autouse=True)
@@ -1176,6 +1176,19 @@ def test_existing_run_is_kept(tmp_path):
     assert code == 0, said
     assert read(tmp_path / "models" / "run.nn")["run"]["seed"] == 6 != before["run"]["seed"]
     assert newest(tmp_path)["seed"] == 6
+
+
+def test_runs_that_start_together_keep_out_of_each_others_way(tmp_path):
+    """Several seeds started by one line of shell, two of them under the same id by mistake."""
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(small_config(toy("Toy"), 1)))
+    ids = ("a", "b", "same", "same")
+    runs = [Process(tmp_path, "--config=run.yaml", f"--run-id={name}", "--cpu", "--processes=1") for name in ids]
+    codes = [process.finish() for process in runs]
+    said = "".join(process.text for process in runs)
+    assert codes[:2] == [0, 0] and sorted(codes[2:]) == [0, 2], said
+    assert "same: another run took this id" in said or "same exists" in said
+    assert sorted(path.stem for path in (tmp_path / "models").iterdir()) == ["a", "b", "same"]
 
 
 def test_nothing_is_lost_to_a_run_that_cannot_start(tmp_path):
