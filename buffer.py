@@ -14,6 +14,9 @@ from worker import SharedArrays
 # How many columns beyond the longest window a group of training queries may stretch over: more columns serve more
 # queries with one product, but each query pays for all of them.
 STRETCH = 64
+# The number of groups is filled up to a multiple: oneDNN builds and keeps a kernel for every new number of rows, which
+# takes half as long as a product.
+GROUPS_MULTIPLE = 4
 
 
 class Timeline:
@@ -92,10 +95,11 @@ class Timeline:
         longest = int(valid.max()) if self.narrow else self.length
         columns = min(longest + self.stretch, self.items.shape[2])  # K
         start, slot = group_queries(worker, end - valid, end, per_group, columns)
+        start = np.pad(start, (0, -len(start) % GROUPS_MULTIPLE))
         groups, total, places = len(start), self.items.shape[2], len(start) * per_group
         source = np.zeros(places, dtype=np.int64)
         source[slot] = np.arange(len(slot))
-        owner = worker[source[::per_group]]  # the first place of a group is never empty
+        owner = worker[source[::per_group]]  # the first place of a group is empty only where all are
         start = np.minimum(start, total - columns)
         # Places that only fill up a group keep end = first = 0 and so see nothing.
         place_end, place_first = np.zeros((2, places), dtype=np.int64)
