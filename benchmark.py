@@ -30,7 +30,7 @@ import sys
 import time
 from pathlib import Path
 
-from cli import arguments_of, choose_device, command_line, cores, one_of, use_machine, whole_number
+from cli import arguments_of, choose_device, command_line, cores, one_of, use_cores, whole_number
 from config import load_config
 
 PARTS = {  # what an operation of PyTorch's profiler counts as
@@ -69,7 +69,7 @@ def measure_updates(config: dict, arguments: dict) -> dict:
     from trainer import Options, PPOTrainer
 
     device = choose_device(arguments)
-    use_machine(device)
+    use_cores(device)
     overlap = {"on": True, "off": False, "auto": None}[one_of(arguments, "--overlap", ("on", "off", "auto"))]
     options = Options(
         device,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from docopt import DocoptExit, docopt
 
-from utils import UserError, keep_memory
+from utils import UserError
 
 
 def command_line(main: Callable[[], None]) -> None:
@@ -73,9 +73,8 @@ def choose_device(arguments: dict):
     return torch.device(name)
 
 
-def use_machine(device) -> None:
-    """Let PyTorch use every core on the CPU, and one thread where a GPU does the work; keep memory between uses."""
+def use_cores(device) -> None:
+    """Let PyTorch use every core on the CPU, and only one thread where a GPU does the work."""
     import torch
 
     torch.set_num_threads(1 if device.type == "cuda" else cores())
-    keep_memory()

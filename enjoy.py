@@ -27,7 +27,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from cli import arguments_of, choose_device, command_line, use_machine, whole_number
+from cli import arguments_of, choose_device, command_line, use_cores, whole_number
 from utils import UserError
 
 WIDTH = 720
@@ -45,7 +45,7 @@ def main() -> None:
 
     video = output_file(arguments, "--video", (".mp4", ".gif"))
     device = choose_device(arguments)
-    use_machine(device)
+    use_cores(device)
     model, config, task, _ = load_for_play(Path(arguments["--model"]), device)
     first = first_unseen_seed(config["environment"]) + seed
     window = open_window(arguments["--window"], wanted=video is None)

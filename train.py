@@ -28,7 +28,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from cli import arguments_of, choose_device, command_line, cores, one_of, use_machine, whole_number
+from cli import arguments_of, choose_device, command_line, cores, one_of, use_cores, whole_number
 from config import check_config, load_config
 from utils import UserError
 
@@ -42,7 +42,7 @@ def main() -> None:
     from trainer import EnvironmentFailure, Interrupted, NonFinite, Options, PPOTrainer, Unwritable
 
     device = choose_device(arguments)
-    use_machine(device)
+    use_cores(device)
     processes = whole_number(arguments, "--processes", 1, 4096) or cores()
     precision = one_of(arguments, "--precision", ("float32", "bf16"))
     options = Options(device, processes, precision=precision, compile=arguments["--compile"])

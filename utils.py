@@ -19,8 +19,6 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 # cores makes products of small matrices ten times slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-GLIBC = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
-
 ENVIRONMENT_TYPES = ("PocMemoryEnv", "CartPole", "CartPoleMasked", "Minigrid", *MEMORY_GYM_TYPES, "Gymnasium")
 
 
@@ -157,22 +155,10 @@ def checked_step(env: object, action: np.ndarray, task: Task) -> tuple:
     return result
 
 
-def keep_memory() -> None:
-    """Let the process keep the memory that it frees until `release_memory`, where the C library is glibc.
-
-    Otherwise the large blocks of each minibatch go back to the system and return as tens of thousands of page faults
-    per update.
-    """
-    if GLIBC is not None:
-        trim_threshold, mmap_max = -1, -4  # what malloc.h calls M_TRIM_THRESHOLD and M_MMAP_MAX
-        GLIBC.mallopt(trim_threshold, 2**31 - 1)
-        GLIBC.mallopt(mmap_max, 0)
-
-
 def release_memory() -> None:
-    """Give the system back what is free; done once per update, so that the gaps between blocks do not add up."""
-    if GLIBC is not None:
-        GLIBC.malloc_trim(0)
+    """Give the system back what is free, where the C library is glibc: gaps between blocks do not add up."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def seed_range(environment: dict) -> tuple[int, int]:

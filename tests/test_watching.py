@@ -57,7 +57,7 @@ def write_model(path: Path, name: str = "poc_memory_env", run_id: str = "run", s
 def one_thread(monkeypatch):
     """Small models are fastest on one thread; evaluate.py would leave its own number behind."""
     before = torch.get_num_threads()
-    monkeypatch.setattr("enjoy.use_machine", lambda device: None)
+    monkeypatch.setattr("enjoy.use_cores", lambda device: None)
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
