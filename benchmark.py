@@ -114,6 +114,7 @@ def measure_update(trainer) -> dict[str, float]:
     receive = trainer.workers.receive
 
     def timed_receive(group: range) -> list:
+        """Receive as usual and add up how long it took."""
         nonlocal waited
         started = time.perf_counter()
         ended = receive(group)
@@ -248,6 +249,7 @@ def use_textbook_attention(trainer) -> None:
         """Multi-head attention that projects every memory item of every sample."""
 
         def forward(self, x, items, bias, memory, norm):
+            """Return what `Attention.forward` returns, with keys and values of every item of every sample."""
             samples, heads, head_dim = x.shape[0], self.num_heads, self.head_dim
             if norm is not None:
                 items = items * norm.weight + norm.bias

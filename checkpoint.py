@@ -13,7 +13,7 @@ import xxhash
 
 from config import check_config
 from model import ActorCriticModel
-from utils import Task, UserError
+from utils import Task, UserError, reason_of
 
 FORMAT = "ppo-transformer-xl"
 FORMAT_VERSION = 1
@@ -26,6 +26,7 @@ def fingerprint(content: object) -> str:
     digest = xxhash.xxh3_128()
 
     def feed(value: object) -> None:
+        """Digest a value after those before it, with its type and size."""
         if isinstance(value, dict):
             for key in value:
                 feed(key)
@@ -84,8 +85,7 @@ def load(path: Path, kind: str) -> dict:
             warnings.simplefilter("ignore")  # what PyTorch warns of is refused below
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can fail in any way
-        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-        raise UserError(f"{path}: is damaged or was not written by this program ({reason})") from error
+        raise UserError(f"{path}: is damaged or was not written by this program ({reason_of(error)})") from error
     marks = [content.get(key) if isinstance(content, dict) else None for key in ("format", "version", "kind")]
     kinds = [type(mark) for mark in marks]
     if kinds != [str, int, str] or marks[0] != FORMAT or marks[2] not in ("model", "checkpoint"):
@@ -130,7 +130,7 @@ def load_model(path: Path, device: torch.device) -> tuple[ActorCriticModel, dict
     """
     content = load(path, "model")
     try:
-        config = check_config(content["config"], str(path))
+        config = stored_config(content, path)
         task = Task(
             tuple(content["task"]["observation_shape"]),
             tuple(content["task"]["branches"]),
@@ -139,11 +139,18 @@ def load_model(path: Path, device: torch.device) -> tuple[ActorCriticModel, dict
         model = ActorCriticModel(config, task.observation_shape, task.branches, task.max_episode_steps)
         model.load_state_dict(content["weights"])
         return model.to(device), config, task, dict(content["run"])
+    except UserError:
+        raise
+    except Exception as error:  # the file is ours by its marks, but holds something else
+        raise UserError(f"{path}: does not hold a model ({reason_of(error)})") from error
+
+
+def stored_config(content: dict, path: Path) -> dict:
+    """Return the config that a file holds, checked; UserError of one line: a file is wrong or right."""
+    try:
+        return check_config(content.get("config"), str(path))
     except UserError as error:
         raise UserError(str(error).splitlines()[0]) from error
-    except Exception as error:  # the file is ours by its marks, but holds something else
-        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-        raise UserError(f"{path}: does not hold a model ({reason})") from error
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

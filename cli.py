@@ -2,7 +2,9 @@
 
 import os
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 from docopt import DocoptExit, docopt
 
@@ -47,6 +49,34 @@ def one_of(arguments: dict, name: str, allowed: tuple[str, ...]) -> str:
     if arguments[name] not in allowed:
         raise UserError(f"{name}: {arguments[name]!r} should be one of {', '.join(allowed)}")
     return arguments[name]
+
+
+def output_file(arguments: dict, name: str, suffixes: tuple[str, ...]) -> Path | None:
+    """Return the file that an option names, None where it was not given; UserError where it could not be written.
+
+    Args:
+        arguments: of the command line.
+        name: of the option.
+        suffixes: allowed endings of the file; "" where the option takes none.
+    """
+    if arguments[name] is None:
+        return None
+    path = Path(arguments[name])
+    if path.suffix.lower() not in suffixes and suffixes != ("",):
+        raise UserError(f"{name}: {str(path)!r} should end in {' or '.join(suffixes)}")
+    if not path.name or path.is_dir():
+        raise UserError(f"{name}: {str(path)!r} should be a file, not a folder")
+    check_writable(path.parent, f"{name}: {str(path.parent)!r}")
+    return path
+
+
+def check_writable(folder: Path, name: str) -> None:
+    """Write a megabyte to a folder; UserError where that fails, which calls the folder by `name`."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(2**20))
+    except OSError as error:
+        raise UserError(f"{name} cannot be written to: {error.strerror}") from error
 
 
 def cores() -> int:

@@ -27,7 +27,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from cli import arguments_of, choose_device, command_line, use_cores, whole_number
+from cli import arguments_of, choose_device, command_line, output_file, use_cores, whole_number
 from utils import UserError
 
 WIDTH = 720
@@ -40,7 +40,7 @@ def main() -> None:
     seed, fps = whole_number(arguments, "--seed", 0, 2**30), whole_number(arguments, "--fps", 1, 120)
     if arguments["--window"] and not has_display():
         raise UserError("--window: there is no display; write a video instead: --video=episode.mp4")
-    from play import first_unseen_seed, load_for_play, output_file
+    from play import first_unseen_seed, load_for_play
     from watch import Player, write_video
 
     video = output_file(arguments, "--video", (".mp4", ".gif"))

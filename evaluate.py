@@ -26,7 +26,7 @@ import sys
 import time
 from pathlib import Path
 
-from cli import arguments_of, choose_device, command_line, cores, whole_number
+from cli import arguments_of, choose_device, command_line, cores, output_file, whole_number
 from utils import UserError
 
 
@@ -36,7 +36,6 @@ def main() -> None:
     numbers = [whole_number(arguments, name, 1, 10**6) for name in ("--seeds", "--repetitions")]
     seed = whole_number(arguments, "--seed", 0, 2**30)
     processes = whole_number(arguments, "--processes", 1, 4096) or cores() - max(1, cores() // 2) or 1
-    from play import output_file
 
     figure = output_file(arguments, "--plot", (".png", ".pdf", ".svg"))
     output = output_file(arguments, "--output", ("",))

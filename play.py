@@ -136,8 +136,7 @@ def play_episodes(
     if len(found) < len(planned):
         raise EnvironmentFailure("a process died, and its episodes cannot be repeated: the task is not deterministic")
     reported = {plan[index][number]: info for (index, number), info in found.items()}
-    order = [(s, r) for s in seeds for r in range(repetitions)]
-    return [{"seed": s, "repetition": r} | reported[s, r] for s, r in order]
+    return [{"seed": s, "repetition": r} | reported[s, r] for s in seeds for r in range(repetitions)]
 
 
 def planned_seed(seeds: list[list[int]], index: int, episode: int) -> int:
@@ -169,27 +168,3 @@ def _play(
             workers.send(group, agent.act(arrays, rows)[1])
             stepping.add(group)
     return found
-
-
-def output_file(arguments: dict, name: str, suffixes: tuple[str, ...]) -> Path | None:
-    """Return the file that an option names, None where it was not given; UserError where it could not be written.
-
-    Args:
-        arguments: of the command line.
-        name: of the option.
-        suffixes: allowed endings of the file; "" where the option takes none.
-    """
-    if arguments[name] is None:
-        return None
-    path = Path(arguments[name])
-    if path.suffix.lower() not in suffixes and suffixes != ("",):
-        raise UserError(f"{name}: {str(path)!r} should end in {' or '.join(suffixes)}")
-    if not path.name or path.is_dir():
-        raise UserError(f"{name}: {str(path)!r} should be a file, not a folder")
-    probe = path.parent / f".{path.name}.probe"
-    try:
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"{name}: {str(path.parent)!r} cannot be written to: {error.strerror}") from error
-    return path

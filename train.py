@@ -25,11 +25,10 @@ Example: python train.py --config configs/minigrid.yaml --run-id=my-run
 import secrets
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
-from cli import arguments_of, choose_device, command_line, cores, one_of, use_cores, whole_number
-from config import check_config, load_config
+from cli import arguments_of, check_writable, choose_device, command_line, cores, one_of, use_cores, whole_number
+from config import load_config
 from utils import UserError
 
 
@@ -77,7 +76,7 @@ def new_run(arguments: dict) -> tuple[dict, str, int, None]:
     if taken and not arguments["--overwrite"]:
         raise UserError(f"--run-id: {taken[0]} exists; choose another id, or --overwrite, or --resume={run_id}")
     for folder in (model.parent, checkpoints.parent, Path("summaries")):
-        check_writable(folder)
+        make_folder(folder)
     if model.is_dir() or checkpoints.is_symlink() or (checkpoints.exists() and not checkpoints.is_dir()):
         raise UserError(f"--run-id: something else is in the place of {model} or {checkpoints}")
     return config, run_id, seed, None
@@ -110,7 +109,7 @@ def make_room(checkpoints: Path, overwrite: bool) -> None:
 
 def resumed_run(arguments: dict) -> tuple[dict, str, int, dict]:
     """Return config, id, seed and newest checkpoint of an interrupted run."""
-    from checkpoint import load_newest
+    from checkpoint import load_newest, stored_config
 
     if arguments["--overwrite"]:
         raise UserError("--overwrite: contradicts --resume, which continues the run")
@@ -118,15 +117,11 @@ def resumed_run(arguments: dict) -> tuple[dict, str, int, dict]:
     check_run_id(run_id)
     checkpoint, path = load_newest(run_paths(run_id)[1])
     for folder in ("models", path.parent, "summaries"):
-        check_writable(Path(folder))
+        make_folder(Path(folder))
     if type(checkpoint.get("seed")) is not int or type(checkpoint.get("update")) is not int:
         raise UserError(f"{path}: holds no run")
     print(f"continuing {run_id} behind update {checkpoint['update']} from {path}", file=sys.stderr)
-    try:
-        config = check_config(checkpoint.get("config"), str(path))
-    except UserError as error:  # a file is wrong or right, not to be put right line by line
-        raise UserError(str(error).splitlines()[0]) from error
-    return config, run_id, checkpoint["seed"], checkpoint
+    return stored_config(checkpoint, path), run_id, checkpoint["seed"], checkpoint
 
 
 def check_run_id(run_id: str) -> None:
@@ -135,14 +130,13 @@ def check_run_id(run_id: str) -> None:
         raise UserError(f"--run-id: {run_id!r} should be letters, digits, '.', '_' and '-'")
 
 
-def check_writable(folder: Path) -> None:
-    """Create a folder and write a megabyte to it; UserError where that fails."""
+def make_folder(folder: Path) -> None:
+    """Create a folder where there is none; UserError where nothing can be written to it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(bytes(2**20))
     except OSError as error:
         raise UserError(f"{folder}: cannot be written to: {error.strerror}") from error
+    check_writable(folder, f"{folder}:")
 
 
 if __name__ == "__main__":

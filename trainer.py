@@ -20,7 +20,7 @@ from buffer import Buffer, policy_step
 from checkpoint import list_checkpoints, provenance, save_checkpoint, save_model
 from logger import Logger
 from model import ActorCriticModel, FrameCrossEntropy, Prediction
-from utils import Task, UserError, inspect_environment, polynomial_decay, release_memory, training_seed
+from utils import Task, UserError, inspect_environment, polynomial_decay, reason_of, release_memory, training_seed
 from worker import EnvironmentFailure, Episode, Workers
 
 # Multiply-adds of one forward pass from which on a second thread pays.
@@ -157,8 +157,8 @@ class PPOTrainer:
                 self._restore(checkpoint)
                 self.state()
             except Exception as error:  # the file is ours by its marks, but holds something else
-                reason = " ".join(str(error).split())[:100] or type(error).__name__
-                raise UserError(f"{self.checkpoints}: the checkpoint holds no run of this config ({reason})") from error
+                found = f"the checkpoint holds no run of this config ({reason_of(error)})"
+                raise UserError(f"{self.checkpoints}: {found}") from error
         self.boundary = self.state()
 
     @property

@@ -173,6 +173,11 @@ def training_seed(seed: int, environment: dict, index: int, episode: int) -> int
     return start + int(np.random.SeedSequence((seed, index, episode)).generate_state(1)[0]) % count
 
 
+def reason_of(error: Exception) -> str:
+    """Return what an error says on one short line, or what it is called where it says nothing."""
+    return " ".join(str(error).split())[:100] or type(error).__name__
+
+
 def polynomial_decay(schedule: dict, update: int) -> float:
     """Return the value of a schedule at an update.
 

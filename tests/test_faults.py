@@ -627,7 +627,17 @@ def test_a_model_knows_where_it_came_from(toy_run):
 
 # ----------------------------------------------------------------------------------------------------- 4: being asked
 
-# Code that asks the run to stop at a certain moment, by `ask()`.
+# Code that asks the run to stop at a certain moment, by `ask()`: here while the file of that number is written.
+WRITING = """
+import checkpoint
+true, calls = checkpoint.os.fsync, []
+def fsync(file):
+    calls.append(file)
+    if len(calls) == number:
+        ask()
+    return true(file)
+checkpoint.os.fsync = fsync
+"""
 MOMENTS = {
     "start": """
 import worker
@@ -653,26 +663,8 @@ def train_minibatch(self, samples, *rest):
     return true(self, samples, *rest)
 trainer.PPOTrainer._train_minibatch = train_minibatch
 """,
-    "checkpoint": """
-import checkpoint
-true, calls = checkpoint.os.fsync, []
-def fsync(file):
-    calls.append(file)
-    if len(calls) == 2:
-        ask()
-    return true(file)
-checkpoint.os.fsync = fsync
-""",
-    "last checkpoint": """
-import checkpoint
-true, calls = checkpoint.os.fsync, []
-def fsync(file):
-    calls.append(file)
-    if len(calls) == 7:
-        ask()
-    return true(file)
-checkpoint.os.fsync = fsync
-""",
+    "checkpoint": WRITING.replace("number", "2"),
+    "last checkpoint": WRITING.replace("number", "7"),
 }
 ASKING = """
 import os, signal, trainer
