@@ -12,12 +12,14 @@ import numpy as np
 
 from environments import MEMORY_GYM_TYPES
 
-# Both are read when PyTorch is loaded, so this module has to be imported first.
+# All are read when PyTorch is loaded, so this module has to be imported first.
 # Large blocks of memory in huge pages: without them the kernel's page faults take as long as the convolutions.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 # How long PyTorch's threads spin for work before they sleep. By default it is so long that a second process on the same
 # cores makes products of small matrices ten times slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# oneDNN keeps a kernel for every shape, 1,024 of them unless told otherwise: a run's memory would grow for hours.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 ENVIRONMENT_TYPES = ("PocMemoryEnv", "CartPole", "CartPoleMasked", "Minigrid", *MEMORY_GYM_TYPES, "Gymnasium")
 
