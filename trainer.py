@@ -221,7 +221,7 @@ class PPOTrainer:
         self._use_threads(len(groups[0]))
         buffer.begin()
         self.generator.manual_seed(derived_seed(self.seed, self.update))
-        with self._precision():
+        with self._precision(), self.model.transformer.constant_weights():
             for t in range(buffer.worker_steps):
                 for group in groups:
                     if t > 0:

@@ -10,7 +10,10 @@ which costs 2·D² + 2·heads·L·D instead of 2·L·D² multiply-adds per query
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -91,6 +94,22 @@ class MemoryView:
     slot: Tensor | None = None
 
 
+class Folded(NamedTuple):
+    """What attention derives from its weights alone.
+
+    Attributes:
+        key: (heads·D, hd), takes a head's query to the space of the items; scores are scaled with it.
+        value: (heads·hd, D), takes a head's mean of items to its values.
+        shift: (heads·hd,) added to those, or None.
+        table: (heads, L+1, hd), scaled W_R r of each distance; None without the relative encoding.
+    """
+
+    key: Tensor
+    value: Tensor
+    shift: Tensor | None
+    table: Tensor | None
+
+
 class Attention(nn.Module):
     """Multi-head attention of one query per sample to detached memory items.
 
@@ -112,6 +131,7 @@ class Attention(nn.Module):
         self.value = Linear(embed_dim, embed_dim, bias=False)
         self.out = Linear(embed_dim, embed_dim)
         self.relative = Linear(embed_dim, embed_dim, bias=False) if relative else None
+        self.folded: Folded | None = None  # kept while the weights do not change
         if relative:
             self.content_bias = nn.Parameter(torch.zeros(num_heads, self.head_dim))
             self.position_bias = nn.Parameter(torch.zeros(num_heads, self.head_dim))
@@ -134,26 +154,30 @@ class Attention(nn.Module):
             (P, D) and the attention weights (groups, Q·heads, K).
         """
         groups, width = items.shape[0], x.shape[1]
+        weight = self.folded or self.fold(norm)
         query = self.query(x)
         content = query if self.relative is None else query + self.content_bias.flatten()
-        scale = 1 / math.sqrt(width)
-        key, value, shift = self.key.weight * scale, self.value.weight, None
-        if norm is not None:
-            key, value, shift = key * norm.weight, value * norm.weight, F.linear(norm.bias, value)
-        # (heads·hd, D) to (heads·D, hd): what takes a head's query to the space of the items
-        key = key.view(self.num_heads, self.head_dim, width).transpose(1, 2).reshape(-1, self.head_dim)
-        folded = linear(content, key, groups=self.num_heads).view(groups, -1, width)  # (groups, Q·heads, D)
+        question = linear(content, weight.key, groups=self.num_heads).view(groups, -1, width)  # (groups, Q·heads, D)
         if self.relative is not None:
-            bias = bias + self._position_scores(query, memory) * scale
-        weights = torch.baddbmm(bias.to(folded.dtype), folded, items.transpose(1, 2)).softmax(dim=-1)
+            bias = bias + self._position_scores(query, weight.table, memory)
+        weights = torch.baddbmm(bias.to(question.dtype), question, items.transpose(1, 2)).softmax(dim=-1)
         context = torch.bmm(weights.to(items.dtype), items).view(x.shape[0], -1)  # (P, heads·D)
-        values = linear(context, value, shift, groups=self.num_heads)  # (P, D)
+        values = linear(context, weight.value, weight.shift, groups=self.num_heads)  # (P, D)
         return self.out(values * memory.nonempty), weights
 
-    def _position_scores(self, query: Tensor, memory: MemoryView) -> Tensor:
+    def fold(self, norm: nn.LayerNorm | None) -> Folded:
+        """Return what `forward` derives from the weights, with the affine part of `norm` where it is given."""
+        scale = 1 / math.sqrt(self.key.in_features)
+        key, value, shift, table = self.key.weight * scale, self.value.weight, None, None
+        if norm is not None:
+            key, value, shift = key * norm.weight, value * norm.weight, F.linear(norm.bias, value)
+        key = key.view(self.num_heads, self.head_dim, -1).transpose(1, 2).reshape(-1, self.head_dim)
+        if self.relative is not None:
+            table = (self.relative(self.distances) * scale).view(-1, self.num_heads, self.head_dim).transpose(0, 1)
+        return Folded(key, value, shift, table)
+
+    def _position_scores(self, query: Tensor, table: Tensor, memory: MemoryView) -> Tensor:
         """Return (groups, Q·heads, K): (q + v)·W_R r for the distance between each query and column."""
-        table = self.relative(self.distances)  # (L+1, D)
-        table = table.view(-1, self.num_heads, self.head_dim).transpose(0, 1)  # (heads, L+1, hd)
         query = (query + self.position_bias.flatten()).view(-1, self.num_heads, self.head_dim)
         by_distance = torch.bmm(query.transpose(0, 1), table.transpose(1, 2)).transpose(0, 1)  # (P, heads, L+1)
         index = memory.distance.flatten(0, 1)[:, None].expand(-1, self.num_heads, -1)  # (P, heads, K)
@@ -240,6 +264,18 @@ class Transformer(nn.Module):
             self.register_buffer("position", sinusoid(steps, self.embed_dim), persistent=False)  # (T, D)
         if self.encoding == "learned":
             self.position = nn.Parameter(torch.randn(max_episode_steps, self.embed_dim))
+
+    @contextmanager
+    def constant_weights(self) -> Iterator[None]:
+        """Derive from the weights only once what attention needs of them: in here they must not change."""
+        for block in self.blocks:
+            with torch.no_grad():
+                block.attention.folded = block.attention.fold(block.norm_kv)
+        try:
+            yield
+        finally:
+            for block in self.blocks:
+                block.attention.folded = None
 
     def to_items(self, inputs: Tensor, step: Tensor) -> Tensor:
         """Turn what the blocks received at a step into what memory stores: constant for as long as it is kept.
