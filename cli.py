@@ -8,7 +8,7 @@ from pathlib import Path
 
 from docopt import DocoptExit, docopt
 
-from utils import UserError
+from utils import UserError, keep_memory
 
 
 def command_line(main: Callable[[], None]) -> None:
@@ -108,3 +108,5 @@ def use_cores(device) -> None:
     import torch
 
     torch.set_num_threads(1 if device.type == "cuda" else cores())
+    if device.type == "cpu":
+        keep_memory()

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -155,6 +156,22 @@ def test_textbook_benchmark_does_the_same_work(sampled):
     with torch.no_grad():
         prediction = trainer.model(trainer.model.embed(observations)[which], memory)
     assert torch.allclose(prediction.value, buffer.values.flatten(), atol=1e-5)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_is_kept():
+    """A tensor that is freed and made again costs no page faults."""
+    code = """
+import utils, resource, torch
+utils.keep_memory()
+faults = []
+for _ in range(20):
+    torch.ones(2**24)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(faults[-1] - faults[3])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 16  # a huge page each would be 512
 
 
 def test_benchmark_help():
