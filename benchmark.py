@@ -147,19 +147,26 @@ def count_operations(trainer) -> float:
     encoder = layer_costs(model.encoder)
     decoder = sum(layer_costs(model.decoder)) if model.decoder is not None else 0
     heads = sum(module.weight.numel() for module in (model.policy_hidden, model.value_hidden, *model.policy))
-    dense = heads + sum(
-        parameter.numel() for parameter in model.transformer.blocks.parameters() if parameter.dim() == 2
-    )
+    matrices = {
+        name: matrix.numel() for name, matrix in model.transformer.blocks.named_parameters() if matrix.dim() == 2
+    }
+    # Of each distance, not of each sample; the biases of the relative encoding are no products.
+    table = sum(matrices.pop(name) for name in [*matrices] if name.endswith("relative.weight"))
+    table *= transformer["memory_length"] + 1
+    dense = heads + sum(size for name, size in matrices.items() if name.endswith("weight"))
     seen = np.minimum(buffer.step, transformer["memory_length"]).sum() / buffer.step.size
     attention = 2 * transformer["num_blocks"] * transformer["num_heads"] * transformer["embed_dim"] * seen
+    positions = transformer["num_blocks"] * transformer["embed_dim"] * seen if table else 0
     embedding = model.embedding.weight.numel()
     distinct = len(buffer.observations)
-    total = buffer.step.size * (dense + attention) + distinct * (sum(encoder) + embedding)  # sampling
+    total = (
+        buffer.step.size * (dense + attention + positions) + distinct * (sum(encoder) + embedding) + table
+    )  # sampling
     for epoch in range(config["epochs"]):
         for samples in buffer.minibatches(np.random.default_rng((trainer.seed, trainer.update - 1, epoch))):
             distinct = len(np.unique(buffer.observation_index.flat[samples]))
             total += distinct * (3 * (sum(encoder) + embedding) - encoder[0])
-            total += len(samples) * (3 * (dense + decoder) + 2 * attention)
+            total += len(samples) * (3 * (dense + decoder + positions) + 2 * attention) + 2 * table
     return 2 * float(total)
 
 

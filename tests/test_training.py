@@ -112,8 +112,9 @@ def test_novelty_is_paid_once_per_episode(sampled):
     assert reported and max(reported) <= 1  # statistics stay those of the task
 
 
-def test_operations_are_counted_from_the_shapes(sampled):
-    trainer = sampled(tiny("cartpole_masked"))
+@pytest.mark.parametrize("name, relative", (("cartpole_masked_published", 0), ("cartpole_masked", 1)))
+def test_operations_are_counted_from_the_shapes(sampled, name, relative):
+    trainer = sampled(tiny(name))
     buffer, samples, dim, hidden, blocks, epochs = trainer.buffer, 128, 32, 16, 2, 1
     trainer.update += 1  # count_operations looks at the update before
     dense = blocks * (5 + 12) * dim**2 + 2 * dim * hidden + 2 * hidden
@@ -122,7 +123,9 @@ def test_operations_are_counted_from_the_shapes(sampled):
     attention = 2 * blocks * dim * seen
     sampling = samples * (dense + attention) + len(buffer.observations) * (encoder + embedding)
     training = epochs * samples * (3 * dense + 2 * attention + 3 * embedding + 2 * encoder)
-    assert benchmark.count_operations(trainer) == pytest.approx(2 * (sampling + training))
+    # Scores by distance for each sample, a table of 17 distances for the rollout and each of two minibatches.
+    positions = relative * blocks * (dim * seen * 4 * samples + 17 * dim**2 * (1 + 2 * 2))
+    assert benchmark.count_operations(trainer) == pytest.approx(2 * (sampling + training + positions))
 
 
 @pytest.mark.parametrize(
