@@ -257,16 +257,16 @@ def use_textbook_attention(trainer) -> None:
 
         def forward(self, x, items, bias, memory, norm):
             """Return what `Attention.forward` returns, with keys and values of every item of every sample."""
-            samples, heads, head_dim = x.shape[0], self.num_heads, self.head_dim
+            places, heads, head_dim = items.shape[0], self.num_heads, self.head_dim
             if norm is not None:
                 items = items * norm.weight + norm.bias
-            query = self.query(x).view(samples, heads, 1, head_dim)
-            key = torch.nn.functional.linear(items, self.key.weight).view(samples, -1, heads, head_dim)
-            value = torch.nn.functional.linear(items, self.value.weight).view(samples, -1, heads, head_dim)
-            scores = (query @ key.permute(0, 2, 3, 1)).squeeze(2) / x.shape[1] ** 0.5  # (samples, heads, K)
+            query = memory.to_places(self.query(x)).view(places, heads, 1, head_dim)
+            key = torch.nn.functional.linear(items, self.key.weight).view(places, -1, heads, head_dim)
+            value = torch.nn.functional.linear(items, self.value.weight).view(places, -1, heads, head_dim)
+            scores = (query @ key.permute(0, 2, 3, 1)).squeeze(2) / x.shape[1] ** 0.5  # (places, heads, K)
             weights = (scores + bias).softmax(dim=-1)
-            context = (weights[:, :, None] @ value.transpose(1, 2)).reshape(samples, -1)  # (samples, D)
-            return self.out(context * memory.nonempty), weights
+            context = (weights[:, :, None] @ value.transpose(1, 2)).reshape(places, -1)  # (places, D)
+            return self.out(memory.from_places(context) * memory.nonempty), weights
 
     for block in trainer.model.transformer.blocks:
         block.attention.__class__ = TextbookAttention

@@ -113,10 +113,10 @@ class Timeline:
         return MemoryView(
             items=items.unflatten(1, (groups, columns)),
             mask=(offsets < ends) & (offsets >= firsts),
-            nonempty=(ends > firsts).float().view(places, 1),
+            nonempty=self.to_device(valid > 0).float()[:, None],
             distance=(ends - offsets).clamp(0, self.length) if relative else None,
             item_step=self.item_step.flatten()[rows].view(groups, columns) if learned else None,
-            source=source,
+            source=self.to_device(source),
             slot=self.to_device(slot),
         )
 
@@ -255,7 +255,6 @@ class VectorStore:
         return self.vectors[torch.from_numpy(index).to(self.vectors.device, non_blocking=True)], None
 
 
-@torch.no_grad()
 def policy_step(
     model: ActorCriticModel,
     timeline: Timeline,
@@ -282,8 +281,9 @@ def policy_step(
         The prediction and the index (n,) of the observations in the store.
     """
     index = store.add(arrays.observations[rows], arrays.digests[rows])
-    prediction = model(store.embed(model, index), timeline.window(rows, t, step))
-    timeline.write(rows, t, prediction.inputs, step)
+    with torch.inference_mode():
+        prediction = model(store.embed(model, index), timeline.window(rows, t, step))
+        timeline.write(rows, t, prediction.inputs, step)
     return prediction, index
 
 
@@ -349,7 +349,7 @@ class Buffer:
         step = np.concatenate((last_step, [self.step[w, t] + 1 for w, t in cut])).astype(np.int64)
         index = np.concatenate((last_index, list(self.final_index.values()))).astype(np.int64)
         memory = self.timeline.view(worker, t, step, self.per_group)
-        following = model(self.observations.embed(model, index[memory.source]), memory).value.cpu()
+        following = model(self.observations.embed(model, index), memory).value.cpu()
         values = self.values.cpu()
         next_values = torch.cat((values[:, 1:], following[: self.n_workers, None]), dim=1)
         for (w, t), value in zip(cut, following[self.n_workers :], strict=True):
@@ -380,7 +380,7 @@ class Buffer:
             yield np.sort(order[start : start + self.minibatch_size])
 
     def observe(self, samples: np.ndarray) -> tuple[Tensor, Tensor | None]:
-        """Return the distinct observations of `samples` (P,) and which of them each saw (P,), None if its own."""
+        """Return the distinct observations of `samples` (N,) and which of them each saw (N,), None if its own."""
         return self.observations.gather(self.observation_index.flat[samples])
 
     def note_seen(self) -> None:

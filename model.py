@@ -17,7 +17,7 @@ class Prediction:
     Attributes:
         log_probs: one (N, actions) tensor of log-probabilities per action branch.
         value: (N,) predicted discounted return.
-        inputs: (blocks, P, D) inputs of the blocks, detached: what memory is to keep of a step.
+        inputs: (blocks, N, D) inputs of the blocks, detached: what memory is to keep of a step.
         output: (N, D) output of the transformer.
         attention: per block (groups, Q·heads, K) attention weights, detached.
     """
@@ -241,10 +241,8 @@ class ActorCriticModel(nn.Module):
         return F.relu(self.embedding(self.encoder(observations)))
 
     def forward(self, embedded: Tensor, memory: MemoryView) -> Prediction:
-        """Predict from embedded observations (P, D), in the order of `memory`'s places; drop what only fills places."""
+        """Predict from embedded observations (N, D) and what each may look at."""
         output, inputs, attention = self.transformer(embedded, memory)
-        if memory.slot is not None:
-            output = output[memory.slot]  # (N, D)
         hidden = F.relu(self.policy_hidden(output))
         log_probs = [branch(hidden).float().log_softmax(dim=1) for branch in self.policy]
         value = self.value(F.relu(self.value_hidden(output))).float().squeeze(1)

@@ -300,7 +300,7 @@ class PPOTrainer:
         index = buffer.timeline.to_device(samples)
         with self._precision():
             memory = buffer.memory(samples)
-            observations, which = buffer.observe(samples[memory.source])
+            observations, which = buffer.observe(samples)
             distinct = self.model.embed(observations)
             prediction = self.forward(distinct if which is None else F.embedding(which, distinct), memory)
             rollout = (buffer.actions, buffer.log_probs, buffer.values, buffer.advantages)
@@ -308,7 +308,7 @@ class PPOTrainer:
             loss, parts = ppo_loss(prediction, *rollout, self.config, clip_range, beta)
             parts["reconstruction"] = parts["recall"] = torch.zeros_like(loss)
             if self.model.decoder is not None:
-                frames = observations[which[memory.slot]]
+                frames = observations[which]
                 reconstruction = FrameCrossEntropy.apply(self.model.decoder(prediction.output), frames)
                 parts["reconstruction"] = reconstruction.detach()
                 loss = loss + self.config["reconstruction_coefficient"] * reconstruction

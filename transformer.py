@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -71,17 +70,17 @@ def sinusoid(angle_steps: Tensor, embed_dim: int) -> Tensor:
 class MemoryView:
     """What the queries of one forward pass may attend to.
 
-    Queries come in groups of Q that share one stretch of K memory columns, since the windows of nearby steps overlap;
-    the P = groups·Q places are filled up with queries that see nothing and whose output is dropped. A step of the
-    policy has one query per group, and every place is taken.
+    For attention the N queries come in groups of Q that share one stretch of K memory columns, since the windows of
+    nearby steps overlap. The P = groups·Q places are filled up with queries that see nothing and whose context is
+    dropped. A step of the policy has one query per group, and every place is taken.
 
     Attributes:
         items: (blocks, groups, K, D) stored items, a view of the timeline or one copy per group.
         mask: (groups, Q, K) bool, True where the query may attend to the column.
-        nonempty: (P, 1) float, 0 where the query's memory is empty, else 1.
+        nonempty: (N, 1) float, 0 where the sample's memory is empty, else 1.
         distance: (groups, Q, K) int64 steps between query and column, from 0 to L; for the relative encoding only.
         item_step: (groups, K) int64 episode step at which the column was written; for the learned encoding only.
-        source: (P,) which of the N samples each place holds, on the host; None where P = N, in order.
+        source: (P,) int64 which of the N samples each place holds, the first where none; None where P = N, in order.
         slot: (N,) int64 the place of each sample; None where P = N, in order.
     """
 
@@ -90,8 +89,16 @@ class MemoryView:
     nonempty: Tensor
     distance: Tensor | None = None
     item_step: Tensor | None = None
-    source: np.ndarray | None = None
+    source: Tensor | None = None
     slot: Tensor | None = None
+
+    def to_places(self, queries: Tensor) -> Tensor:
+        """Return (P, D): queries (N, D) in their places."""
+        return queries if self.source is None else F.embedding(self.source, queries)
+
+    def from_places(self, values: Tensor) -> Tensor:
+        """Return (N, D): what the places (P, D) of the queries hold."""
+        return values if self.slot is None else F.embedding(self.slot, values)
 
 
 class Folded(NamedTuple):
@@ -143,7 +150,7 @@ class Attention(nn.Module):
         """Attend from x to the items.
 
         Args:
-            x: (P, D) queries, normalised already where the block does so.
+            x: (N, D), normalised already where the block does so.
             items: (groups, K, D), normalised without affine where `norm` is given.
             bias: (groups, Q·heads, K), added to the scores: MASKED where a query may not look, else 0.
             memory: the layout of queries and columns.
@@ -151,19 +158,19 @@ class Attention(nn.Module):
                 and cancels in the softmax, and Σ aᵢ = 1 carries it through to the values.
 
         Returns:
-            (P, D) and the attention weights (groups, Q·heads, K).
+            (N, D) and the attention weights (groups, Q·heads, K).
         """
         groups, width = items.shape[0], x.shape[1]
         weight = self.folded or self.fold(norm)
-        query = self.query(x)
+        query = memory.to_places(self.query(x))  # (P, D)
         content = query if self.relative is None else query + self.content_bias.flatten()
         question = linear(content, weight.key, groups=self.num_heads).view(groups, -1, width)  # (groups, Q·heads, D)
         if self.relative is not None:
             bias = bias + self._position_scores(query, weight.table, memory)
         weights = torch.baddbmm(bias.to(question.dtype), question, items.transpose(1, 2)).softmax(dim=-1)
-        context = torch.bmm(weights.to(items.dtype), items).view(x.shape[0], -1)  # (P, heads·D)
+        context = torch.bmm(weights.to(items.dtype), items).view(query.shape[0], -1)  # (P, heads·D)
         values = linear(context, weight.value, weight.shift, groups=self.num_heads)  # (P, D)
-        return self.out(values * memory.nonempty), weights
+        return self.out(memory.from_places(values) * memory.nonempty), weights
 
     def fold(self, norm: nn.LayerNorm | None) -> Folded:
         """Return what `forward` derives from the weights, with the affine part of `norm` where it is given."""
@@ -206,10 +213,10 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Return (N, D): the state x (N, D) updated by the layer's output y (N, D)."""
-        y_reset, y_update, y_candidate = self.from_update(y).chunk(3, dim=1)
-        x_reset, x_update = self.from_state(x).chunk(2, dim=1)
-        reset = torch.sigmoid(y_reset + x_reset)
-        update = torch.sigmoid(y_update + x_update - self.bg)
+        width = x.shape[1]
+        y_gates, y_candidate = self.from_update(y).split((2 * width, width), dim=1)
+        x_gates = linear(x, self.from_state.weight, F.pad(-self.bg, (width, 0)))
+        reset, update = torch.sigmoid(y_gates + x_gates).chunk(2, dim=1)
         candidate = torch.tanh(y_candidate + self.candidate(reset * x))
         return torch.lerp(x, candidate.to(x.dtype), update.to(x.dtype))  # bf16 products leave a float32 state
 
@@ -236,7 +243,7 @@ class Block(nn.Module):
         self.gate2 = Gate(embed_dim, config["gtrxl_bias"]) if config["gtrxl"] else torch.add
 
     def forward(self, x: Tensor, items: Tensor, bias: Tensor, memory: MemoryView) -> tuple[Tensor, Tensor]:
-        """Return the layer's output (P, D) and its attention weights; arguments as in `Attention.forward`."""
+        """Return the layer's output (N, D) and its attention weights; arguments as in `Attention.forward`."""
         pre, post = self.layer_norm == "pre", self.layer_norm == "post"
         attended, weights = self.attention(self.norm1(x) if pre else x, items, bias, memory, self.norm_kv)
         x = self.gate1(x, attended)
@@ -306,11 +313,11 @@ class Transformer(nn.Module):
         """Run all blocks.
 
         Args:
-            x: (P, D) embedded observations, in the order of the places of `memory`.
+            x: (N, D) embedded observations.
             memory: what each of them may attend to.
 
         Returns:
-            output (P, D), the inputs of the blocks (blocks, P, D) and the attention weights (groups, Q·heads, K) of
+            output (N, D), the inputs of the blocks (blocks, N, D) and the attention weights (groups, Q·heads, K) of
             each block.
         """
         groups, per_group, columns = memory.mask.shape

@@ -25,7 +25,6 @@ from buffer import FrameStore, Timeline, generalised_advantages, group_queries, 
 from config import check_config
 from model import FrameCrossEntropy, Prediction
 from trainer import LOSS_PARTS, Options, PPOTrainer
-from transformer import MemoryView
 from utils import Task, create_env, training_seed
 from worker import SharedArrays
 
@@ -72,13 +71,12 @@ def unsettle(model: nn.Module, seed: int) -> None:
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
-def compare(prediction: Prediction, memory: MemoryView | None, expected: textbook.Step, what: object) -> None:
-    """Requires that a prediction of the product, from a view of the memory if it had one, is the textbook's."""
+def compare(prediction: Prediction, expected: textbook.Step, what: object) -> None:
+    """Requires that a prediction of the product is the textbook's."""
     for found, branch in zip(prediction.log_probs, expected.log_softmaxes, strict=True):
         assert_close(found, branch, what)
     assert_close(prediction.value, expected.value, what)
-    inputs = prediction.inputs.transpose(0, 1)  # in the order of the view's places
-    assert_close(inputs if memory is None else inputs[memory.slot], expected.memory, what)
+    assert_close(prediction.inputs.transpose(0, 1), expected.memory, what)
     assert_close(prediction.output, expected.output, what)
 
 
@@ -191,16 +189,16 @@ class Rollouts:
             if check:
                 expected = self.history.take(parameters, self.observations[:, t], self.now == 0)
                 for rows, prediction in predictions:
-                    compare(prediction, None, _rows(expected, rows), f"rollout {self.played}, step {t}")
+                    compare(prediction, _rows(expected, rows), f"rollout {self.played}, step {t}")
             ended = self.generator.random(self.n_workers) < self.ends
             ended |= self.now + 1 == self.config["max_episode_steps"]
             self.now = np.where(ended, 0, self.now + 1)
 
-    def predict(self, samples: np.ndarray, per_group: int) -> tuple[Prediction, MemoryView]:
-        """Returns what training predicts for samples w·T + t, and from which view."""
+    def predict(self, samples: np.ndarray, per_group: int) -> Prediction:
+        """Returns what training predicts for samples w·T + t."""
         worker, t = np.divmod(samples, self.worker_steps)
         view = self.timeline.view(worker, t, self.step[worker, t], per_group)
-        return self.model(self.model.embed(self.observations[worker, t][view.source]), view), view
+        return self.model(self.model.embed(self.observations[worker, t]), view)
 
     def check_training(self, samples: np.ndarray, per_groups: tuple[int, ...] = (1, 3, 8)) -> None:
         """Requires that training's outputs and gradients are the textbook's, for samples w·T + t of the rollout."""
@@ -216,8 +214,8 @@ class Rollouts:
         for per_group in per_groups:
             what = f"{len(samples)} samples, {per_group} per group"
             self.model.zero_grad()
-            prediction, view = self.predict(samples, per_group)
-            compare(prediction, view, expected, what)
+            prediction = self.predict(samples, per_group)
+            compare(prediction, expected, what)
             _weighted([*prediction.log_probs, prediction.value], weights).backward()
             assert_gradients(self.model, parameters, what)
 
@@ -374,7 +372,7 @@ def test_view_shows_exactly_the_windows(arguments, seed):
         valid = min(step[query], length)
         assert seen == list(range(now - valid, now))
         assert distance[slot][visible[slot]].tolist() == list(range(valid, 0, -1))
-        assert view.nonempty[slot].item() == (valid > 0)
+        assert view.nonempty[query].item() == (valid > 0)
 
 
 # --------------------------------------------------------------------------------------------------- real training runs
@@ -515,7 +513,7 @@ class CheckedTrainer(PPOTrainer):
         order = np.random.default_rng(self.update).permutation(self.samples)
         for samples in (np.arange(self.samples), order, *np.array_split(order, 7), order[:1]):
             memory = buffer.memory(samples)
-            observations, which = buffer.observe(samples[memory.source])
+            observations, which = buffer.observe(samples)
             prediction = self.model(canonical.embed(self.model, observations, which), memory)
             worker, t = np.divmod(samples, buffer.worker_steps)
             assert_close(prediction.log_prob(buffer.actions[worker, t]), buffer.log_probs[worker, t])
@@ -613,7 +611,7 @@ def played(changes: dict, change: tuple[int, int] | None) -> tuple[Rollouts, Ten
     for number in range(3):
         rollouts.play(check=False, change=change if number == 1 else None)
         values.append(rollouts.values.detach().clone())
-        output = rollouts.predict(np.arange(rollouts.step.size), 4)[0].output
+        output = rollouts.predict(np.arange(rollouts.step.size), 4).output
         outputs.append(output.detach().unflatten(0, rollouts.step.shape))
         steps.append(rollouts.step.copy())
     episode = (np.concatenate(steps, axis=1) == 0).cumsum(axis=1)
@@ -656,7 +654,7 @@ def test_shift_of_the_episode_clock(encoding):
         for t, received in enumerate(inputs):
             timeline.write(slice(0, 3), t, received, np.full(3, t + shift))
         view = timeline.view(worker, now, now + shift, 2)
-        trained = model(embedded[view.source], view).output
+        trained = model(embedded, view).output
         sampled = model(embedded, timeline.window(slice(0, 3), 7, now + shift)).output
         assert_close(trained, sampled)
         outputs.append(sampled)
@@ -676,11 +674,11 @@ def test_empty_memory(changes):
         block.attention.register_forward_hook(lambda module, _, result: contexts.append(result[0] - module.out.bias))
     step = np.array([0, 2, 0, 0, 7])
     view = timeline.view(np.array([0, 0, 1, 1, 2]), np.array([1, 4, 0, 9, 11]), step, 2)
-    model(model.embed(torch.randn(5, 5))[view.source], view)
+    model(model.embed(torch.randn(5, 5)), view)
     empty = torch.from_numpy(step == 0)
     for context in contexts:
-        assert not context[view.slot][empty].any()
-        assert context[view.slot][~empty].all(dim=1).all()
+        assert not context[empty].any()
+        assert context[~empty].all(dim=1).all()
     contexts.clear()
     for step in ([0, 0, 0], [0, 3, 0]):
         model(model.embed(torch.randn(3, 5)), timeline.window(slice(0, 3), 2, np.array(step)))

@@ -155,7 +155,7 @@ def test_textbook_benchmark_does_the_same_work(sampled):
     benchmark.use_textbook_attention(trainer)
     buffer, samples = trainer.buffer, np.arange(trainer.samples)
     memory = buffer.memory(samples)
-    observations, which = buffer.observe(samples[memory.source])
+    observations, which = buffer.observe(samples)
     with torch.no_grad():
         prediction = trainer.model(trainer.model.embed(observations)[which], memory)
     assert torch.allclose(prediction.value, buffer.values.flatten(), atol=1e-5)

@@ -121,7 +121,7 @@ def test_steps_are_what_training_computes(name, encoding):
     observations = observations.permute(0, 3, 1, 2) if task.visual else observations
     with torch.no_grad():
         views = [timeline.view(np.zeros_like(steps), steps, steps, per_group) for per_group in (8, 1)]
-        batched, single = (model(model.embed(observations[view.source]), view) for view in views)
+        batched, single = (model(model.embed(observations), view) for view in views)
     for t in steps:
         expected = [branch[t] for branch in batched.log_probs] + [batched.value[t]]
         for found, value in zip(wanted[t], expected, strict=True):
