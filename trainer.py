@@ -20,6 +20,7 @@ from buffer import Buffer, policy_step
 from checkpoint import list_checkpoints, provenance, save_checkpoint, save_model
 from logger import Logger
 from model import ActorCriticModel, FrameCrossEntropy, Prediction
+from optimizer import Optimizer
 from utils import Task, UserError, inspect_environment, polynomial_decay, reason_of, release_memory, training_seed
 from worker import EnvironmentFailure, Episode, Workers
 
@@ -131,7 +132,7 @@ class PPOTrainer:
         torch.manual_seed(seed)
         self.model = ActorCriticModel(config, *vars(self.task).values()).to(self.device)
         self.forward = torch.compile(self.model, dynamic=True) if options.compile else self.model
-        self.optimizer = make_optimizer(self.model)
+        self.optimizer = Optimizer(self.model, config["max_grad_norm"])
         self.buffer = Buffer(config, self.model, self.task, self.device)
         self.generator = torch.Generator(self.device)
         self.threads = torch.get_num_threads()
@@ -151,7 +152,6 @@ class PPOTrainer:
         self.finished: list[dict[str, float]] = []  # what the latest episodes reported
         self.stopping = False
         self.run = {"run_id": run_id, "seed": seed} | provenance(self.device)
-        self.modules, self.membership = self._modules()
         if checkpoint is not None:
             try:
                 self._restore(checkpoint)
@@ -284,8 +284,7 @@ class PPOTrainer:
         """Train on the rollout; return the statistics (minibatches, names) of all minibatches, still on the device."""
         schedules = [self.config[f"{name}_schedule"] for name in ("learning_rate", "clip_range", "beta")]
         learning_rate, clip_range, beta = (polynomial_decay(schedule, self.update) for schedule in schedules)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        self.optimizer.set_learning_rate(learning_rate)
         self._use_threads(self.buffer.minibatch_size)
         statistics = []
         for epoch in range(self.config["epochs"]):
@@ -318,37 +317,14 @@ class PPOTrainer:
                 recall = F.binary_cross_entropy_with_logits(logits, targets, known.expand_as(targets))
                 parts["recall"] = recall.detach()
                 loss = loss + self.config["recall_coefficient"] * recall
-        self.optimizer.zero_grad()
-        loss.backward()
-        norms = self._clip_gradients()
-        self.optimizer.step()
+        norms = self.optimizer.step(loss)
         return torch.stack([*(parts[name] for name in LOSS_PARTS), loss.detach(), *norms])
-
-    def _clip_gradients(self) -> Tensor:
-        """Clip the gradients by their global norm; return the norms before, of each module and of all (names,)."""
-        gradients = [parameter.grad for parameter in self.model.parameters()]
-        squares = torch.stack(torch._foreach_norm(gradients)) ** 2
-        total = squares.sum().sqrt()
-        torch._foreach_mul_(gradients, (self.config["max_grad_norm"] / (total + 1e-6)).clamp(max=1.0))
-        # Not a product: 0 times NaN is NaN, and all modules would seem to be at fault.
-        return torch.cat((squares.where(self.membership, 0).sum(dim=1).sqrt(), total[None]))
 
     def _use_threads(self, rows: int) -> None:
         """Compute with as many threads as pay for forward passes of so many rows: waiting for each other costs too."""
         parts = (self.model.embedding, self.model.transformer, self.model.policy_hidden, self.model.value_hidden)
         weights = sum(parameter.numel() for part in parts for parameter in part.parameters())
         torch.set_num_threads(self.threads if rows * weights >= PARALLEL_WORTH else 1)
-
-    def _modules(self) -> tuple[list[str], Tensor]:
-        """Return the names of the model's modules, and which parameter belongs to which: (modules, parameters)."""
-        owners = []
-        for name, _ in self.model.named_parameters():
-            parts = name.split(".")
-            block = f"block{parts[2]}" if parts[1] == "blocks" else parts[1]
-            owners.append(block if parts[0] == "transformer" else parts[0].split("_")[0])
-        names = list(dict.fromkeys(owners))
-        membership = torch.tensor([[owner == name for owner in owners] for name in names], device=self.device)
-        return names, membership
 
     # --------------------------------------------------------------------------------------- statistics and safeguards
 
@@ -361,7 +337,7 @@ class PPOTrainer:
         """
         buffer, config = self.buffer, self.config
         names = [f"losses/{name}" for name in (*LOSS_PARTS, "total")]
-        names += [f"gradients/{module}" for module in (*self.modules, "all")]
+        names += [f"gradients/{module}" for module in (*self.optimizer.modules, "all")]
         scalars = dict(zip(names, statistics.mean(dim=0).tolist(), strict=True))
         for name in ("kl", "clip_fraction"):
             scalars[f"training/{name}"] = scalars.pop(f"losses/{name}")
@@ -396,11 +372,11 @@ class PPOTrainer:
             bad = (~torch.isfinite(statistics)).cpu().numpy()
             minibatch = int(bad.any(axis=1).argmax())
             losses = [f"the {name} loss" for name in (*LOSS_PARTS, "total")]
-            names = [*losses, *(f"a gradient of {module}" for module in self.modules), "the gradient norm"]
+            names = [*losses, *(f"a gradient of {module}" for module in self.optimizer.modules), "the gradient norm"]
             name = names[bad[minibatch].argmax()]
             epoch, minibatch = divmod(minibatch, self.config["n_mini_batch"])
             found = f"epoch {epoch + 1}, minibatch {minibatch + 1}: {name}"
-        elif not torch.isfinite(torch.stack(torch._foreach_norm(list(self.model.parameters())))).all():
+        elif not torch.isfinite(self.optimizer.weights).all():
             found = "the last optimiser step: a weight"
         if found:
             saved = list_checkpoints(self.checkpoints)
@@ -513,18 +489,6 @@ class PPOTrainer:
         """Write the model as it is now."""
         progress = {"updates": self.update, "steps": self.update * self.samples}
         save_model(path, self.model, self.config, self.task, self.run | progress)
-
-
-def make_optimizer(model: ActorCriticModel) -> torch.optim.AdamW:
-    """Return AdamW with its moments in place, which it would otherwise scatter among the blocks of the first step."""
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    for parameter in model.parameters():
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
-    return optimizer
 
 
 def derived_seed(*numbers: int) -> int:

@@ -1,0 +1,75 @@
+"""AdamW with clipped gradients, over all parameters of a model as one tensor."""
+
+import torch
+from torch import Tensor, nn
+
+# Parameters start at multiples of so many floats: where a cache line does.
+ALIGNMENT = 16
+
+
+class Optimizer:
+    """Lays a model's parameters out in one tensor, their gradients in another, and optimises the two.
+
+    Parameters become views, so that clearing, clipping and stepping take a few calls instead of a few for each of a
+    hundred parameters; these took a sixth of a small model's minibatch.
+
+    Args:
+        model: on its device already; its parameters must not be replaced from now on.
+        max_grad_norm: longest gradient that is not shortened.
+    """
+
+    def __init__(self, model: nn.Module, max_grad_norm: float) -> None:
+        self.max_grad_norm = max_grad_norm
+        owners: dict[str, list[nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            owners.setdefault(module_of(name), []).append(parameter)
+        self.modules = list(owners)
+        self.sizes = [sum(map(padded_size, parameters)) for parameters in owners.values()]
+        self.weights = next(model.parameters()).new_zeros(sum(self.sizes))
+        self.weights.grad = torch.zeros_like(self.weights)
+        offset = 0
+        for parameter in (parameter for parameters in owners.values() for parameter in parameters):
+            place = parameter.shape, parameter.stride(), offset  # convolutions keep their channels last
+            self.weights.as_strided(*place).copy_(parameter.detach())
+            parameter.data = self.weights.as_strided(*place)
+            parameter.grad = self.weights.grad.as_strided(*place)
+            offset += padded_size(parameter)
+        self.adamw = torch.optim.AdamW([self.weights], fused=True)
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Step by so much from now on."""
+        self.adamw.param_groups[0]["lr"] = learning_rate
+
+    def step(self, loss: Tensor) -> Tensor:
+        """Take one step down the clipped gradient of `loss`; return the norms before, of each module and of all."""
+        gradient = self.weights.grad.zero_()
+        loss.backward()
+        norms = torch.stack([part.norm() for part in gradient.split(self.sizes)])
+        total = norms.norm()
+        gradient *= (self.max_grad_norm / (total + 1e-6)).clamp(max=1.0)
+        self.adamw.step()
+        return torch.cat((norms, total[None]))
+
+    def state_dict(self) -> dict:
+        """Return what continues the optimisation, beside the weights."""
+        return self.adamw.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from what `state_dict` returned; ValueError if that belongs to another model."""
+        moments = [state["state"].get(0, {}).get(name, self.weights) for name in ("exp_avg", "exp_avg_sq")]
+        if any(moment.shape != self.weights.shape for moment in moments):
+            raise ValueError("its optimiser belongs to another model")
+        self.adamw.load_state_dict(state)
+
+
+def module_of(name: str) -> str:
+    """Return the module that gradients are reported for, by the name of a parameter."""
+    parts = name.split(".")
+    if parts[0] == "transformer":
+        return f"block{parts[2]}" if parts[1] == "blocks" else parts[1]
+    return parts[0].split("_")[0]
+
+
+def padded_size(parameter: nn.Parameter) -> int:
+    """Return how many floats a parameter takes, with what fills it up."""
+    return -(-parameter.numel() // ALIGNMENT) * ALIGNMENT

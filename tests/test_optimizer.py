@@ -1,0 +1,79 @@
+"""All parameters as one tensor are optimised as each of them by itself would be."""
+
+import copy
+
+import canonical
+import pytest
+import torch
+
+from optimizer import Optimizer
+
+CONFIG = {
+    "visual": True,
+    "branches": [3, 2],
+    "num_blocks": 2,
+    "embed_dim": 12,
+    "num_heads": 3,
+    "memory_slots": 5,
+    "max_episode_steps": 24,
+    "positional_encoding": "learned",
+    "layer_norm": "pre",
+    "gtrxl": True,
+    "gtrxl_bias": 0.5,
+    "hidden_layer_size": 10,
+    "value_loss_coefficient": 0.5,
+}
+MODULES = {
+    "encoder": "encoder.",
+    "embedding": "embedding.",
+    "position": "transformer.position",
+    "block0": "transformer.blocks.0.",
+    "block1": "transformer.blocks.1.",
+    "policy": "policy",
+    "value": "value",
+}
+
+
+def loss_of(model, step):
+    """Returns a loss whose gradient with respect to every parameter is random, once long and once short."""
+    generator = torch.Generator().manual_seed(step)
+    noise = [torch.randn(parameter.shape, generator=generator) for parameter in model.parameters()]
+    terms = zip(model.parameters(), noise, strict=True)
+    return (1e-3 if step % 2 else 1) * sum((parameter * slope).sum() for parameter, slope in terms)
+
+
+def test_optimizer_is_adamw_with_clipped_gradients():
+    """Weights and reported norms are those of PyTorch's AdamW and clip_grad_norm_ on separate parameters."""
+    model = canonical.build(CONFIG, (3, 36, 36))
+    plain = copy.deepcopy(model)
+    optimizer, adamw = Optimizer(model, 0.5), torch.optim.AdamW(plain.parameters(), lr=3e-3)
+    optimizer.set_learning_rate(3e-3)
+    assert set(optimizer.modules) == set(MODULES)
+    for step in range(4):
+        norms = optimizer.step(loss_of(model, step))
+        adamw.zero_grad()
+        loss_of(plain, step).backward()
+        gradients = {name: parameter.grad.clone() for name, parameter in plain.named_parameters()}
+        torch.testing.assert_close(norms[-1], torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5))
+        for module, norm in zip(optimizer.modules, norms, strict=False):
+            own = [gradient.flatten() for name, gradient in gradients.items() if name.startswith(MODULES[module])]
+            torch.testing.assert_close(norm, torch.cat(own).norm())
+        adamw.step()
+        for (name, found), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-7, rtol=1e-5, msg=name)
+            assert found.stride() == expected.stride(), name
+
+
+def test_optimizer_continues():
+    """Weights and state loaded into a new model go on to the bit; those of another model are refused."""
+    models = [canonical.build(CONFIG, (3, 36, 36)) for _ in range(2)]
+    first, second = optimizers = [Optimizer(model, 0.5) for model in models]
+    first.step(loss_of(models[0], 0))
+    models[1].load_state_dict(models[0].state_dict())
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for model, optimizer in zip(models, optimizers, strict=True):
+        optimizer.step(loss_of(model, 1))
+    assert torch.equal(first.weights, second.weights)
+    other = Optimizer(canonical.build(CONFIG | {"num_blocks": 1}, (3, 36, 36)), 0.5)
+    with pytest.raises(ValueError):
+        other.load_state_dict(first.state_dict())
