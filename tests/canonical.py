@@ -16,6 +16,22 @@ from model import ActorCriticModel
 # The tests' products are so small that a second thread only waits, for very long where the cores are busy.
 torch.set_num_threads(1)
 
+# A small flat config of vectors, which tests change as they need
+BASE = {
+    "visual": False,
+    "branches": [3, 2],
+    "num_blocks": 2,
+    "embed_dim": 12,
+    "num_heads": 3,
+    "memory_slots": 5,
+    "max_episode_steps": 24,
+    "positional_encoding": "",
+    "layer_norm": "pre",
+    "gtrxl": True,
+    "gtrxl_bias": 0.5,
+    "hidden_layer_size": 10,
+    "value_loss_coefficient": 0.5,
+}
 TRANSFORMER = ("num_blocks", "embed_dim", "num_heads", "positional_encoding", "layer_norm", "gtrxl", "gtrxl_bias")
 RENAMES = (
     (r"^encoder\.", ""),

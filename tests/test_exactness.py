@@ -14,6 +14,7 @@ import pytest
 import textbook
 import torch
 import xxhash
+from canonical import BASE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -32,21 +33,6 @@ CPU = torch.device("cpu")
 TOLERANCE = 1e-5  # of outputs, absolute
 GRADIENT_TOLERANCE = {"relative": 1e-4, "floor": 1e-6}
 ENCODINGS = ("", "absolute", "learned", "relative")
-BASE = {
-    "visual": False,
-    "branches": [3, 2],
-    "num_blocks": 2,
-    "embed_dim": 12,
-    "num_heads": 3,
-    "memory_slots": 5,
-    "max_episode_steps": 24,
-    "positional_encoding": "",
-    "layer_norm": "pre",
-    "gtrxl": True,
-    "gtrxl_bias": 0.5,
-    "hidden_layer_size": 10,
-    "value_loss_coefficient": 0.5,
-}
 VARIANTS = [
     pytest.param(
         {"gtrxl": gtrxl, "layer_norm": norm, "positional_encoding": encoding},

@@ -8,21 +8,7 @@ import torch
 
 from optimizer import Optimizer
 
-CONFIG = {
-    "visual": True,
-    "branches": [3, 2],
-    "num_blocks": 2,
-    "embed_dim": 12,
-    "num_heads": 3,
-    "memory_slots": 5,
-    "max_episode_steps": 24,
-    "positional_encoding": "learned",
-    "layer_norm": "pre",
-    "gtrxl": True,
-    "gtrxl_bias": 0.5,
-    "hidden_layer_size": 10,
-    "value_loss_coefficient": 0.5,
-}
+CONFIG = canonical.BASE | {"visual": True, "positional_encoding": "learned"}
 MODULES = {
     "encoder": "encoder.",
     "embedding": "embedding.",
