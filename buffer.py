@@ -1,6 +1,7 @@
 """The rollout: observations stored once, the memory timeline, what was done and what came of it, advantages."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -80,8 +81,8 @@ class Timeline:
         self.items[:, :, : self.length] = self.items[:, :, steps : steps + self.length].clone()
         self.item_step[:, : self.length] = self.item_step[:, steps : steps + self.length].clone()
 
-    def view(self, worker: np.ndarray, t: np.ndarray, step: np.ndarray, per_group: int) -> MemoryView:
-        """Return what any samples of the rollout may look at, nearby ones in groups that share their columns.
+    def group(self, worker: np.ndarray, t: np.ndarray, step: np.ndarray, per_group: int) -> "QueryGroups":
+        """Return how any samples of the rollout share columns.
 
         Args:
             worker: (N,) environment of each sample.
@@ -89,41 +90,91 @@ class Timeline:
             step: (N,) episode step of each.
             per_group: Q, the most samples of a group.
         """
-        relative, learned = self.transformer.encoding == "relative", self.transformer.encoding == "learned"
-        valid = np.minimum(step, self.length)
-        end = t + self.length
+        valid, end = np.minimum(step, self.length), t + self.length
         longest = int(valid.max()) if self.narrow else self.length
-        columns = min(longest + self.stretch, self.items.shape[2])  # K
-        start, slot = group_queries(worker, end - valid, end, per_group, columns)
-        start = np.pad(start, (0, -len(start) % GROUPS_MULTIPLE))
-        groups, total, places = len(start), self.items.shape[2], len(start) * per_group
+        columns = min(longest + self.stretch, self.items.shape[2])
+        owner, start, slot = group_queries(worker, end - valid, end, per_group, columns)
+        return QueryGroups(end - valid, end, slot, owner, start, per_group, columns)
+
+    def view(self, groups: "QueryGroups") -> MemoryView:
+        """Return what the queries of some groups may look at."""
+        relative, learned = self.transformer.encoding == "relative", self.transformer.encoding == "learned"
+        per_group, slot, total = groups.per_group, groups.slot, self.items.shape[2]
+        columns = max(1, int(groups.widths().max())) if self.narrow else groups.columns  # K
+        filling = (0, -len(groups.start) % GROUPS_MULTIPLE)
+        start, owner = np.pad(groups.start, filling), np.pad(groups.owner, filling)
+        count = len(start)
+        places = count * per_group
+        start = np.minimum(start, total - columns)
         source = np.zeros(places, dtype=np.int64)
         source[slot] = np.arange(len(slot))
-        owner = worker[source[::per_group]]  # the first place of a group is empty only where all are
-        start = np.minimum(start, total - columns)
         # Places that only fill up a group keep end = first = 0 and so see nothing.
-        place_end, place_first = np.zeros((2, places), dtype=np.int64)
-        place_end[slot] = end - start[slot // per_group]
-        place_first[slot] = place_end[slot] - valid
-        ends = self.to_device(place_end).view(groups, per_group, 1)
-        firsts = self.to_device(place_first).view(groups, per_group, 1)
+        place_first, place_end = np.zeros((2, places), dtype=np.int64)
+        place_first[slot] = groups.first - start[slot // per_group]
+        place_end[slot] = groups.end - start[slot // per_group]
+        ends = self.to_device(place_end).view(count, per_group, 1)
+        firsts = self.to_device(place_first).view(count, per_group, 1)
         offsets = self.offsets[:columns]
         rows = (self.to_device(owner * total + start)[:, None] + offsets).flatten()  # (groups·K,)
         items = self.items.flatten(1, 2).index_select(1, rows)
         return MemoryView(
-            items=items.unflatten(1, (groups, columns)),
+            items=items.unflatten(1, (count, columns)),
             mask=(offsets < ends) & (offsets >= firsts),
-            nonempty=self.to_device(valid > 0).float()[:, None],
+            nonempty=self.to_device(groups.end > groups.first).float()[:, None],
             distance=(ends - offsets).clamp(0, self.length) if relative else None,
-            item_step=self.item_step.flatten()[rows].view(groups, columns) if learned else None,
+            item_step=self.item_step.flatten()[rows].view(count, columns) if learned else None,
             source=self.to_device(source),
             slot=self.to_device(slot),
         )
 
 
+@dataclass
+class QueryGroups:
+    """Which of N queries share which columns of the timeline.
+
+    Attributes:
+        first: (N,) first column that a query may look at.
+        end: (N,) column behind the last one.
+        slot: (N,) the place of each query, group·Q + number within the group.
+        owner: (groups,) environment of each group.
+        start: (groups,) first column of each group.
+        per_group: Q.
+        columns: the most columns of a group.
+    """
+
+    first: np.ndarray
+    end: np.ndarray
+    slot: np.ndarray
+    owner: np.ndarray
+    start: np.ndarray
+    per_group: int
+    columns: int
+
+    def widths(self) -> np.ndarray:
+        """Return (groups,): how many columns each group stretches over."""
+        ends = self.start.copy()
+        np.maximum.at(ends, self.slot // self.per_group, self.end)
+        return ends - self.start
+
+    def split(self, parts: int) -> list[tuple[np.ndarray, "QueryGroups"]]:
+        """Divide the queries into equal parts, wide groups first: every query pays for the widest group of its part.
+
+        Returns:
+            Of each part the queries (n,), and how they share columns.
+        """
+        group, place = np.divmod(self.slot, self.per_group)
+        divided = []
+        for queries in np.array_split(np.lexsort((self.slot, -self.widths()[group])), parts):
+            kept, number = np.unique(group[queries], return_inverse=True)
+            slot = number * self.per_group + place[queries]
+            where = self.first[queries], self.end[queries], slot, self.owner[kept], self.start[kept]
+            divided.append((queries, QueryGroups(*where, self.per_group, self.columns)))
+        return divided
+
+
 def group_queries(
     worker: np.ndarray, first: np.ndarray, end: np.ndarray, per_group: int, columns: int
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Put queries whose windows lie close together into groups.
 
     Args:
@@ -134,9 +185,10 @@ def group_queries(
         columns: K, the most columns from the first to the last of a group; at least as long as any window.
 
     Returns:
-        The first column of each group and the place (N,) of each query, group·Q + number within the group.
+        The environment and the first column of each group, and the place (N,) of each query, group·Q + number within
+        the group.
     """
-    starts, slot = [], np.empty(len(worker), dtype=np.int64)
+    owners, starts, slot = [], [], np.empty(len(worker), dtype=np.int64)
     owner, count, limit = -1, per_group, 0
     order = np.lexsort((end, first, worker))
     for query, w, low, high in zip(
@@ -144,10 +196,54 @@ def group_queries(
     ):
         if w != owner or count == per_group or high > limit:
             owner, count, limit = w, 0, low + columns
+            owners.append(owner)
             starts.append(low)
         slot[query] = (len(starts) - 1) * per_group + count
         count += 1
-    return np.array(starts, dtype=np.int64), slot
+    return np.array(owners, dtype=np.int64), np.array(starts, dtype=np.int64), slot
+
+
+@dataclass
+class Minibatch:
+    """What one optimiser step, or a part of it, learns from: N samples that saw M distinct observations.
+
+    Attributes:
+        observations: (M, *observation_shape).
+        which: (N,) int64 the observation that each sample saw.
+        groups: how the samples share memory columns.
+        actions: (N, branches).
+        log_probs: (N, branches) when they were sampled.
+        values: (N,) when they were sampled.
+        returns: (N,).
+        advantages: (N,), normalised over the whole minibatch where the config says so.
+        shown: (N, M) bool, whether the running episode had shown an observation; None without the recall task.
+        known: (N, 1) bool, whether that is known; None without the recall task.
+    """
+
+    observations: Tensor
+    which: Tensor
+    groups: QueryGroups
+    actions: Tensor
+    log_probs: Tensor
+    values: Tensor
+    returns: Tensor
+    advantages: Tensor
+    shown: Tensor | None = None
+    known: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.which)
+
+    def split(self, parts: int) -> list["Minibatch"]:
+        """Divide the samples into equal parts."""
+        if parts == 1:
+            return [self]
+        return [self._part(torch.from_numpy(samples), groups) for samples, groups in self.groups.split(parts)]
+
+    def _part(self, samples: Tensor, groups: QueryGroups) -> "Minibatch":
+        per_sample = (self.actions, self.log_probs, self.values, self.returns, self.advantages, self.shown, self.known)
+        chosen = [None if tensor is None else tensor[samples] for tensor in per_sample]
+        return Minibatch(self.observations, self.which[samples], groups, *chosen)
 
 
 class FrameStore:
@@ -209,7 +305,7 @@ class FrameStore:
             self.encoded = count
         return self.features[self._index(index)]
 
-    def gather(self, index: np.ndarray) -> tuple[Tensor, Tensor | None]:
+    def gather(self, index: np.ndarray) -> tuple[Tensor, Tensor]:
         """Return the distinct frames (M, C, H, W) among `index` (N,) and the place (N,) of each sample among them."""
         distinct, inverse = np.unique(index, return_inverse=True)
         frames = self.frames[self._index(distinct)].permute(0, 3, 1, 2)
@@ -250,9 +346,11 @@ class VectorStore:
         """Return (n, D) embedded vectors."""
         return model.embed(self.gather(index)[0])
 
-    def gather(self, index: np.ndarray) -> tuple[Tensor, None]:
-        """Return the vectors (N, size) of `index` (N,)."""
-        return self.vectors[torch.from_numpy(index).to(self.vectors.device, non_blocking=True)], None
+    def gather(self, index: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Return the vectors (N, size) of `index` (N,), and that each sample saw its own."""
+        device = self.vectors.device
+        vectors = self.vectors[torch.from_numpy(index).to(device, non_blocking=True)]
+        return vectors, torch.arange(len(index), device=device)
 
 
 def policy_step(
@@ -329,6 +427,7 @@ class Buffer:
         self.terminated = np.zeros(shape, dtype=bool)
         self.truncated = np.zeros(shape, dtype=bool)
         self.final_index: dict[tuple[int, int], int] = {}  # observation behind the truncated step (worker, t)
+        self.seen: np.ndarray | None = None  # of the recall task
 
     def begin(self) -> None:
         """Start a new rollout: the newest L memory columns stay, everything else is forgotten."""
@@ -348,7 +447,7 @@ class Buffer:
         t = np.array([self.worker_steps] * self.n_workers + [t + 1 for _, t in cut])
         step = np.concatenate((last_step, [self.step[w, t] + 1 for w, t in cut])).astype(np.int64)
         index = np.concatenate((last_index, list(self.final_index.values()))).astype(np.int64)
-        memory = self.timeline.view(worker, t, step, self.per_group)
+        memory = self.timeline.view(self.timeline.group(worker, t, step, self.per_group))
         following = model(self.observations.embed(model, index), memory).value.cpu()
         values = self.values.cpu()
         next_values = torch.cat((values[:, 1:], following[: self.n_workers, None]), dim=1)
@@ -379,9 +478,33 @@ class Buffer:
         for start in range(0, len(order), self.minibatch_size):
             yield np.sort(order[start : start + self.minibatch_size])
 
-    def observe(self, samples: np.ndarray) -> tuple[Tensor, Tensor | None]:
-        """Return the distinct observations of `samples` (N,) and which of them each saw (N,), None if its own."""
+    def minibatch(self, samples: np.ndarray, normalize: bool) -> Minibatch:
+        """Return what an optimiser step needs of `samples` (N,).
+
+        Args:
+            samples: flat indices w·T + t.
+            normalize: whether to bring the advantages to mean 0 and standard deviation 1.
+        """
+        observations, which = self.observe(samples)
+        rollout = (self.actions, self.log_probs, self.values, self.advantages)
+        index = self.timeline.to_device(samples)
+        actions, log_probs, values, advantages = (tensor.flatten(0, 1)[index] for tensor in rollout)
+        returns = values + advantages
+        if normalize:
+            advantages = normalised(advantages)
+        minibatch = Minibatch(observations, which, self.group(samples), actions, log_probs, values, returns, advantages)
+        if self.seen is not None:
+            minibatch.shown, minibatch.known = self.recall_targets(samples)
+        return minibatch
+
+    def observe(self, samples: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Return the distinct observations of `samples` (N,) and which of them each saw (N,)."""
         return self.observations.gather(self.observation_index.flat[samples])
+
+    def group(self, samples: np.ndarray) -> QueryGroups:
+        """Return how `samples` (N,) share memory columns."""
+        worker, t = np.divmod(samples, self.worker_steps)
+        return self.timeline.group(worker, t, self.step[worker, t], self.per_group)
 
     def note_seen(self) -> None:
         """Fill `seen`: which distinct frames the running episode has shown in front of each step of this rollout."""
@@ -397,19 +520,19 @@ class Buffer:
         """Return what `samples` (N,) should recall of their minibatch's M distinct frames.
 
         Returns:
-            (N, M) 1 where the episode has shown the frame, else 0, and (N, 1) 1 where that is known: the whole episode
-            lies in this rollout and in the memory window; else 0.
+            Whether the episode has shown the frame (N, M), and whether that is known (N, 1): the whole episode lies in
+            this rollout and in the memory window.
         """
         worker, t = np.divmod(samples, self.worker_steps)
         distinct = np.unique(self.observation_index.flat[samples])
         known = self.step[worker, t] <= np.minimum(t, self.timeline.length)
-        targets = self.seen[worker, t][:, distinct]
-        return self.timeline.to_device(targets).float(), self.timeline.to_device(known)[:, None].float()
+        shown = self.seen[worker, t][:, distinct]
+        return self.timeline.to_device(shown), self.timeline.to_device(known)[:, None]
 
-    def memory(self, samples: np.ndarray) -> MemoryView:
-        """Return what `samples` (N,) may look at."""
-        worker, t = np.divmod(samples, self.worker_steps)
-        return self.timeline.view(worker, t, self.step[worker, t], self.per_group)
+
+def normalised(advantages: Tensor) -> Tensor:
+    """Return advantages (N,) with mean 0 and standard deviation 1."""
+    return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
 
 def generalised_advantages(

@@ -40,10 +40,13 @@ class Optimizer:
         """Step by so much from now on."""
         self.adamw.param_groups[0]["lr"] = learning_rate
 
-    def step(self, loss: Tensor) -> Tensor:
-        """Take one step down the clipped gradient of `loss`; return the norms before, of each module and of all."""
-        gradient = self.weights.grad.zero_()
-        loss.backward()
+    def clear(self) -> None:
+        """Forget the gradient."""
+        self.weights.grad.zero_()
+
+    def step(self) -> Tensor:
+        """Take one step down the clipped gradient; return its norms before, of each module and of all."""
+        gradient = self.weights.grad
         norms = torch.stack([part.norm() for part in gradient.split(self.sizes)])
         total = norms.norm()
         gradient *= (self.max_grad_norm / (total + 1e-6)).clamp(max=1.0)

@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from buffer import Buffer, policy_step
+from buffer import Buffer, Minibatch, policy_step
 from checkpoint import list_checkpoints, provenance, save_checkpoint, save_model
 from logger import Logger
 from model import ActorCriticModel, FrameCrossEntropy, Prediction
@@ -26,6 +27,8 @@ from worker import EnvironmentFailure, Episode, Workers
 
 # Multiply-adds of one forward pass from which on a second thread pays.
 PARALLEL_WORTH = 24e6
+# Samples of a minibatch that a thread differentiates by itself.
+PART_ROWS = 512
 # Episode statistics are means over this many of the latest episodes.
 EPISODES_KEPT = 100
 
@@ -69,14 +72,7 @@ class Options:
 
 
 def ppo_loss(
-    prediction: Prediction,
-    actions: Tensor,
-    old_log_probs: Tensor,
-    old_values: Tensor,
-    advantages: Tensor,
-    config: dict,
-    clip_range: float,
-    beta: float,
+    prediction: Prediction, batch: Minibatch, value_loss_coefficient: float, clip_range: float, beta: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the clipped PPO objective as a loss, and its parts (Schulman et al. 2017, eq. 7 and 9).
 
@@ -85,26 +81,20 @@ def ppo_loss(
 
     Args:
         prediction: of N samples under the current weights.
-        actions: (N, branches).
-        old_log_probs: (N, branches) when they were sampled.
-        old_values: (N,) when they were sampled.
-        advantages: (N,).
-        config: normalize_advantages and value_loss_coefficient are read.
+        batch: what was done and predicted when they were sampled, and what came of it.
+        value_loss_coefficient: weight of the value loss.
         clip_range: ε.
         beta: entropy coefficient.
     """
-    returns = old_values + advantages
-    if config["normalize_advantages"]:
-        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-    advantages = advantages[:, None]
-    log_ratio = prediction.log_prob(actions) - old_log_probs
+    advantages, returns, old_values = batch.advantages[:, None], batch.returns, batch.values
+    log_ratio = prediction.log_prob(batch.actions) - batch.log_probs
     ratio = log_ratio.exp()
     policy = torch.min(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages).mean()
     value = prediction.value
     clipped_value = old_values + (value - old_values).clamp(-clip_range, clip_range)
     value_error = torch.max((value - returns) ** 2, (clipped_value - returns) ** 2).mean()
     entropy = prediction.entropy().mean()
-    loss = -policy + config["value_loss_coefficient"] * value_error - beta * entropy
+    loss = -policy + value_loss_coefficient * value_error - beta * entropy
     with torch.no_grad():
         kl = (ratio - 1 - log_ratio).mean()  # Schulman 2020, "Approximating KL divergence", k3
         clip_fraction = ((ratio - 1).abs() > clip_range).float().mean()
@@ -136,6 +126,13 @@ class PPOTrainer:
         self.buffer = Buffer(config, self.model, self.task, self.device)
         self.generator = torch.Generator(self.device)
         self.threads = torch.get_num_threads()
+        # A GPU fills itself with a whole minibatch, and a compiled model belongs to one thread.
+        divided = self.device.type == "cpu" and not options.compile
+        self.parts = max(1, self.buffer.minibatch_size // PART_ROWS) if divided else 1
+        lanes = min(self.parts, self.threads)
+        self.lanes = ThreadPoolExecutor(lanes, initializer=torch.set_num_threads, initargs=(self.threads // lanes,))
+        front = {*self.model.encoder.parameters(), *self.model.embedding.parameters()}
+        self.behind = [parameter for parameter in self.model.parameters() if parameter not in front]
         n_workers = config["n_workers"]
         overlap = self.device.type == "cuda" if options.overlap is None else options.overlap
         self.workers = Workers(
@@ -294,31 +291,60 @@ class PPOTrainer:
         return torch.stack(statistics)
 
     def _train_minibatch(self, samples: np.ndarray, clip_range: float, beta: float) -> Tensor:
-        """Take one optimiser step; return its losses and gradient norms (names,)."""
-        buffer = self.buffer
-        index = buffer.timeline.to_device(samples)
+        """Take one optimiser step; return its losses and gradient norms (names,).
+
+        Observations are embedded for the whole minibatch, which shares them. All that follows is differentiated in
+        parts, each by a thread of its own: so the cores wait for each other once and not in every operation, and parts
+        of short windows do not pay for the long ones.
+        """
+        minibatch = self.buffer.minibatch(samples, self.config["normalize_advantages"])
         with self._precision():
-            memory = buffer.memory(samples)
-            observations, which = buffer.observe(samples)
-            distinct = self.model.embed(observations)
-            prediction = self.forward(distinct if which is None else F.embedding(which, distinct), memory)
-            rollout = (buffer.actions, buffer.log_probs, buffer.values, buffer.advantages)
-            rollout = [tensor.flatten(0, 1)[index] for tensor in rollout]
-            loss, parts = ppo_loss(prediction, *rollout, self.config, clip_range, beta)
-            parts["reconstruction"] = parts["recall"] = torch.zeros_like(loss)
-            if self.model.decoder is not None:
-                frames = observations[which]
-                reconstruction = FrameCrossEntropy.apply(self.model.decoder(prediction.output), frames)
-                parts["reconstruction"] = reconstruction.detach()
-                loss = loss + self.config["reconstruction_coefficient"] * reconstruction
-            if self.model.recall is not None:
-                targets, known = buffer.recall_targets(samples)
-                logits = self.model.recall(prediction.output, distinct)
-                recall = F.binary_cross_entropy_with_logits(logits, targets, known.expand_as(targets))
-                parts["recall"] = recall.detach()
-                loss = loss + self.config["recall_coefficient"] * recall
-        norms = self.optimizer.step(loss)
-        return torch.stack([*(parts[name] for name in LOSS_PARTS), loss.detach(), *norms])
+            embedded = self.model.embed(minibatch.observations)
+        leaf = embedded.detach().requires_grad_()
+        self.optimizer.clear()
+        differentiate = partial(self._differentiate, len(samples), leaf, clip_range, beta)
+        in_turn = map if self.parts == 1 else self.lanes.map  # both keep the order, so that sums do not depend on speed
+        of_embedded, statistics = 0, 0
+        for (gradient, *gradients), losses in in_turn(differentiate, minibatch.split(self.parts)):
+            torch._foreach_add_([parameter.grad for parameter in self.behind], gradients)
+            of_embedded, statistics = of_embedded + gradient, statistics + losses
+        embedded.backward(of_embedded)
+        return torch.cat((statistics, self.optimizer.step()))
+
+    def _differentiate(
+        self, samples: int, embedded: Tensor, clip_range: float, beta: float, part: Minibatch
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Return what a part of a minibatch contributes to the gradients of the loss and to what is reported.
+
+        Args:
+            samples: of the whole minibatch.
+            embedded: (M, D) its distinct observations, embedded.
+            clip_range: ε.
+            beta: entropy coefficient.
+            part: some of its samples.
+
+        Returns:
+            The gradients with respect to `embedded` and to the parameters behind it, and the losses (names,).
+        """
+        config, model = self.config, self.model
+        with self._precision():
+            prediction = self.forward(F.embedding(part.which, embedded), self.buffer.timeline.view(part.groups))
+            loss, reported = ppo_loss(prediction, part, config["value_loss_coefficient"], clip_range, beta)
+            reported["reconstruction"] = reported["recall"] = torch.zeros_like(loss)
+            if model.decoder is not None:
+                frames = part.observations[part.which]
+                reconstruction = FrameCrossEntropy.apply(model.decoder(prediction.output), frames)
+                reported["reconstruction"] = reconstruction.detach()
+                loss = loss + config["reconstruction_coefficient"] * reconstruction
+            if model.recall is not None:
+                logits = model.recall(prediction.output, embedded)
+                shown, known = part.shown.float(), part.known.float().expand_as(logits)
+                recall = F.binary_cross_entropy_with_logits(logits, shown, known)
+                reported["recall"] = recall.detach()
+                loss = loss + config["recall_coefficient"] * recall
+        share = len(part) / samples
+        gradients = torch.autograd.grad(loss * share, [embedded, *self.behind])
+        return gradients, share * torch.stack([*(reported[name] for name in LOSS_PARTS), loss.detach()])
 
     def _use_threads(self, rows: int) -> None:
         """Compute with as many threads as pay for forward passes of so many rows: waiting for each other costs too."""

@@ -23,7 +23,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 # Of glibc's malloc.h
-M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
+M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD = -8, -4, -1
 HUGE_PAGE = 2**21
 HEAP = 2**32  # bytes
 
@@ -167,13 +167,14 @@ def keep_memory() -> None:
     """Let this process keep the memory that it frees, in huge pages, where the C library is glibc.
 
     It would map every large tensor anew and unmap it behind its last use. The page faults of a minibatch can take as
-    long as its arithmetic, most of all on virtual machines.
+    long as its arithmetic, most of all on virtual machines. All threads share the one heap.
     """
     if platform.libc_ver()[0] != "glibc":
         return
     libc, pointer = ctypes.CDLL(None), ctypes.c_void_p
     libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = pointer, [ctypes.c_size_t], [pointer]
     libc.madvise.argtypes = [pointer, ctypes.c_size_t, ctypes.c_int]
+    libc.mallopt(M_ARENA_MAX, 1)
     libc.mallopt(M_MMAP_MAX, 0)
     libc.mallopt(M_TRIM_THRESHOLD, -1)
     libc.free(libc.malloc(HEAP))  # addresses only: memory is taken at first use

@@ -71,10 +71,9 @@ def build(config: dict[str, Any], observation_shape: tuple[int, ...]) -> ActorCr
     )
 
 
-def embed(model: ActorCriticModel, observations: Tensor, which: Tensor | None) -> Tensor:
-    """Embeds distinct observations and lays them out by `which` of them each sample saw, None if its own."""
-    distinct = model.embed(observations)
-    return distinct if which is None else functional.embedding(which, distinct)
+def embed(model: ActorCriticModel, observations: Tensor, which: Tensor) -> Tensor:
+    """Embeds distinct observations and lays them out by `which` of them each sample saw."""
+    return functional.embedding(which, model.embed(observations))
 
 
 def places(model: ActorCriticModel) -> dict[str, tuple[nn.Parameter, slice]]:

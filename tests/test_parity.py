@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from buffer import generalised_advantages
+from buffer import Minibatch, generalised_advantages, normalised
 from trainer import ppo_loss
 from transformer import MemoryView
 
@@ -32,7 +32,7 @@ def fixtures(estimations):
     return chosen
 
 
-class Minibatch:
+class Computed:
     """The product's computation of one fixture.
 
     Attributes:
@@ -49,11 +49,15 @@ class Minibatch:
         observations = self.data["in/frames" if config["visual"] else "in/obs"]
         self.model = canonical.build(config, tuple(observations.shape[1:]))
         canonical.load(self.model, {name: self.data[f"param/{name}"] for name in self.names})
-        embedded = canonical.embed(self.model, observations, self.data.get("in/frame_index"))
-        self.prediction = self.model(embedded, self.memory())
-        batch = [self.data[f"in/{name}"] for name in ("actions", "log_probs", "values", "advantages")]
-        settings = canonical.product_config(config)
-        loss, self.parts = ppo_loss(self.prediction, *batch, settings, config["clip_range"], config["beta"])
+        which = self.data.get("in/frame_index", torch.arange(len(observations)))
+        self.prediction = self.model(canonical.embed(self.model, observations, which), self.memory())
+        actions, log_probs, values, advantages = (
+            self.data[f"in/{name}"] for name in ("actions", "log_probs", "values", "advantages")
+        )
+        returns, advantages = values + advantages, normalised(advantages)
+        batch = Minibatch(observations, which, None, actions, log_probs, values, returns, advantages)
+        coefficients = (config[name] for name in ("value_loss_coefficient", "clip_range", "beta"))
+        loss, self.parts = ppo_loss(self.prediction, batch, *coefficients)
         loss.backward()
         self.loss = loss.item()
 
@@ -73,7 +77,7 @@ class Minibatch:
 
 @pytest.fixture(scope="module", params=fixtures(estimations=False))
 def minibatch(request):
-    return Minibatch(request.param)
+    return Computed(request.param)
 
 
 def assert_close(found, expected, what):

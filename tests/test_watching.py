@@ -120,7 +120,8 @@ def test_steps_are_what_training_computes(name, encoding):
     observations = torch.from_numpy(seen)
     observations = observations.permute(0, 3, 1, 2) if task.visual else observations
     with torch.no_grad():
-        views = [timeline.view(np.zeros_like(steps), steps, steps, per_group) for per_group in (8, 1)]
+        groups = [timeline.group(np.zeros_like(steps), steps, steps, per_group) for per_group in (8, 1)]
+        views = [timeline.view(queries) for queries in groups]
         batched, single = (model(model.embed(observations), view) for view in views)
     for t in steps:
         expected = [branch[t] for branch in batched.log_probs] + [batched.value[t]]
