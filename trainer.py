@@ -27,8 +27,9 @@ from worker import EnvironmentFailure, Episode, Workers
 
 # Multiply-adds of one forward pass from which on a second thread pays.
 PARALLEL_WORTH = 24e6
-# Samples of a minibatch that a thread differentiates by itself.
-PART_ROWS = 512
+# Samples of a minibatch that a thread differentiates by itself, and the embed_dim from which on it does: the operations of
+# smaller models are so short that threads only wait for the interpreter.
+PART_ROWS, PART_DIM = 512, 256
 # Episode statistics are means over this many of the latest episodes.
 EPISODES_KEPT = 100
 
@@ -126,8 +127,8 @@ class PPOTrainer:
         self.buffer = Buffer(config, self.model, self.task, self.device)
         self.generator = torch.Generator(self.device)
         self.threads = torch.get_num_threads()
-        # A GPU fills itself with a whole minibatch, and a compiled model belongs to one thread.
-        divided = self.device.type == "cpu" and not options.compile
+        # A whole minibatch fills a GPU, and a compiled model belongs to one thread.
+        divided = self.device.type == "cpu" and not options.compile and self.model.transformer.embed_dim >= PART_DIM
         self.parts = max(1, self.buffer.minibatch_size // PART_ROWS) if divided else 1
         lanes = min(self.parts, self.threads)
         self.lanes = ThreadPoolExecutor(lanes, initializer=torch.set_num_threads, initargs=(self.threads // lanes,))

@@ -82,6 +82,7 @@ def test_parts_of_a_minibatch(sampled, name, changes, rows, monkeypatch):
     config = tiny(name, **{key: value for key, value in changes.items() if key != "transformer"})
     config["transformer"] |= changes.get("transformer", {})
     monkeypatch.setattr("trainer.PART_ROWS", rows)
+    monkeypatch.setattr("trainer.PART_DIM", 1)
     trainer = sampled(config)
     trainer.lanes = ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,))
     samples = next(trainer.buffer.minibatches(np.random.default_rng(1)))
