@@ -27,7 +27,7 @@ from worker import EnvironmentFailure, Episode, Workers
 
 # Multiply-adds of one forward pass from which on a second thread pays.
 PARALLEL_WORTH = 24e6
-# Samples of a minibatch that a thread differentiates by itself, and the embed_dim from which on it does: the operations of
+# Samples of a minibatch that a thread differentiates by itself, and the embed_dim from which on it does: operations of
 # smaller models are so short that threads only wait for the interpreter.
 PART_ROWS, PART_DIM = 512, 256
 # Episode statistics are means over this many of the latest episodes.
