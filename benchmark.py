@@ -226,6 +226,7 @@ def profile_update(trainer) -> dict[str, float]:
     from torch.profiler import profile
 
     say("profiling")
+    trainer.map_parts = map  # the profiler sees one thread
     with profile() as profiler:
         started = time.perf_counter()
         waited = measure_update(trainer)["of_which_waiting_for_environments"]

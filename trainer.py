@@ -131,7 +131,9 @@ class PPOTrainer:
         divided = self.device.type == "cpu" and not options.compile and self.model.transformer.embed_dim >= PART_DIM
         self.parts = max(1, self.buffer.minibatch_size // PART_ROWS) if divided else 1
         lanes = min(self.parts, self.threads)
-        self.lanes = ThreadPoolExecutor(lanes, initializer=torch.set_num_threads, initargs=(self.threads // lanes,))
+        pool = ThreadPoolExecutor(lanes, initializer=torch.set_num_threads, initargs=(self.threads // lanes,))
+        # Both keep the order of the parts, so that sums do not depend on which thread is the fastest.
+        self.map_parts = map if self.parts == 1 else pool.map
         front = {*self.model.encoder.parameters(), *self.model.embedding.parameters()}
         self.behind = [parameter for parameter in self.model.parameters() if parameter not in front]
         n_workers = config["n_workers"]
@@ -304,9 +306,8 @@ class PPOTrainer:
         leaf = embedded.detach().requires_grad_()
         self.optimizer.clear()
         differentiate = partial(self._differentiate, len(samples), leaf, clip_range, beta)
-        in_turn = map if self.parts == 1 else self.lanes.map  # both keep the order, so that sums do not depend on speed
         of_embedded, statistics = 0, 0
-        for (gradient, *gradients), losses in in_turn(differentiate, minibatch.split(self.parts)):
+        for (gradient, *gradients), losses in self.map_parts(differentiate, minibatch.split(self.parts)):
             torch._foreach_add_([parameter.grad for parameter in self.behind], gradients)
             of_embedded, statistics = of_embedded + gradient, statistics + losses
         embedded.backward(of_embedded)

@@ -72,29 +72,25 @@ def test_bf16_computes_the_same_but_for_rounding(sampled, name, encoding):
     ("name", "changes"),
     [
         ("poc_memory_env", {}),
-        ("cartpole_masked", {"transformer": {"positional_encoding": "relative"}}),
+        ("cartpole_masked", {}),
         ("minigrid_published", {"recall_coefficient": 0.5, "reconstruction_coefficient": 0.5}),
     ],
 )
-@pytest.mark.parametrize("rows", (32, 21))
-def test_parts_of_a_minibatch(sampled, name, changes, rows, monkeypatch):
+@pytest.mark.parametrize("parts", (2, 3))
+def test_parts_of_a_minibatch(sampled, name, changes, parts):
     """Parts, differentiated side by side, give the losses and gradients of the whole, and the same ones every time."""
-    config = tiny(name, **{key: value for key, value in changes.items() if key != "transformer"})
-    config["transformer"] |= changes.get("transformer", {})
-    monkeypatch.setattr("trainer.PART_ROWS", rows)
-    monkeypatch.setattr("trainer.PART_DIM", 1)
-    trainer = sampled(config)
-    trainer.lanes = ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,))
+    trainer = sampled(tiny(name, **changes))
+    lanes = ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,))
     samples = next(trainer.buffer.minibatches(np.random.default_rng(1)))
     weights, results = copy.deepcopy(trainer.model.state_dict()), []
     trainer.optimizer.max_grad_norm = np.inf
-    for parts in (trainer.parts, trainer.parts, 1):
-        trainer.parts = parts
+    for divided, map_parts in ((parts, lanes.map), (parts, lanes.map), (1, map)):
+        trainer.parts, trainer.map_parts = divided, map_parts
         trainer.model.load_state_dict(weights)
         losses = trainer._train_minibatch(samples, 0.1, 0.001)
         results.append((losses, trainer.optimizer.weights.grad.clone()))
     parted, again, whole = results
-    assert 64 // rows == len(trainer.buffer.minibatch(samples, True).split(64 // rows)) > 1
+    assert len(trainer.buffer.minibatch(samples, True).split(parts)) == parts
     for found, same, expected in zip(parted, again, whole, strict=True):
         assert torch.equal(found, same)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
