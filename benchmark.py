@@ -273,6 +273,12 @@ def use_textbook_attention(trainer) -> None:
         block.attention.__class__ = TextbookAttention
     timeline = trainer.buffer.timeline
     trainer.buffer.per_group, timeline.stretch, timeline.narrow = 1, 0, False
+    trainer.parts, trainer.map_parts = 1, map
+    transformer, store = trainer.model.transformer, trainer.buffer.observations
+    if transformer.encoding == "absolute":
+        transformer.encoding = "learned"  # such items are kept as they were: encoded and normalised when they are read
+    if trainer.task.visual:
+        store.gather = lambda index: (store.frames[index].permute(0, 3, 1, 2), torch.arange(len(index)))
 
 
 # -------------------------------------------------------------------------------------------- environments on their own

@@ -18,6 +18,9 @@ STRETCH = 64
 # The number of groups is filled up to a multiple: oneDNN builds and keeps a kernel for every new number of rows, which
 # takes half as long as a product.
 GROUPS_MULTIPLE = 4
+# A minibatch of many distinct frames is filled up to a multiple: oneDNN takes five times as long for the gradient of a
+# layer's weights where it cannot divide the rows evenly.
+MANY_FRAMES, FRAMES_MULTIPLE = 512, 16
 
 
 class Timeline:
@@ -208,7 +211,7 @@ class Minibatch:
     """What one optimiser step, or a part of it, learns from: N samples that saw M distinct observations.
 
     Attributes:
-        observations: (M, *observation_shape).
+        observations: (M, *observation_shape), perhaps followed by some that no sample saw.
         which: (N,) int64 the observation that each sample saw.
         groups: how the samples share memory columns.
         actions: (N, branches).
@@ -306,9 +309,14 @@ class FrameStore:
         return self.features[self._index(index)]
 
     def gather(self, index: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Return the distinct frames (M, C, H, W) among `index` (N,) and the place (N,) of each sample among them."""
+        """Return the distinct frames (M, C, H, W) among `index` (N,) and the place (N,) of each sample among them.
+
+        Many frames are filled up with copies of the last one to a multiple of `FRAMES_MULTIPLE`.
+        """
         distinct, inverse = np.unique(index, return_inverse=True)
-        frames = self.frames[self._index(distinct)].permute(0, 3, 1, 2)
+        if len(distinct) > MANY_FRAMES:
+            distinct = np.pad(distinct, (0, -len(distinct) % FRAMES_MULTIPLE), mode="edge")
+        frames = self.frames.index_select(0, self._index(distinct)).permute(0, 3, 1, 2)
         return frames, self._index(inverse)
 
     def _index(self, index: np.ndarray) -> Tensor:

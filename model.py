@@ -107,7 +107,7 @@ class VisualDecoder(nn.Module):
     def forward(self, output: Tensor) -> Tensor:
         """Return the logits of the frame's pixels (N, C, H, W) for transformer outputs (N, D)."""
         x = F.relu(self.hidden(output)).view(-1, 64, *self.sizes[3])
-        x = F.relu(upsample(x, self.deconv3, self.sizes[2]))
+        x = F.relu(self.deconv3(x))
         x = F.relu(upsample(x, self.deconv2, self.sizes[1]))
         return upsample(x, self.deconv1, self.sizes[0])
 
@@ -146,27 +146,35 @@ class FrameCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(context: torch.autograd.function.FunctionCtx, logits: Tensor, frames: Tensor) -> Tensor:
+    def forward(context: torch.autograd.function.FunctionCtx, logits: Tensor, frames: Tensor, which: Tensor) -> Tensor:
         """Return the mean over all pixels of softplus(x) − x·y.
 
         Args:
-            context: keeps the gradient, sigmoid(x) − y over the number of pixels.
+            context: keeps the gradient, sigmoid(x) − y, but for the number of pixels.
             logits: x (N, C, H, W).
-            frames: y (N, C, H, W) uint8, in 255ths.
+            frames: (M, C, H, W) uint8, in 255ths.
+            which: (N,) of them is y.
         """
-        at_once = 32 if logits.device.type == "cpu" else len(logits)
+        at_once = 32 if logits.device.type == "cpu" else 120
+        logits, frames = logits.permute(0, 2, 3, 1), frames.permute(0, 2, 3, 1)  # as they lie in memory
         gradient, total = torch.empty_like(logits), torch.zeros((), device=logits.device)
-        for x, y, slope in zip(*(tensor.split(at_once) for tensor in (logits, frames, gradient)), strict=True):
-            x, y = x.float(), y.float() / 255
-            total += (F.softplus(x) - x * y).sum()
-            slope.copy_((torch.sigmoid(x) - y) / logits.numel())
+        for x, slope, chosen in zip(*(tensor.split(at_once) for tensor in (logits, gradient, which)), strict=True):
+            y = frames.index_select(0, chosen).to(torch.float32).mul_(1 / 255)
+            x = x.float()
+            probability = torch.sigmoid(x)
+            # softplus(x) = max(x, 0) − log σ(|x|), and one logarithm does for all frames: their product is at least
+            # 2^−120, which is still a normal number.
+            certainty = torch.maximum(probability, 1 - probability).prod(dim=0)
+            total += x.clamp(min=0).sub_(x * y).sum() - certainty.log().sum()
+            slope.copy_(probability.sub_(y))
         context.save_for_backward(gradient)
         return total / logits.numel()
 
     @staticmethod
-    def backward(context: torch.autograd.function.FunctionCtx, slope: Tensor) -> tuple[Tensor, None]:
+    def backward(context: torch.autograd.function.FunctionCtx, slope: Tensor) -> tuple[Tensor, None, None]:
         """Return the gradient with respect to the logits for that of the loss."""
-        return context.saved_tensors[0] * slope, None
+        (gradient,) = context.saved_tensors
+        return gradient.mul_(slope / gradient.numel()).permute(0, 3, 1, 2), None, None
 
 
 class Recall(nn.Module):

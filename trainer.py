@@ -334,13 +334,14 @@ class PPOTrainer:
             loss, reported = ppo_loss(prediction, part, config["value_loss_coefficient"], clip_range, beta)
             reported["reconstruction"] = reported["recall"] = torch.zeros_like(loss)
             if model.decoder is not None:
-                frames = part.observations[part.which]
-                reconstruction = FrameCrossEntropy.apply(model.decoder(prediction.output), frames)
+                logits = model.decoder(prediction.output)
+                reconstruction = FrameCrossEntropy.apply(logits, part.observations, part.which)
                 reported["reconstruction"] = reconstruction.detach()
                 loss = loss + config["reconstruction_coefficient"] * reconstruction
             if model.recall is not None:
-                logits = model.recall(prediction.output, embedded)
-                shown, known = part.shown.float(), part.known.float().expand_as(logits)
+                shown = part.shown.float()
+                logits = model.recall(prediction.output, embedded[: shown.shape[1]])
+                known = part.known.float().expand_as(logits)
                 recall = F.binary_cross_entropy_with_logits(logits, shown, known)
                 reported["recall"] = recall.detach()
                 loss = loss + config["recall_coefficient"] * recall

@@ -698,7 +698,7 @@ def digests(frames: np.ndarray) -> np.ndarray:
     return np.stack([np.frombuffer(xxhash.xxh3_128_digest(frame.tobytes()), np.uint8) for frame in frames])
 
 
-def test_frame_store():
+def test_frame_store(monkeypatch):
     """Repeated frames, within one call and between calls, are stored and encoded once, also where the store grows."""
     model, _ = visual_model((3, 36, 36))
     store, generator = FrameStore((3, 36, 36), 12, CPU), np.random.default_rng(0)
@@ -718,6 +718,11 @@ def test_frame_store():
         assert (distinct[which] == plain).all()
         with torch.no_grad():
             assert_close(torch.cat(features), model.embed(plain))
+        with monkeypatch.context() as patch:
+            patch.setattr("buffer.MANY_FRAMES", 100)
+            filled, which = store.gather(given)
+            assert len(filled) % 16 == 0 <= len(filled) - len(distinct) < 16
+            assert (filled[which] == plain).all()
         store.clear()
 
 
@@ -745,15 +750,16 @@ def test_training_on_repeated_frames():
 def test_reconstruction_is_that_of_transposed_convolutions(size):
     """The decoder and its loss, both rearranged, against PyTorch's own: loss and gradients."""
     model, _ = visual_model((3, *size), reconstruction_coefficient=0.1)
-    frames = torch.randint(0, 256, (35, 3, *size), dtype=torch.uint8)  # more than are taken at once
+    frames = torch.randint(0, 256, (7, 3, *size), dtype=torch.uint8)
+    which = torch.randint(0, 7, (35,))  # more than are taken at once
     output = torch.randn(35, model.transformer.embed_dim)
     plain = copy.deepcopy(model.decoder).double()
     x = functional.relu(plain.hidden(output.double())).view(-1, 64, *plain.sizes[3])
     x = functional.relu(plain.deconv3(x, output_size=plain.sizes[2]))
     x = functional.relu(plain.deconv2(x, output_size=plain.sizes[1]))
     logits = plain.deconv1(x, output_size=plain.sizes[0])
-    expected = functional.binary_cross_entropy_with_logits(logits, frames.double() / 255)
-    loss = FrameCrossEntropy.apply(model.decoder(output), frames)
+    expected = functional.binary_cross_entropy_with_logits(logits, frames[which].double() / 255)
+    loss = FrameCrossEntropy.apply(model.decoder(output), frames, which)
     (3 * expected).backward()
     (3 * loss).backward()
     assert canonical.excess(loss, expected, relative=1e-5, floor=TOLERANCE) <= 1

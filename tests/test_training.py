@@ -77,8 +77,11 @@ def test_bf16_computes_the_same_but_for_rounding(sampled, name, encoding):
     ],
 )
 @pytest.mark.parametrize("parts", (2, 3))
-def test_parts_of_a_minibatch(sampled, name, changes, parts):
-    """Parts, differentiated side by side, give the losses and gradients of the whole, and the same ones every time."""
+def test_parts_of_a_minibatch(sampled, monkeypatch, name, changes, parts):
+    """Parts, differentiated side by side, give the losses and gradients of the whole, and the same ones every time.
+
+    Parts see the minibatch's frames filled up to a multiple, the whole does not.
+    """
     trainer = sampled(tiny(name, **changes))
     lanes = ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,))
     samples = next(trainer.buffer.minibatches(np.random.default_rng(1)))
@@ -86,6 +89,7 @@ def test_parts_of_a_minibatch(sampled, name, changes, parts):
     trainer.optimizer.max_grad_norm = np.inf
     for divided, map_parts in ((parts, lanes.map), (parts, lanes.map), (1, map)):
         trainer.parts, trainer.map_parts = divided, map_parts
+        monkeypatch.setattr("buffer.MANY_FRAMES", 0 if divided == parts else 512)
         trainer.model.load_state_dict(weights)
         losses = trainer._train_minibatch(samples, 0.1, 0.001)
         results.append((losses, trainer.optimizer.weights.grad.clone()))
