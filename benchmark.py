@@ -7,8 +7,8 @@ Usage:
 Options:
     --config=<file>      A config [default: configs/mortar_mayhem_grid.yaml].
     --updates=<n>        Updates to measure behind one to warm up [default: 3].
-    --attention=<name>   fast, or textbook: windows per sample, keys and values
-                         of every item projected [default: fast].
+    --attention=<name>   fast, or textbook: per sample the frame encoded, a window
+                         copied, each item projected [default: fast].
     --profile            Also say what the time is spent on.
     --environments       Measure only the environments, in several layouts.
     --output=<file>      Write the results as JSON too.
@@ -81,7 +81,7 @@ def measure_updates(config: dict, arguments: dict) -> dict:
     textbook = one_of(arguments, "--attention", ("fast", "textbook")) == "textbook"
     trainer = PPOTrainer(config, "benchmark", 1, options)
     if textbook:
-        use_textbook_attention(trainer)
+        use_textbook_formulation(trainer)
     rates = {"blas_gflops": matrix_rate(device, plain=True), "best_gflops": matrix_rate(device, plain=False)}
     trainer.start_workers()
     try:
@@ -247,8 +247,12 @@ def profile_update(trainer) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------- the textbook formulation
 
 
-def use_textbook_attention(trainer) -> None:
-    """Let a trainer attend as textbooks do: a window copied per sample, its items projected to keys and values."""
+def use_textbook_formulation(trainer) -> None:
+    """Let a fresh trainer compute as textbooks do.
+
+    Every sample's frame is encoded; a window is copied for every sample, its items get their position, are normalised
+    and projected to keys and values; a minibatch is differentiated as a whole.
+    """
     import torch
 
     from transformer import Attention
@@ -269,16 +273,20 @@ def use_textbook_attention(trainer) -> None:
             context = (weights[:, :, None] @ value.transpose(1, 2)).reshape(places, -1)  # (places, D)
             return self.out(memory.from_places(context) * memory.nonempty), weights
 
-    for block in trainer.model.transformer.blocks:
+    transformer, timeline, store = trainer.model.transformer, trainer.buffer.timeline, trainer.buffer.observations
+    for block in transformer.blocks:
         block.attention.__class__ = TextbookAttention
-    timeline = trainer.buffer.timeline
+    if transformer.encoding == "absolute":
+        transformer.encoding = "learned"  # these items are kept as they are, encoded and normalised when they are read
     trainer.buffer.per_group, timeline.stretch, timeline.narrow = 1, 0, False
     trainer.parts, trainer.map_parts = 1, map
-    transformer, store = trainer.model.transformer, trainer.buffer.observations
-    if transformer.encoding == "absolute":
-        transformer.encoding = "learned"  # such items are kept as they were: encoded and normalised when they are read
+
+    def gather(index) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a frame per sample."""
+        return store.frames[index].permute(0, 3, 1, 2), torch.arange(len(index), device=trainer.device)
+
     if trainer.task.visual:
-        store.gather = lambda index: (store.frames[index].permute(0, 3, 1, 2), torch.arange(len(index)))
+        store.gather = gather
 
 
 # -------------------------------------------------------------------------------------------- environments on their own

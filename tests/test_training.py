@@ -182,16 +182,19 @@ def test_benchmark(arguments, tmp_path):
     assert not shares or sum(shares) == pytest.approx(1, abs=0.01)
 
 
-def test_textbook_benchmark_does_the_same_work(sampled):
-    """The textbook formulation predicts what the fast one sampled."""
-    trainer = sampled(tiny("mystery_path_grid"))
-    benchmark.use_textbook_attention(trainer)
-    buffer, samples = trainer.buffer, np.arange(trainer.samples)
-    memory = buffer.timeline.view(buffer.group(samples))
-    observations, which = buffer.observe(samples)
-    with torch.no_grad():
-        prediction = trainer.model(trainer.model.embed(observations)[which], memory)
-    assert torch.allclose(prediction.value, buffer.values.flatten(), atol=1e-5)
+@pytest.mark.parametrize("name", ("mystery_path_grid", "mortar_mayhem_grid"))
+def test_textbook_benchmark_does_the_same_work(name):
+    """The textbook formulation samples and learns what the fast one does."""
+    trainers = [PPOTrainer(tiny(name), "test", 3, Options(torch.device("cpu"))) for _ in range(2)]
+    benchmark.use_textbook_formulation(trainers[1])
+    statistics = []
+    for trainer in trainers:
+        trainer.start_workers()
+        trainer.sample()
+        trainer.workers.close()
+        statistics.append(trainer._train_minibatch(np.arange(trainer.samples), 0.1, 0.001))
+    assert torch.equal(*(trainer.buffer.actions for trainer in trainers))
+    torch.testing.assert_close(*statistics, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
