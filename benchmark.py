@@ -7,8 +7,8 @@ Usage:
 Options:
     --config=<file>      A config [default: configs/mortar_mayhem_grid.yaml].
     --updates=<n>        Updates to measure behind one to warm up [default: 3].
-    --attention=<name>   fast, or textbook: per sample the frame encoded, a window
-                         copied, each item projected [default: fast].
+    --attention=<name>   fast, or textbook: per sample its frame is encoded, its
+                         window copied, each item projected [default: fast].
     --profile            Also say what the time is spent on.
     --environments       Measure only the environments, in several layouts.
     --output=<file>      Write the results as JSON too.
