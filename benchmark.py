@@ -255,12 +255,12 @@ def use_textbook_formulation(trainer) -> None:
     """
     import torch
 
-    from transformer import Attention
+    from transformer import MASKED, Attention
 
     class TextbookAttention(Attention):
         """Multi-head attention that projects every memory item of every sample."""
 
-        def forward(self, x, items, bias, memory, norm):
+        def forward(self, x, items, memory, norm):
             """Return what `Attention.forward` returns, with keys and values of every item of every sample."""
             places, heads, head_dim = items.shape[0], self.num_heads, self.head_dim
             if norm is not None:
@@ -269,16 +269,17 @@ def use_textbook_formulation(trainer) -> None:
             key = torch.nn.functional.linear(items, self.key.weight).view(places, -1, heads, head_dim)
             value = torch.nn.functional.linear(items, self.value.weight).view(places, -1, heads, head_dim)
             scores = (query @ key.permute(0, 2, 3, 1)).squeeze(2) / x.shape[1] ** 0.5  # (places, heads, K)
-            weights = (scores + bias).softmax(dim=-1)
+            weights = scores.masked_fill(~memory.mask, MASKED).softmax(dim=-1)
             context = (weights[:, :, None] @ value.transpose(1, 2)).reshape(places, -1)  # (places, D)
-            return self.out(memory.from_places(context) * memory.nonempty), weights
+            context = context if memory.slot is None else context[memory.slot]  # (N, D)
+            return self.out(context * memory.nonempty), weights
 
     transformer, timeline, store = trainer.model.transformer, trainer.buffer.timeline, trainer.buffer.observations
     for block in transformer.blocks:
         block.attention.__class__ = TextbookAttention
     if transformer.encoding == "absolute":
         transformer.encoding = "learned"  # these items are kept as they are, encoded and normalised when they are read
-    trainer.buffer.per_group, timeline.stretch, timeline.narrow = 1, 0, False
+    trainer.buffer.per_group, timeline.stretch, timeline.narrow, timeline.in_place = 1, 0, False, False
     trainer.parts, trainer.map_parts = 1, map
 
     def gather(index) -> tuple[torch.Tensor, torch.Tensor]:

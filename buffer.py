@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from model import ActorCriticModel, Prediction
-from transformer import MemoryView
+from transformer import MemoryView, Windows
 from utils import Task
 from worker import SharedArrays
 
@@ -47,13 +47,15 @@ class Timeline:
         self.stretch = STRETCH
         # A GPU wants equal shapes at every step; elsewhere columns that nobody may look at are left out.
         self.narrow = device.type != "cuda"
+        # Whether attention reads windows where they lie, or copies of stretches. Learned positions have a gradient.
+        self.in_place = device.type == "cpu" and self.transformer.encoding != "learned"
 
     def to_device(self, array: np.ndarray) -> Tensor:
         """Copy a NumPy array to the timeline's device without waiting for it."""
         tensor = torch.from_numpy(array)
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
-    def window(self, workers: slice, t: int, step: np.ndarray) -> MemoryView:
+    def window(self, workers: slice, t: int, step: np.ndarray) -> Windows | MemoryView:
         """Return what the step at column L + t of some environments may look at: a plain slice of the timeline.
 
         Args:
@@ -62,6 +64,9 @@ class Timeline:
             step: (n,) episode step of each.
         """
         valid = np.minimum(step, self.length)
+        if self.in_place:
+            end = np.full(len(step), self.length + t)
+            return Windows(self.items, np.arange(workers.start, workers.stop), end - valid, end)
         width = max(1, int(valid.max())) if self.narrow else self.length
         columns = slice(self.length + t - width, self.length + t)
         valid = self.to_device(valid)[:, None]  # (n, 1)
@@ -84,8 +89,8 @@ class Timeline:
         self.items[:, :, : self.length] = self.items[:, :, steps : steps + self.length].clone()
         self.item_step[:, : self.length] = self.item_step[:, steps : steps + self.length].clone()
 
-    def group(self, worker: np.ndarray, t: np.ndarray, step: np.ndarray, per_group: int) -> "QueryGroups":
-        """Return how any samples of the rollout share columns.
+    def group(self, worker: np.ndarray, t: np.ndarray, step: np.ndarray, per_group: int) -> "Windows | QueryGroups":
+        """Return what any samples of the rollout may look at, or how they are to share columns for it.
 
         Args:
             worker: (N,) environment of each sample.
@@ -94,13 +99,17 @@ class Timeline:
             per_group: Q, the most samples of a group.
         """
         valid, end = np.minimum(step, self.length), t + self.length
+        if self.in_place:
+            return Windows(self.items, worker, end - valid, end)
         longest = int(valid.max()) if self.narrow else self.length
         columns = min(longest + self.stretch, self.items.shape[2])
         owner, start, slot = group_queries(worker, end - valid, end, per_group, columns)
         return QueryGroups(end - valid, end, slot, owner, start, per_group, columns)
 
-    def view(self, groups: "QueryGroups") -> MemoryView:
-        """Return what the queries of some groups may look at."""
+    def view(self, groups: "Windows | QueryGroups") -> Windows | MemoryView:
+        """Return what the queries that `group` got may look at."""
+        if isinstance(groups, Windows):
+            return groups
         relative, learned = self.transformer.encoding == "relative", self.transformer.encoding == "learned"
         per_group, slot, total = groups.per_group, groups.slot, self.items.shape[2]
         columns = max(1, int(groups.widths().max())) if self.narrow else groups.columns  # K
@@ -213,7 +222,7 @@ class Minibatch:
     Attributes:
         observations: (M, *observation_shape), perhaps followed by some that no sample saw.
         which: (N,) int64 the observation that each sample saw.
-        groups: how the samples share memory columns.
+        groups: what the samples may look at, or how they share memory columns for it.
         actions: (N, branches).
         log_probs: (N, branches) when they were sampled.
         values: (N,) when they were sampled.
@@ -225,7 +234,7 @@ class Minibatch:
 
     observations: Tensor
     which: Tensor
-    groups: QueryGroups
+    groups: Windows | QueryGroups
     actions: Tensor
     log_probs: Tensor
     values: Tensor
@@ -243,7 +252,7 @@ class Minibatch:
             return [self]
         return [self._part(torch.from_numpy(samples), groups) for samples, groups in self.groups.split(parts)]
 
-    def _part(self, samples: Tensor, groups: QueryGroups) -> "Minibatch":
+    def _part(self, samples: Tensor, groups: Windows | QueryGroups) -> "Minibatch":
         per_sample = (self.actions, self.log_probs, self.values, self.returns, self.advantages, self.shown, self.known)
         chosen = [None if tensor is None else tensor[samples] for tensor in per_sample]
         return Minibatch(self.observations, self.which[samples], groups, *chosen)
@@ -509,8 +518,8 @@ class Buffer:
         """Return the distinct observations of `samples` (N,) and which of them each saw (N,)."""
         return self.observations.gather(self.observation_index.flat[samples])
 
-    def group(self, samples: np.ndarray) -> QueryGroups:
-        """Return how `samples` (N,) share memory columns."""
+    def group(self, samples: np.ndarray) -> Windows | QueryGroups:
+        """Return what `samples` (N,) may look at, or how they share memory columns for it."""
         worker, t = np.divmod(samples, self.worker_steps)
         return self.timeline.group(worker, t, self.step[worker, t], self.per_group)
 

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
-from transformer import Linear, MemoryView, Transformer
+from transformer import Linear, MemoryView, Transformer, Windows
 
 
 @dataclass
@@ -19,7 +20,7 @@ class Prediction:
         value: (N,) predicted discounted return.
         inputs: (blocks, N, D) inputs of the blocks, detached: what memory is to keep of a step.
         output: (N, D) output of the transformer.
-        attention: per block (groups, Q·heads, K) attention weights, detached.
+        attention: per block the attention weights, detached, as `Attention.forward` returns them.
     """
 
     log_probs: list[Tensor]
@@ -146,7 +147,7 @@ class FrameCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(context: torch.autograd.function.FunctionCtx, logits: Tensor, frames: Tensor, which: Tensor) -> Tensor:
+    def forward(context: FunctionCtx, logits: Tensor, frames: Tensor, which: Tensor) -> Tensor:
         """Return the mean over all pixels of softplus(x) − x·y.
 
         Args:
@@ -171,7 +172,7 @@ class FrameCrossEntropy(torch.autograd.Function):
         return total / logits.numel()
 
     @staticmethod
-    def backward(context: torch.autograd.function.FunctionCtx, slope: Tensor) -> tuple[Tensor, None, None]:
+    def backward(context: FunctionCtx, slope: Tensor) -> tuple[Tensor, None, None]:
         """Return the gradient with respect to the logits for that of the loss."""
         (gradient,) = context.saved_tensors
         return gradient.mul_(slope / gradient.numel()).permute(0, 3, 1, 2), None, None
@@ -248,7 +249,7 @@ class ActorCriticModel(nn.Module):
         """Return h⁰ (M, D), what the first block reads, for observations (M, *observation_shape)."""
         return F.relu(self.embedding(self.encoder(observations)))
 
-    def forward(self, embedded: Tensor, memory: MemoryView) -> Prediction:
+    def forward(self, embedded: Tensor, memory: Windows | MemoryView) -> Prediction:
         """Predict from embedded observations (N, D) and what each may look at."""
         output, inputs, attention = self.transformer(embedded, memory)
         hidden = F.relu(self.policy_hidden(output))

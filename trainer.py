@@ -125,6 +125,7 @@ class PPOTrainer:
         self.forward = torch.compile(self.model, dynamic=True) if options.compile else self.model
         self.optimizer = Optimizer(self.model, config["max_grad_norm"])
         self.buffer = Buffer(config, self.model, self.task, self.device)
+        self.buffer.timeline.in_place &= not options.compile
         self.generator = torch.Generator(self.device)
         self.threads = torch.get_num_threads()
         # A whole minibatch fills a GPU, and a compiled model belongs to one thread.

@@ -15,21 +15,27 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
-# Multiply-adds from which on a product of float32 matrices on the CPU is worth a call of oneDNN's convolution.
-CONVOLUTION_WORTH = 2**23
+from windows import window_mixture, window_scores
+
+# Multiply-adds from which on a product of float32 matrices on the CPU is worth a call of oneDNN, and from which on the
+# gradient of its weights is.
+PRODUCT_WORTH, GRADIENT_WORTH = 2**23, 2**25
 # Added to the scores of masked columns; finite, so that a row without any valid column stays finite too.
 MASKED = -1e30
+# Whether this PyTorch was built with oneDNN.
+ONEDNN = torch.backends.mkldnn.is_available()
+# Elements from which on tanh takes longer than four operations that are vectorised.
+TANH_WORTH = 4096
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
-    """Return x·Wᵀ + b, in `groups` independent blocks of channels, by the faster of two exact float32 kernels.
-
-    PyTorch binds matrix products on the CPU to MKL, which leaves half of an AMD processor unused; its convolutions run
-    in oneDNN, which does not. A 1×1 convolution over a picture of N×1 pixels is the same product.
+    """Return x·Wᵀ + b, in `groups` independent blocks of channels.
 
     Args:
         x: (N, groups·in).
@@ -37,18 +43,86 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 
         bias: (groups·out,) or None.
         groups: number of blocks; block g of the output reads block g of the input.
     """
-    rows = x.shape[0]
-    if x.device.type == "cpu" and x.dtype == torch.float32 and rows * weight.numel() >= CONVOLUTION_WORTH:
-        pixels = x.view(1, rows, 1, -1).permute(0, 3, 1, 2)  # (1, channels, N, 1), channels last in memory
-        # A dilation that a 1×1 kernel does not have: PyTorch asks oneDNN even where it computes with one thread.
-        y = F.conv2d(pixels, weight[:, :, None, None], bias, dilation=(1, 2), groups=groups)
-        return y.permute(0, 2, 3, 1).reshape(rows, -1)
+    if by_onednn(x, weight):
+        return Product.apply(x, weight, bias, groups)
     if groups == 1:
         return F.linear(x, weight, bias)
-    blocks = x.view(rows, groups, -1).transpose(0, 1)  # (groups, N, in)
-    y = torch.bmm(blocks, weight.view(groups, -1, weight.shape[1]).transpose(1, 2))  # (groups, N, out)
-    y = y.transpose(0, 1).reshape(rows, -1)
+    y = torch.bmm(blocks_of(x, groups), weight.view(groups, -1, weight.shape[1]).transpose(1, 2))  # (groups, N, out)
+    y = y.transpose(0, 1).reshape(len(x), -1)
     return y if bias is None else y + bias
+
+
+def by_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Return whether `Product` computes x·Wᵀ: whether both are float32 on a CPU, and large.
+
+    PyTorch binds matrix products on the CPU to MKL, which leaves half of some AMD processors unused. Its convolutions
+    and products for its compiler run in oneDNN, which does not. A compiler chooses for itself.
+    """
+    if x.device.type != "cpu" or len(x) * weight.numel() < PRODUCT_WORTH or x.dtype != torch.float32:
+        return False
+    return ONEDNN and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+
+
+def blocks_of(x: Tensor, groups: int) -> Tensor:
+    """Return (groups, N, channels): the blocks of channels of x (N, groups·channels)."""
+    return x.view(x.shape[0], groups, -1).transpose(0, 1)
+
+
+class Product(torch.autograd.Function):
+    """`linear` for large float32 matrices on the CPU."""
+
+    @staticmethod
+    def forward(context: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+        """Return (N, groups·out); arguments as for `linear`."""
+        context.save_for_backward(x, weight)
+        context.groups, context.biased = groups, bias is not None
+        if groups == 1:
+            return product(x, weight, bias)
+        # A 1×1 convolution over a picture of N×1 pixels is the same product; with a dilation, which its kernel does not
+        # have, PyTorch asks oneDNN even where it computes with one thread.
+        y = F.conv2d(as_pixels(x), weight[:, :, None, None], bias, dilation=(1, 2), groups=groups)
+        return y.permute(0, 2, 3, 1).reshape(len(x), -1)
+
+    @staticmethod
+    def backward(context: FunctionCtx, slope: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients with respect to x, weight and bias for that of the product, (N, groups·out)."""
+        (x, weight), groups = context.saved_tensors, context.groups
+        slope, of_x = slope.contiguous(), None
+        if groups == 1:
+            of_x = product(slope, weight.t()) if context.needs_input_grad[0] else None
+            of_weight = weight_gradient(slope, x)
+        else:
+            of_x = convolution_gradient(slope, x, weight, groups, 0).permute(0, 2, 3, 1).reshape(x.shape)
+            # oneDNN takes twice as long for this gradient of a grouped convolution.
+            of_weight = (blocks_of(slope, groups).transpose(1, 2) @ blocks_of(x, groups)).view(weight.shape)
+        return of_x, of_weight, slope.sum(dim=0) if context.biased else None, None
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x·Wᵀ + b by the faster of two exact kernels, without a gradient; x (N, in), weight (out, in)."""
+    if by_onednn(x, weight):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def weight_gradient(slope: Tensor, x: Tensor) -> Tensor:
+    """Return (out, in): the gradient of x·Wᵀ with respect to W, for slopes (N, out) and x (N, in)."""
+    weight = slope.new_empty(slope.shape[1], x.shape[1])
+    if by_onednn(x, weight) and len(x) * weight.numel() >= GRADIENT_WORTH:
+        return convolution_gradient(slope, x, weight, 1, 1).view(weight.shape)
+    return slope.t() @ x
+
+
+def as_pixels(x: Tensor) -> Tensor:
+    """Return (1, channels, N, 1), channels last in memory, for x (N, channels)."""
+    return x.view(1, x.shape[0], 1, -1).permute(0, 3, 1, 2)
+
+
+def convolution_gradient(slope: Tensor, x: Tensor, weight: Tensor, groups: int, which: int) -> Tensor:
+    """Return the gradient of the 1×1 convolution of `Product` with respect to x (`which` 0) or its weight (1)."""
+    settings = [1, 1], [0, 0], [1, 2], False, [0, 0], groups, [which == 0, which == 1, False]
+    matrices = as_pixels(slope), as_pixels(x), weight[:, :, None, None]
+    return torch.ops.aten.convolution_backward(*matrices, None, *settings)[which]
 
 
 class Linear(nn.Linear):
@@ -67,12 +141,98 @@ def sinusoid(angle_steps: Tensor, embed_dim: int) -> Tensor:
 
 
 @dataclass
-class MemoryView:
-    """What the queries of one forward pass may attend to.
+class Windows:
+    """What the queries of one forward pass may attend to, where it lies in the timeline: for float32 items on the CPU.
 
-    For attention the N queries come in groups of Q that share one stretch of K memory columns, since the windows of
-    nearby steps overlap. The P = groups·Q places are filled up with queries that see nothing and whose context is
-    dropped. A step of the policy has one query per group, and every place is taken.
+    Attributes:
+        items: (blocks, W, columns, D) stored items of W environments.
+        owner: (N,) int64 environment of each query.
+        first: (N,) int64 first column that it may look at.
+        end: (N,) int64 column behind the last one.
+    """
+
+    items: Tensor
+    owner: np.ndarray
+    first: np.ndarray
+    end: np.ndarray
+
+    def __post_init__(self) -> None:
+        self.width = max(1, int((self.end - self.first).max()))  # K
+        self.nonempty = torch.from_numpy(self.end > self.first).float()[:, None]  # (N, 1)
+
+    def split(self, parts: int) -> list[tuple[np.ndarray, "Windows"]]:
+        """Divide the queries into equal parts of neighbours; return of each the queries (n,) and their windows."""
+        rows = np.array_split(np.arange(len(self.owner)), parts)
+        return [(some, Windows(self.items, self.owner[some], self.first[some], self.end[some])) for some in rows]
+
+    def scores(self, items: Tensor, questions: Tensor) -> Tensor:
+        """Return (N, heads, K) question·item, MASKED outside of a window, for one block's items and (N, heads, D)."""
+        return WindowScores.apply(questions, items, self)
+
+    def mixture(self, items: Tensor, weights: Tensor) -> Tensor:
+        """Return (N, heads, D): the mean of the block's items by the weights (N, heads, K), 0 for an empty window."""
+        return WindowMixture.apply(weights, items, self)
+
+    def by_column(self, by_distance: Tensor) -> Tensor:
+        """Return (N, heads, K) of each column, from (N, heads, L+1) of each distance, the largest first."""
+        return by_distance[:, :, -1 - self.width : -1]
+
+    def fill_scores(self, questions: Tensor, items: Tensor, outside: float) -> Tensor:
+        """Return what `scores` does, with `outside` for MASKED, and without a gradient."""
+        scores = items.new_empty(*questions.shape[:2], self.width)
+        where = self.owner, self.first, self.end
+        window_scores(as_array(questions), as_array(items), *where, np.float32(outside), scores.numpy())
+        return scores
+
+    def fill_mixture(self, weights: Tensor, items: Tensor) -> Tensor:
+        """Return what `mixture` does, without a gradient."""
+        mixture = items.new_empty(*weights.shape[:2], items.shape[2])
+        window_mixture(as_array(weights), as_array(items), self.owner, self.first, self.end, mixture.numpy())
+        return mixture
+
+
+def as_array(tensor: Tensor) -> np.ndarray:
+    """Return a float32 NumPy array of a tensor on the CPU, a view where that is possible."""
+    return tensor.detach().float().contiguous().numpy()
+
+
+class WindowScores(torch.autograd.Function):
+    """`Windows.scores`; its gradient with respect to the questions is a mixture of the items."""
+
+    @staticmethod
+    def forward(context: FunctionCtx, questions: Tensor, items: Tensor, windows: Windows) -> Tensor:
+        """Return (N, heads, K); arguments as for `Windows.scores`."""
+        context.items, context.windows = items, windows
+        return windows.fill_scores(questions, items, MASKED)
+
+    @staticmethod
+    def backward(context: FunctionCtx, slope: Tensor) -> tuple[Tensor, None, None]:
+        """Return the gradient (N, heads, D) for that of the scores (N, heads, K)."""
+        return context.windows.fill_mixture(slope, context.items), None, None
+
+
+class WindowMixture(torch.autograd.Function):
+    """`Windows.mixture`; its gradient with respect to the weights are scores of the items."""
+
+    @staticmethod
+    def forward(context: FunctionCtx, weights: Tensor, items: Tensor, windows: Windows) -> Tensor:
+        """Return (N, heads, D); arguments as for `Windows.mixture`."""
+        context.items, context.windows = items, windows
+        return windows.fill_mixture(weights, items)
+
+    @staticmethod
+    def backward(context: FunctionCtx, slope: Tensor) -> tuple[Tensor, None, None]:
+        """Return the gradient (N, heads, K) for that of the mixture (N, heads, D)."""
+        return context.windows.fill_scores(slope, context.items, 0.0), None, None
+
+
+@dataclass
+class MemoryView:
+    """What `Windows` says, by batched products that run on every device and let items have a gradient.
+
+    The N queries come in groups of Q that share one stretch of K memory columns, since the windows of nearby steps
+    overlap. The P = groups·Q places are filled up with queries that see nothing and whose context is dropped. A step of
+    the policy has one query per group, and every place is taken.
 
     Attributes:
         items: (blocks, groups, K, D) stored items, a view of the timeline or one copy per group.
@@ -93,12 +253,30 @@ class MemoryView:
     slot: Tensor | None = None
 
     def to_places(self, queries: Tensor) -> Tensor:
-        """Return (P, D): queries (N, D) in their places."""
+        """Return (P, width): what belongs to the queries (N, width) in their places."""
         return queries if self.source is None else F.embedding(self.source, queries)
 
-    def from_places(self, values: Tensor) -> Tensor:
-        """Return (N, D): what the places (P, D) of the queries hold."""
-        return values if self.slot is None else F.embedding(self.slot, values)
+    def scores(self, items: Tensor, questions: Tensor) -> Tensor:
+        """Return (groups, Q·heads, K) question·item, MASKED outside of a window, for questions (N, heads, D)."""
+        groups, heads = items.shape[0], questions.shape[1]
+        questions = self.to_places(questions.flatten(1)).view(groups, -1, items.shape[2])  # (groups, Q·heads, D)
+        bias = questions.new_full((), MASKED).where(~self.mask, 0.0)[:, :, None]  # (groups, Q, 1, K)
+        bias = bias.expand(-1, -1, heads, -1).reshape(groups, -1, items.shape[1])
+        return torch.baddbmm(bias, questions, items.transpose(1, 2))
+
+    def mixture(self, items: Tensor, weights: Tensor) -> Tensor:
+        """Return (N, heads, D): the mean of the items by the weights (groups, Q·heads, K)."""
+        heads = weights.shape[1] // self.mask.shape[1]
+        mixture = torch.bmm(weights.to(items.dtype), items).view(-1, heads * items.shape[2])  # (P, heads·D)
+        mixture = mixture if self.slot is None else F.embedding(self.slot, mixture)
+        return mixture.unflatten(1, (heads, -1))
+
+    def by_column(self, by_distance: Tensor) -> Tensor:
+        """Return (groups, Q·heads, K) of each column, from (N, heads, L+1) of each distance, the largest first."""
+        heads, length = by_distance.shape[1], by_distance.shape[2] - 1
+        by_distance = self.to_places(by_distance.flatten(1)).unflatten(1, (heads, -1))  # (P, heads, L+1)
+        index = (length - self.distance).flatten(0, 1)[:, None].expand(-1, heads, -1)  # (P, heads, K)
+        return by_distance.gather(2, index).view(self.mask.shape[0], -1, index.shape[2])
 
 
 class Folded(NamedTuple):
@@ -108,7 +286,7 @@ class Folded(NamedTuple):
         key: (heads·D, hd), takes a head's query to the space of the items; scores are scaled with it.
         value: (heads·hd, D), takes a head's mean of items to its values.
         shift: (heads·hd,) added to those, or None.
-        table: (heads, L+1, hd), scaled W_R r of each distance; None without the relative encoding.
+        table: (heads, L+1, hd), scaled W_R r of each distance, the largest first; None without the relative encoding.
     """
 
     key: Tensor
@@ -142,35 +320,35 @@ class Attention(nn.Module):
         if relative:
             self.content_bias = nn.Parameter(torch.zeros(num_heads, self.head_dim))
             self.position_bias = nn.Parameter(torch.zeros(num_heads, self.head_dim))
-            self.register_buffer("distances", sinusoid(torch.arange(memory_length + 1), embed_dim), persistent=False)
+            distances = torch.arange(memory_length, -1, -1)
+            self.register_buffer("distances", sinusoid(distances, embed_dim), persistent=False)
 
     def forward(
-        self, x: Tensor, items: Tensor, bias: Tensor, memory: MemoryView, norm: nn.LayerNorm | None
+        self, x: Tensor, items: Tensor, memory: Windows | MemoryView, norm: nn.LayerNorm | None
     ) -> tuple[Tensor, Tensor]:
         """Attend from x to the items.
 
         Args:
             x: (N, D), normalised already where the block does so.
-            items: (groups, K, D), normalised without affine where `norm` is given.
-            bias: (groups, Q·heads, K), added to the scores: MASKED where a query may not look, else 0.
-            memory: the layout of queries and columns.
+            items: what `memory` holds for this block, normalised without affine where `norm` is given.
+            memory: which items each query may look at.
             norm: the affine part of norm_kv, or None. It folds in exactly: its bias shifts all scores of a query alike
                 and cancels in the softmax, and Σ aᵢ = 1 carries it through to the values.
 
         Returns:
-            (N, D) and the attention weights (groups, Q·heads, K).
+            (N, D) and the attention weights: (N, heads, K), or (groups, Q·heads, K) where queries share columns.
         """
-        groups, width = items.shape[0], x.shape[1]
         weight = self.folded or self.fold(norm)
-        query = memory.to_places(self.query(x))  # (P, D)
+        query = self.query(x)  # (N, D)
         content = query if self.relative is None else query + self.content_bias.flatten()
-        question = linear(content, weight.key, groups=self.num_heads).view(groups, -1, width)  # (groups, Q·heads, D)
+        questions = linear(content, weight.key, groups=self.num_heads).unflatten(1, (self.num_heads, -1))
+        scores = memory.scores(items, questions)
         if self.relative is not None:
-            bias = bias + self._position_scores(query, weight.table, memory)
-        weights = torch.baddbmm(bias.to(question.dtype), question, items.transpose(1, 2)).softmax(dim=-1)
-        context = torch.bmm(weights.to(items.dtype), items).view(query.shape[0], -1)  # (P, heads·D)
-        values = linear(context, weight.value, weight.shift, groups=self.num_heads)  # (P, D)
-        return self.out(memory.from_places(values) * memory.nonempty), weights
+            scores = scores + memory.by_column(self._by_distance(query, weight.table))
+        weights = scores.softmax(dim=-1)
+        context = memory.mixture(items, weights).flatten(1)  # (N, heads·D)
+        values = linear(context, weight.value, weight.shift, groups=self.num_heads)  # (N, D)
+        return self.out(values * memory.nonempty), weights
 
     def fold(self, norm: nn.LayerNorm | None) -> Folded:
         """Return what `forward` derives from the weights, with the affine part of `norm` where it is given."""
@@ -183,12 +361,10 @@ class Attention(nn.Module):
             table = (self.relative(self.distances) * scale).view(-1, self.num_heads, self.head_dim).transpose(0, 1)
         return Folded(key, value, shift, table)
 
-    def _position_scores(self, query: Tensor, table: Tensor, memory: MemoryView) -> Tensor:
-        """Return (groups, Q·heads, K): (q + v)·W_R r for the distance between each query and column."""
+    def _by_distance(self, query: Tensor, table: Tensor) -> Tensor:
+        """Return (N, heads, L+1): (q + v)·W_R r of each query (N, D) and distance."""
         query = (query + self.position_bias.flatten()).view(-1, self.num_heads, self.head_dim)
-        by_distance = torch.bmm(query.transpose(0, 1), table.transpose(1, 2)).transpose(0, 1)  # (P, heads, L+1)
-        index = memory.distance.flatten(0, 1)[:, None].expand(-1, self.num_heads, -1)  # (P, heads, K)
-        return by_distance.gather(2, index).view(memory.mask.shape[0], -1, index.shape[2])
+        return torch.bmm(query.transpose(0, 1), table.transpose(1, 2)).transpose(0, 1)
 
 
 class Gate(nn.Module):
@@ -213,12 +389,58 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Return (N, D): the state x (N, D) updated by the layer's output y (N, D)."""
+        weights = self.from_update.weight, self.from_state.weight, self.candidate.weight
+        return Gating.apply(x, y, *weights, self.bg)
+
+
+class Gating(torch.autograd.Function):
+    """What a `Gate` computes, with its gradient: half as many operations as autograd makes of it."""
+
+    @staticmethod
+    def forward(
+        context: FunctionCtx,
+        x: Tensor,
+        y: Tensor,
+        from_update: Tensor,
+        from_state: Tensor,
+        candidate: Tensor,
+        bg: Tensor,
+    ) -> Tensor:
+        """Return (N, D); x and y (N, D), weights (3D, D), (2D, D) and (D, D) and the bias (D,) of a `Gate`."""
         width = x.shape[1]
-        y_gates, y_candidate = self.from_update(y).split((2 * width, width), dim=1)
-        x_gates = linear(x, self.from_state.weight, F.pad(-self.bg, (width, 0)))
-        reset, update = torch.sigmoid(y_gates + x_gates).chunk(2, dim=1)
-        candidate = torch.tanh(y_candidate + self.candidate(reset * x))
-        return torch.lerp(x, candidate.to(x.dtype), update.to(x.dtype))  # bf16 products leave a float32 state
+        values = product(y, from_update).float()  # (N, 3D)
+        gates, (reset, update, new) = values[:, : 2 * width], values.split(width, dim=1)
+        gates += product(x, from_state)
+        update -= bg
+        gates.sigmoid_()
+        kept = reset * x
+        new += product(kept, candidate)
+        if new.numel() >= TANH_WORTH and new.device.type == "cpu":
+            new.mul_(2).sigmoid_().mul_(2).sub_(1)  # tanh(c) = 2σ(2c) − 1
+        else:
+            new.tanh_()
+        context.save_for_backward(x, y, values, kept, from_update, from_state, candidate)
+        context.low = torch.is_autocast_enabled(x.device.type)
+        return torch.lerp(x, new, update)
+
+    @staticmethod
+    def backward(context: FunctionCtx, slope: Tensor) -> tuple[Tensor, ...]:
+        """Return the gradients with respect to all arguments of `forward` for that of its result, (N, D)."""
+        x, y, values, kept, from_update, from_state, candidate = context.saved_tensors
+        width = x.shape[1]
+        reset, update, new = values.split(width, dim=1)
+        slopes = torch.empty_like(values)  # in front of the nonlinearities
+        of_gates, (of_reset, of_update, of_new) = slopes[:, : 2 * width], slopes.split(width, dim=1)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=context.low):
+            torch.mul(slope * update, 1 - new * new, out=of_new)
+            torch.mul((new - x).mul_(slope), update * (1 - update), out=of_update)
+            of_kept = product(of_new, candidate.t()).float()
+            torch.mul(of_kept * x, reset * (1 - reset), out=of_reset)
+            of_x = torch.addcmul(slope, slope, update, value=-1).addcmul_(of_kept, reset)
+            of_x += product(of_gates, from_state.t())
+            of_y = product(slopes, from_update.t())
+            of_weights = weight_gradient(slopes, y), weight_gradient(of_gates, x), weight_gradient(of_new, kept)
+        return of_x, of_y, *of_weights, -of_update.sum(dim=0)
 
 
 class Block(nn.Module):
@@ -242,10 +464,10 @@ class Block(nn.Module):
         self.gate1 = Gate(embed_dim, config["gtrxl_bias"]) if config["gtrxl"] else torch.add
         self.gate2 = Gate(embed_dim, config["gtrxl_bias"]) if config["gtrxl"] else torch.add
 
-    def forward(self, x: Tensor, items: Tensor, bias: Tensor, memory: MemoryView) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, items: Tensor, memory: Windows | MemoryView) -> tuple[Tensor, Tensor]:
         """Return the layer's output (N, D) and its attention weights; arguments as in `Attention.forward`."""
         pre, post = self.layer_norm == "pre", self.layer_norm == "post"
-        attended, weights = self.attention(self.norm1(x) if pre else x, items, bias, memory, self.norm_kv)
+        attended, weights = self.attention(self.norm1(x) if pre else x, items, memory, self.norm_kv)
         x = self.gate1(x, attended)
         x = self.norm1(x) if post else x
         forwarded = F.relu(self.feed_forward(self.norm2(x) if pre else x))
@@ -301,15 +523,15 @@ class Transformer(nn.Module):
             inputs = inputs + self.position[step]
         return F.layer_norm(inputs, (self.embed_dim,)) if self.pre_norm else inputs
 
-    def _items(self, memory: MemoryView, block: int) -> Tensor:
-        """Return (groups, K, D): the items of a block as its attention reads them."""
+    def _items(self, memory: Windows | MemoryView, block: int) -> Tensor:
+        """Return what the memory holds for a block, as its attention reads it."""
         items = memory.items[block]
         if self.encoding == "learned":
             items = items + self.position[memory.item_step]
             items = F.layer_norm(items, (self.embed_dim,)) if self.pre_norm else items
         return items
 
-    def forward(self, x: Tensor, memory: MemoryView) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def forward(self, x: Tensor, memory: Windows | MemoryView) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Run all blocks.
 
         Args:
@@ -317,15 +539,11 @@ class Transformer(nn.Module):
             memory: what each of them may attend to.
 
         Returns:
-            output (N, D), the inputs of the blocks (blocks, N, D) and the attention weights (groups, Q·heads, K) of
-            each block.
+            output (N, D), the inputs of the blocks (blocks, N, D) and the attention weights of each block.
         """
-        groups, per_group, columns = memory.mask.shape
-        bias = x.new_full((), MASKED).where(~memory.mask, 0.0)[:, :, None]  # (groups, Q, 1, K)
-        bias = bias.expand(-1, -1, self.num_heads, -1).reshape(groups, per_group * self.num_heads, columns)
         inputs, weights = [], []
         for index, block in enumerate(self.blocks):
             inputs.append(x.detach())
-            x, attended = block(x, self._items(memory, index), bias, memory)
+            x, attended = block(x, self._items(memory, index), memory)
             weights.append(attended.detach())
         return x, torch.stack(inputs), weights

@@ -134,6 +134,7 @@ class Rollouts:
                 block.attention.key.weight.mul_(3)
         settings = canonical.product_config(self.config)["transformer"]
         self.timeline = Timeline(self.model, settings, n_workers, worker_steps, CPU)
+        self.in_place = self.timeline.in_place  # whether windows may be read where they lie
         self.store = make_store(task, self.config["embed_dim"], n_workers * worker_steps, CPU)
         self.arrays = SharedArrays(n_workers, task, multiprocessing)
         self.generator = np.random.default_rng(seed)
@@ -166,6 +167,7 @@ class Rollouts:
                 self.arrays.show(worker, observation)
             self.observations[:, t], self.step[:, t] = torch.from_numpy(shown), self.now
             predictions = []
+            self.timeline.in_place = self.in_place and t % 2 == 0  # both ways of attending write the same memory
             for rows in (slice(0, half), slice(half, self.n_workers)):
                 if rows.start < rows.stop:
                     step = self.now[rows].copy()
@@ -180,8 +182,9 @@ class Rollouts:
             ended |= self.now + 1 == self.config["max_episode_steps"]
             self.now = np.where(ended, 0, self.now + 1)
 
-    def predict(self, samples: np.ndarray, per_group: int) -> Prediction:
-        """Returns what training predicts for samples w·T + t."""
+    def predict(self, samples: np.ndarray, per_group: int | None) -> Prediction:
+        """Returns what training predicts for samples w·T + t, in groups or, with None, from windows in place."""
+        self.timeline.in_place = per_group is None
         worker, t = np.divmod(samples, self.worker_steps)
         view = self.timeline.view(self.timeline.group(worker, t, self.step[worker, t], per_group))
         return self.model(self.model.embed(self.observations[worker, t]), view)
@@ -197,7 +200,7 @@ class Rollouts:
         shapes = [branch.shape for branch in expected.log_softmaxes] + [expected.value.shape]
         weights = [torch.randn(shape, generator=weights) for shape in shapes]
         _weighted([*expected.log_softmaxes, expected.value], weights).backward()
-        for per_group in per_groups:
+        for per_group in (*per_groups, None) if self.in_place else per_groups:
             what = f"{len(samples)} samples, {per_group} per group"
             self.model.zero_grad()
             prediction = self.predict(samples, per_group)
@@ -269,6 +272,7 @@ def test_groups_along_a_long_rollout(encoding):
     rollouts = Rollouts(changes, n_workers=2, worker_steps=2 * buffer.STRETCH + 30, ends=0.03, seed=3)
     rollouts.play()
     samples = np.arange(rollouts.step.size)
+    rollouts.timeline.in_place = False
     groups = rollouts.timeline.group(*np.divmod(samples, rollouts.worker_steps), rollouts.step.ravel(), 8)
     view = rollouts.timeline.view(groups)
     assert view.mask.shape[2] < rollouts.worker_steps
@@ -277,9 +281,10 @@ def test_groups_along_a_long_rollout(encoding):
 
 
 @pytest.mark.parametrize("changes", [variant for variant in VARIANTS if "gtrxl-pre" in variant.id])
-def test_rollouts_by_convolution(changes, monkeypatch):
+def test_rollouts_by_onednn(changes, monkeypatch):
     """All matrix products through the kernel that otherwise only large ones take."""
-    monkeypatch.setattr(transformer, "CONVOLUTION_WORTH", 0)
+    monkeypatch.setattr(transformer, "PRODUCT_WORTH", 0)
+    monkeypatch.setattr(transformer, "GRADIENT_WORTH", 0)
     rollouts = Rollouts(changes, seed=4)
     rollouts.play()
     rollouts.check_minibatches()
@@ -291,7 +296,7 @@ def test_rollouts_by_convolution(changes, monkeypatch):
 def test_linear(rows, has_bias, groups):
     """Both kernels compute the plain product in every group of channels, and its gradients."""
     inputs, outputs = 16 * groups, 256
-    assert (rows == 2048) == (rows * 16 * outputs >= transformer.CONVOLUTION_WORTH)
+    assert (rows == 2048) == (rows * 16 * outputs >= transformer.PRODUCT_WORTH)
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(shape, generator=generator) for shape in ((rows, inputs), (outputs, 16), (outputs,))]
     upstream = torch.randn(rows, outputs, generator=generator)
@@ -348,6 +353,7 @@ def test_view_shows_exactly_the_windows(arguments, seed):
     timeline = Timeline(
         canonical.build(BASE | changes, (5,)), canonical.product_config(BASE | changes)["transformer"], 4, steps, CPU
     )
+    timeline.in_place = False
     timeline.items.copy_(torch.arange(timeline.items[0, :, :, 0].numel()).view(1, 4, -1, 1))  # items tell their place
     step = (end - first) + np.random.default_rng(seed).integers(0, 5, len(t)) * (end - first == length)
     groups = timeline.group(worker, t, step, per_group)

@@ -119,6 +119,7 @@ def test_steps_are_what_training_computes(name, encoding):
         timeline.write(slice(0, 1), int(t), inputs[:, t : t + 1], np.array([t]))
     observations = torch.from_numpy(seen)
     observations = observations.permute(0, 3, 1, 2) if task.visual else observations
+    timeline.in_place = False  # watching read windows where they lie
     with torch.no_grad():
         groups = [timeline.group(np.zeros_like(steps), steps, steps, per_group) for per_group in (8, 1)]
         views = [timeline.view(queries) for queries in groups]
@@ -146,7 +147,7 @@ def test_attention_refers_to_the_right_step():
             attention.query.weight.zero_()
             # The score of distance d is the product of two sinusoids, which is largest for d = 3.
             attention.relative.weight.copy_(torch.eye(16))
-            attention.position_bias.copy_(200 * attention.distances[3].view(2, 8))
+            attention.position_bias.copy_(200 * attention.distances[-4].view(2, 8))
     player = Player(model, config, task, render=False)
     moments = [moment for moment in player.play(1) if moment.result is None]
     assert len(moments) > 8
