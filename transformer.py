@@ -408,6 +408,7 @@ class Gating(torch.autograd.Function):
     ) -> Tensor:
         """Return (N, D); x and y (N, D), weights (3D, D), (2D, D) and (D, D) and the bias (D,) of a `Gate`."""
         width = x.shape[1]
+        x = x.float()  # bf16 products leave a float32 state
         values = product(y, from_update).float()  # (N, 3D)
         gates, (reset, update, new) = values[:, : 2 * width], values.split(width, dim=1)
         gates += product(x, from_state)
