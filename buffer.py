@@ -64,7 +64,7 @@ class Timeline:
             step: (n,) episode step of each.
         """
         valid = np.minimum(step, self.length)
-        if self.in_place:
+        if self.in_place and torch.get_num_threads() == 1:
             end = np.full(len(step), self.length + t)
             return Windows(self.items, np.arange(workers.start, workers.stop), end - valid, end)
         width = max(1, int(valid.max())) if self.narrow else self.length

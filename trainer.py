@@ -25,11 +25,10 @@ from optimizer import Optimizer
 from utils import Task, UserError, inspect_environment, polynomial_decay, reason_of, release_memory, training_seed
 from worker import EnvironmentFailure, Episode, Workers
 
-# Multiply-adds of one forward pass from which on a second thread pays.
-PARALLEL_WORTH = 24e6
-# Samples of a minibatch that a thread differentiates by itself, and the embed_dim from which on it does: operations of
-# smaller models are so short that threads only wait for the interpreter.
-PART_ROWS, PART_DIM = 512, 256
+# Multiply-adds of a typical product, N·D², from which on a second thread pays.
+PARALLEL_WORTH = 2**21
+# Samples of a minibatch that a thread differentiates by itself.
+PART_ROWS = 512
 # Episode statistics are means over this many of the latest episodes.
 EPISODES_KEPT = 100
 
@@ -129,7 +128,7 @@ class PPOTrainer:
         self.generator = torch.Generator(self.device)
         self.threads = torch.get_num_threads()
         # A whole minibatch fills a GPU, and a compiled model belongs to one thread.
-        divided = self.device.type == "cpu" and not options.compile and self.model.transformer.embed_dim >= PART_DIM
+        divided = self.device.type == "cpu" and not options.compile
         self.parts = max(1, self.buffer.minibatch_size // PART_ROWS) if divided else 1
         lanes = min(self.parts, self.threads)
         pool = ThreadPoolExecutor(lanes, initializer=torch.set_num_threads, initargs=(self.threads // lanes,))
@@ -352,9 +351,8 @@ class PPOTrainer:
 
     def _use_threads(self, rows: int) -> None:
         """Compute with as many threads as pay for forward passes of so many rows: waiting for each other costs too."""
-        parts = (self.model.embedding, self.model.transformer, self.model.policy_hidden, self.model.value_hidden)
-        weights = sum(parameter.numel() for part in parts for parameter in part.parameters())
-        torch.set_num_threads(self.threads if rows * weights >= PARALLEL_WORTH else 1)
+        pays = rows * self.model.transformer.embed_dim**2 >= PARALLEL_WORTH
+        torch.set_num_threads(self.threads if pays else 1)
 
     # --------------------------------------------------------------------------------------- statistics and safeguards
 

@@ -160,6 +160,9 @@ class Windows:
         self.width = max(1, int((self.end - self.first).max()))  # K
         self.nonempty = torch.from_numpy(self.end > self.first).float()[:, None]  # (N, 1)
 
+    def prepare(self, heads: int) -> None:
+        """Do nothing: see `MemoryView.prepare`."""
+
     def split(self, parts: int) -> list[tuple[np.ndarray, "Windows"]]:
         """Divide the queries into equal parts of neighbours; return of each the queries (n,) and their windows."""
         rows = np.array_split(np.arange(len(self.owner)), parts)
@@ -242,6 +245,7 @@ class MemoryView:
         item_step: (groups, K) int64 episode step at which the column was written; for the learned encoding only.
         source: (P,) int64 which of the N samples each place holds, the first where none; None where P = N, in order.
         slot: (N,) int64 the place of each sample; None where P = N, in order.
+        bias: (groups, Q·heads, K) of `prepare`.
     """
 
     items: Tensor
@@ -251,6 +255,13 @@ class MemoryView:
     item_step: Tensor | None = None
     source: Tensor | None = None
     slot: Tensor | None = None
+    bias: Tensor | None = None
+
+    def prepare(self, heads: int) -> None:
+        """Derive once what all blocks add to their scores: MASKED where a query must not look, else 0."""
+        groups, _, columns = self.mask.shape
+        bias = self.nonempty.new_full((), MASKED).where(~self.mask, 0.0)[:, :, None]  # (groups, Q, 1, K)
+        self.bias = bias.expand(-1, -1, heads, -1).reshape(groups, -1, columns)
 
     def to_places(self, queries: Tensor) -> Tensor:
         """Return (P, width): what belongs to the queries (N, width) in their places."""
@@ -258,11 +269,8 @@ class MemoryView:
 
     def scores(self, items: Tensor, questions: Tensor) -> Tensor:
         """Return (groups, Q·heads, K) question·item, MASKED outside of a window, for questions (N, heads, D)."""
-        groups, heads = items.shape[0], questions.shape[1]
-        questions = self.to_places(questions.flatten(1)).view(groups, -1, items.shape[2])  # (groups, Q·heads, D)
-        bias = questions.new_full((), MASKED).where(~self.mask, 0.0)[:, :, None]  # (groups, Q, 1, K)
-        bias = bias.expand(-1, -1, heads, -1).reshape(groups, -1, items.shape[1])
-        return torch.baddbmm(bias, questions, items.transpose(1, 2))
+        questions = self.to_places(questions.flatten(1)).view(*self.bias.shape[:2], -1)  # (groups, Q·heads, D)
+        return torch.baddbmm(self.bias.to(questions.dtype), questions, items.transpose(1, 2))
 
     def mixture(self, items: Tensor, weights: Tensor) -> Tensor:
         """Return (N, heads, D): the mean of the items by the weights (groups, Q·heads, K)."""
@@ -432,11 +440,13 @@ class Gating(torch.autograd.Function):
         reset, update, new = values.split(width, dim=1)
         slopes = torch.empty_like(values)  # in front of the nonlinearities
         of_gates, (of_reset, of_update, of_new) = slopes[:, : 2 * width], slopes.split(width, dim=1)
+        tanh_gradient = torch.ops.aten.tanh_backward.grad_input
+        sigmoid_gradient = torch.ops.aten.sigmoid_backward.grad_input
         with torch.autocast(x.device.type, torch.bfloat16, enabled=context.low):
-            torch.mul(slope * update, 1 - new * new, out=of_new)
-            torch.mul((new - x).mul_(slope), update * (1 - update), out=of_update)
+            tanh_gradient(slope * update, new, grad_input=of_new)
+            sigmoid_gradient((new - x).mul_(slope), update, grad_input=of_update)
             of_kept = product(of_new, candidate.t()).float()
-            torch.mul(of_kept * x, reset * (1 - reset), out=of_reset)
+            sigmoid_gradient(of_kept * x, reset, grad_input=of_reset)
             of_x = torch.addcmul(slope, slope, update, value=-1).addcmul_(of_kept, reset)
             of_x += product(of_gates, from_state.t())
             of_y = product(slopes, from_update.t())
@@ -542,6 +552,7 @@ class Transformer(nn.Module):
         Returns:
             output (N, D), the inputs of the blocks (blocks, N, D) and the attention weights of each block.
         """
+        memory.prepare(self.num_heads)
         inputs, weights = [], []
         for index, block in enumerate(self.blocks):
             inputs.append(x.detach())
