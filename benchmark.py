@@ -34,7 +34,8 @@ from cli import arguments_of, choose_device, command_line, cores, one_of, use_co
 from config import load_config
 
 PARTS = {  # what an operation of PyTorch's profiler counts as
-    "convolutions and large products": ("convolution",),
+    "convolutions and large products": ("convolution", "_linear_pointwise"),
+    "attention to windows": ("Window",),
     "matrix products": ("mm", "linear"),
     "copies and gathers": ("copy_", "index", "cat", "stack", "embedding", "gather", "fill_", "zero_"),
     "optimiser": ("_fused_adamw_", "_foreach", "linalg_vector_norm"),

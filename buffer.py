@@ -64,6 +64,7 @@ class Timeline:
             step: (n,) episode step of each.
         """
         valid = np.minimum(step, self.length)
+        # The loops over windows run in one thread: the others would have to be woken up again behind each of them.
         if self.in_place and torch.get_num_threads() == 1:
             end = np.full(len(step), self.length + t)
             return Windows(self.items, np.arange(workers.start, workers.stop), end - valid, end)

@@ -27,6 +27,9 @@ from worker import EnvironmentFailure, Episode, Workers
 
 # Multiply-adds of a typical product, N·D², from which on a second thread pays.
 PARALLEL_WORTH = 2**21
+# So many environments with frames take turns in two halves on the CPU, too: half a batch costs the policy more than
+# half, which has to be less than what the other half of the environments takes.
+OVERLAP_WORTH = 32
 # Samples of a minibatch that a thread differentiates by itself.
 PART_ROWS = 512
 # Episode statistics are means over this many of the latest episodes.
@@ -56,8 +59,8 @@ class Options:
     Attributes:
         device: where the model and the buffer live.
         processes: how many processes step the environments.
-        overlap: whether half of the environments step while the policy looks at the other half. By default only where
-            a GPU computes: cores that also step the environments have nothing to gain, and half a batch costs more.
+        overlap: whether half of the environments step while the policy looks at the other half; by default where a GPU
+            computes, or from `OVERLAP_WORTH` environments with frames on.
         precision: "float32", or "bf16" for matrix products in bfloat16.
         compile: whether to compile the model with torch.compile.
         folder: where the folders models, checkpoints and summaries lie.
@@ -124,7 +127,7 @@ class PPOTrainer:
         self.forward = torch.compile(self.model, dynamic=True) if options.compile else self.model
         self.optimizer = Optimizer(self.model, config["max_grad_norm"])
         self.buffer = Buffer(config, self.model, self.task, self.device)
-        self.buffer.timeline.in_place &= not options.compile
+        self.buffer.timeline.in_place &= not options.compile  # what torch.compile cannot look into
         self.generator = torch.Generator(self.device)
         self.threads = torch.get_num_threads()
         # A whole minibatch fills a GPU, and a compiled model belongs to one thread.
@@ -137,7 +140,9 @@ class PPOTrainer:
         front = {*self.model.encoder.parameters(), *self.model.embedding.parameters()}
         self.behind = [parameter for parameter in self.model.parameters() if parameter not in front]
         n_workers = config["n_workers"]
-        overlap = self.device.type == "cuda" if options.overlap is None else options.overlap
+        overlap = options.overlap
+        if overlap is None:
+            overlap = self.device.type == "cuda" or (self.task.visual and n_workers >= OVERLAP_WORTH)
         self.workers = Workers(
             config["environment"],
             self.task,
@@ -218,7 +223,8 @@ class PPOTrainer:
         The environments of one group step while the policy looks at the other group.
         """
         buffer, groups = self.buffer, self.workers.groups
-        self._use_threads(len(groups[0]))
+        # Where the policy and the environments work at the same time, they share the cores.
+        self._use_threads(len(groups[0]), max(1, self.threads // len(groups)))
         buffer.begin()
         self.generator.manual_seed(derived_seed(self.seed, self.update))
         with self._precision(), self.model.transformer.constant_weights():
@@ -285,7 +291,7 @@ class PPOTrainer:
         schedules = [self.config[f"{name}_schedule"] for name in ("learning_rate", "clip_range", "beta")]
         learning_rate, clip_range, beta = (polynomial_decay(schedule, self.update) for schedule in schedules)
         self.optimizer.set_learning_rate(learning_rate)
-        self._use_threads(self.buffer.minibatch_size)
+        self._use_threads(self.buffer.minibatch_size, self.threads)
         statistics = []
         for epoch in range(self.config["epochs"]):
             for samples in self.buffer.minibatches(np.random.default_rng((self.seed, self.update, epoch))):
@@ -349,10 +355,10 @@ class PPOTrainer:
         gradients = torch.autograd.grad(loss * share, [embedded, *self.behind])
         return gradients, share * torch.stack([*(reported[name] for name in LOSS_PARTS), loss.detach()])
 
-    def _use_threads(self, rows: int) -> None:
-        """Compute with as many threads as pay for forward passes of so many rows: waiting for each other costs too."""
+    def _use_threads(self, rows: int, most: int) -> None:
+        """Compute with `most` threads if that pays for so many rows, else with one: waiting for each other costs."""
         pays = rows * self.model.transformer.embed_dim**2 >= PARALLEL_WORTH
-        torch.set_num_threads(self.threads if pays else 1)
+        torch.set_num_threads(most if pays else 1)
 
     # --------------------------------------------------------------------------------------- statistics and safeguards
 

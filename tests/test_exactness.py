@@ -282,9 +282,9 @@ def test_groups_along_a_long_rollout(encoding):
 
 @pytest.mark.parametrize("changes", [variant for variant in VARIANTS if "gtrxl-pre" in variant.id])
 def test_rollouts_by_onednn(changes, monkeypatch):
-    """All matrix products through the kernel that otherwise only large ones take."""
-    monkeypatch.setattr(transformer, "PRODUCT_WORTH", 0)
-    monkeypatch.setattr(transformer, "GRADIENT_WORTH", 0)
+    """All matrix products and gates through the kernels that otherwise only large ones take."""
+    for name in ("PRODUCT_WORTH", "GRADIENT_WORTH", "TANH_WORTH"):
+        monkeypatch.setattr(transformer, name, 0)
     rollouts = Rollouts(changes, seed=4)
     rollouts.play()
     rollouts.check_minibatches()
@@ -311,6 +311,41 @@ def test_linear(rows, has_bias, groups):
     (expected * upstream).sum().backward()
     for one, other in zip(found[: 2 + has_bias], plain, strict=False):
         assert canonical.excess(one.grad, other.grad, relative=1e-5, floor=0) <= 1
+
+
+@given(st.integers(1, 5), st.integers(1, 40), st.lists(st.integers(0, 11), min_size=1, max_size=9), st.integers(0, 9))
+@settings(max_examples=60, deadline=None)
+def test_windows_in_place(heads, width, lengths, seed):
+    """The loops over windows compute the plain products, for any number of heads and items, with gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    items = torch.randn(3, 15, width, generator=generator)
+    end = np.random.default_rng(seed).integers(max(lengths), 16, len(lengths))
+    first, owner = end - lengths, np.arange(len(lengths)) % 3
+    windows = transformer.Windows(items[None], owner, first, end)
+    questions, weights = (
+        torch.randn(len(lengths), heads, size, generator=generator, requires_grad=True)
+        for size in (width, windows.width)
+    )
+    scores, mixture = windows.scores(items, questions), windows.mixture(items, weights)
+    expected_scores, expected_mixture = torch.full_like(scores, transformer.MASKED), torch.zeros_like(mixture)
+    for n, (low, high) in enumerate(zip(first, end, strict=True)):
+        window, columns = items[owner[n], low:high], slice(windows.width - (high - low), None)
+        expected_scores[n, :, columns] = questions[n] @ window.T
+        expected_mixture[n] = weights[n, :, columns] @ window
+    assert_close(scores.clamp(min=-1e9), expected_scores.clamp(min=-1e9))
+    assert_close(mixture, expected_mixture)
+    visible = expected_scores > transformer.MASKED / 2
+    upstream = torch.randn(scores.shape, generator=generator) * visible, torch.randn(mixture.shape, generator=generator)
+    found, expected = (
+        torch.autograd.grad(results, (questions, weights), upstream)
+        for results in ((scores, mixture), (expected_scores, expected_mixture))
+    )
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, other)
+    items[0] = torch.nan
+    assert torch.isfinite(windows.mixture(items, weights)).all(dim=(1, 2)).tolist() == [
+        size == 0 or index % 3 > 0 for index, size in enumerate(lengths)
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ groups of queries
