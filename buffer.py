@@ -15,9 +15,6 @@ from worker import SharedArrays
 # How many columns beyond the longest window a group of training queries may stretch over: more columns serve more
 # queries with one product, but each query pays for all of them.
 STRETCH = 64
-# The number of groups is filled up to a multiple: oneDNN builds and keeps a kernel for every new number of rows, which
-# takes half as long as a product.
-GROUPS_MULTIPLE = 4
 # A minibatch of many distinct frames is filled up to a multiple: oneDNN takes five times as long for the gradient of a
 # layer's weights where it cannot divide the rows evenly.
 MANY_FRAMES, FRAMES_MULTIPLE = 512, 16
@@ -114,11 +111,8 @@ class Timeline:
         relative, learned = self.transformer.encoding == "relative", self.transformer.encoding == "learned"
         per_group, slot, total = groups.per_group, groups.slot, self.items.shape[2]
         columns = max(1, int(groups.widths().max())) if self.narrow else groups.columns  # K
-        filling = (0, -len(groups.start) % GROUPS_MULTIPLE)
-        start, owner = np.pad(groups.start, filling), np.pad(groups.owner, filling)
-        count = len(start)
+        start, count = np.minimum(groups.start, total - columns), len(groups.start)
         places = count * per_group
-        start = np.minimum(start, total - columns)
         source = np.zeros(places, dtype=np.int64)
         source[slot] = np.arange(len(slot))
         # Places that only fill up a group keep end = first = 0 and so see nothing.
@@ -128,7 +122,7 @@ class Timeline:
         ends = self.to_device(place_end).view(count, per_group, 1)
         firsts = self.to_device(place_first).view(count, per_group, 1)
         offsets = self.offsets[:columns]
-        rows = (self.to_device(owner * total + start)[:, None] + offsets).flatten()  # (groups·K,)
+        rows = (self.to_device(groups.owner * total + start)[:, None] + offsets).flatten()  # (groups·K,)
         items = self.items.flatten(1, 2).index_select(1, rows)
         return MemoryView(
             items=items.unflatten(1, (count, columns)),

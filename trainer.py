@@ -303,8 +303,7 @@ class PPOTrainer:
         """Take one optimiser step; return its losses and gradient norms (names,).
 
         Observations are embedded for the whole minibatch, which shares them. All that follows is differentiated in
-        parts, each by a thread of its own: so the cores wait for each other once and not in every operation, and parts
-        of short windows do not pay for the long ones.
+        parts, each by a thread of its own: so the cores wait for each other once and not in every operation.
         """
         minibatch = self.buffer.minibatch(samples, self.config["normalize_advantages"])
         with self._precision():

@@ -105,6 +105,14 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def add_product(out: Tensor, x: Tensor, weight: Tensor) -> None:
+    """Add x·Wᵀ to `out` (N, out), without a gradient; x (N, in), weight (out, in)."""
+    if by_onednn(x, weight) or torch.is_autocast_enabled(x.device.type):
+        out += product(x, weight)
+    else:
+        out.addmm_(x, weight.t())
+
+
 def weight_gradient(slope: Tensor, x: Tensor) -> Tensor:
     """Return (out, in): the gradient of x·Wᵀ with respect to W, for slopes (N, out) and x (N, in)."""
     weight = slope.new_empty(slope.shape[1], x.shape[1])
@@ -402,7 +410,7 @@ class Gate(nn.Module):
 
 
 class Gating(torch.autograd.Function):
-    """What a `Gate` computes, with its gradient: half as many operations as autograd makes of it."""
+    """What a `Gate` computes, with its gradient: by hand, since autograd takes more operations and more memory."""
 
     @staticmethod
     def forward(
@@ -419,11 +427,11 @@ class Gating(torch.autograd.Function):
         x = x.float()  # bf16 products leave a float32 state
         values = product(y, from_update).float()  # (N, 3D)
         gates, (reset, update, new) = values[:, : 2 * width], values.split(width, dim=1)
-        gates += product(x, from_state)
+        add_product(gates, x, from_state)
         update -= bg
         gates.sigmoid_()
         kept = reset * x
-        new += product(kept, candidate)
+        add_product(new, kept, candidate)
         if new.numel() >= TANH_WORTH and new.device.type == "cpu":
             new.mul_(2).sigmoid_().mul_(2).sub_(1)  # tanh(c) = 2σ(2c) − 1
         else:
@@ -448,7 +456,7 @@ class Gating(torch.autograd.Function):
             of_kept = product(of_new, candidate.t()).float()
             sigmoid_gradient(of_kept * x, reset, grad_input=of_reset)
             of_x = torch.addcmul(slope, slope, update, value=-1).addcmul_(of_kept, reset)
-            of_x += product(of_gates, from_state.t())
+            add_product(of_x, of_gates, from_state.t())
             of_y = product(slopes, from_update.t())
             of_weights = weight_gradient(slopes, y), weight_gradient(of_gates, x), weight_gradient(of_new, kept)
         return of_x, of_y, *of_weights, -of_update.sum(dim=0)
