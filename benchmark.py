@@ -196,7 +196,7 @@ def matrix_rate(device, plain: bool) -> float:
     import torch
     from torch.nn import functional as F
 
-    from transformer import linear
+    from products import linear
 
     x, weight = torch.randn(4096, 384, device=device), torch.randn(384, 384, device=device)
     product = F.linear if plain else linear
@@ -256,7 +256,8 @@ def use_textbook_formulation(trainer) -> None:
     """
     import torch
 
-    from transformer import MASKED, Attention
+    from transformer import Attention
+    from windows import MASKED
 
     class TextbookAttention(Attention):
         """Multi-head attention that projects every memory item of every sample."""

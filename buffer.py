@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from model import ActorCriticModel, Prediction
-from transformer import MemoryView, Windows
+from transformer import MemoryView
 from utils import Task
+from windows import Windows
 from worker import SharedArrays
 
 # How many columns beyond the longest window a group of training queries may stretch over: more columns serve more

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
-from transformer import Linear, MemoryView, Transformer, Windows
+from products import Linear
+from transformer import MemoryView, Transformer
+from windows import Windows
 
 
 @dataclass

@@ -30,8 +30,8 @@ PARALLEL_WORTH = 2**21
 # So many environments with frames take turns in two halves on the CPU, too: half a batch costs the policy more than
 # half, which has to be less than what the other half of the environments takes.
 OVERLAP_WORTH = 32
-# Samples of a minibatch that a thread differentiates by itself.
-PART_ROWS = 512
+# Samples of a minibatch that a thread differentiates by itself, and the fewest for which a second one pays.
+PART_ROWS, FEWEST_ROWS = 512, 256
 # Episode statistics are means over this many of the latest episodes.
 EPISODES_KEPT = 100
 
@@ -132,7 +132,8 @@ class PPOTrainer:
         self.threads = torch.get_num_threads()
         # A whole minibatch fills a GPU, and a compiled model belongs to one thread.
         divided = self.device.type == "cpu" and not options.compile
-        self.parts = max(1, self.buffer.minibatch_size // PART_ROWS) if divided else 1
+        size = self.buffer.minibatch_size
+        self.parts = max(1, size // PART_ROWS, min(2, size // FEWEST_ROWS)) if divided else 1
         lanes = min(self.parts, self.threads)
         pool = ThreadPoolExecutor(lanes, initializer=torch.set_num_threads, initargs=(self.threads // lanes,))
         # Both keep the order of the parts, so that sums do not depend on which thread is the fastest.

@@ -15,130 +15,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
-from windows import window_mixture, window_scores
+from products import Linear, add_product, linear, product, weight_gradient
+from windows import MASKED, Windows
 
-# Multiply-adds from which on a product of float32 matrices on the CPU is worth a call of oneDNN, and from which on the
-# gradient of its weights is.
-PRODUCT_WORTH, GRADIENT_WORTH = 2**23, 2**25
-# Added to the scores of masked columns; finite, so that a row without any valid column stays finite too.
-MASKED = -1e30
-# Whether this PyTorch was built with oneDNN.
-ONEDNN = torch.backends.mkldnn.is_available()
 # Elements from which on tanh takes longer than four operations that are vectorised.
 TANH_WORTH = 4096
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
-    """Return x·Wᵀ + b, in `groups` independent blocks of channels.
-
-    Args:
-        x: (N, groups·in).
-        weight: (groups·out, in).
-        bias: (groups·out,) or None.
-        groups: number of blocks; block g of the output reads block g of the input.
-    """
-    if by_onednn(x, weight):
-        return Product.apply(x, weight, bias, groups)
-    if groups == 1:
-        return F.linear(x, weight, bias)
-    y = torch.bmm(blocks_of(x, groups), weight.view(groups, -1, weight.shape[1]).transpose(1, 2))  # (groups, N, out)
-    y = y.transpose(0, 1).reshape(len(x), -1)
-    return y if bias is None else y + bias
-
-
-def by_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Return whether `Product` computes x·Wᵀ: whether both are float32 on a CPU, and large.
-
-    PyTorch binds matrix products on the CPU to MKL, which leaves half of some AMD processors unused. Its convolutions
-    and products for its compiler run in oneDNN, which does not. A compiler chooses for itself.
-    """
-    if x.device.type != "cpu" or len(x) * weight.numel() < PRODUCT_WORTH or x.dtype != torch.float32:
-        return False
-    return ONEDNN and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
-
-
-def blocks_of(x: Tensor, groups: int) -> Tensor:
-    """Return (groups, N, channels): the blocks of channels of x (N, groups·channels)."""
-    return x.view(x.shape[0], groups, -1).transpose(0, 1)
-
-
-class Product(torch.autograd.Function):
-    """`linear` for large float32 matrices on the CPU."""
-
-    @staticmethod
-    def forward(context: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
-        """Return (N, groups·out); arguments as for `linear`."""
-        context.save_for_backward(x, weight)
-        context.groups, context.biased = groups, bias is not None
-        if groups == 1:
-            return product(x, weight, bias)
-        # A 1×1 convolution over a picture of N×1 pixels is the same product; with a dilation, which its kernel does not
-        # have, PyTorch asks oneDNN even where it computes with one thread.
-        y = F.conv2d(as_pixels(x), weight[:, :, None, None], bias, dilation=(1, 2), groups=groups)
-        return y.permute(0, 2, 3, 1).reshape(len(x), -1)
-
-    @staticmethod
-    def backward(context: FunctionCtx, slope: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients with respect to x, weight and bias for that of the product, (N, groups·out)."""
-        (x, weight), groups = context.saved_tensors, context.groups
-        slope, of_x = slope.contiguous(), None
-        if groups == 1:
-            of_x = product(slope, weight.t()) if context.needs_input_grad[0] else None
-            of_weight = weight_gradient(slope, x)
-        else:
-            of_x = convolution_gradient(slope, x, weight, groups, 0).permute(0, 2, 3, 1).reshape(x.shape)
-            # oneDNN takes twice as long for this gradient of a grouped convolution.
-            of_weight = (blocks_of(slope, groups).transpose(1, 2) @ blocks_of(x, groups)).view(weight.shape)
-        return of_x, of_weight, slope.sum(dim=0) if context.biased else None, None
-
-
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return x·Wᵀ + b by the faster of two exact kernels, without a gradient; x (N, in), weight (out, in)."""
-    if by_onednn(x, weight):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
-
-
-def add_product(out: Tensor, x: Tensor, weight: Tensor) -> None:
-    """Add x·Wᵀ to `out` (N, out), without a gradient; x (N, in), weight (out, in)."""
-    if by_onednn(x, weight) or torch.is_autocast_enabled(x.device.type):
-        out += product(x, weight)
-    else:
-        out.addmm_(x, weight.t())
-
-
-def weight_gradient(slope: Tensor, x: Tensor) -> Tensor:
-    """Return (out, in): the gradient of x·Wᵀ with respect to W, for slopes (N, out) and x (N, in)."""
-    weight = slope.new_empty(slope.shape[1], x.shape[1])
-    if by_onednn(x, weight) and len(x) * weight.numel() >= GRADIENT_WORTH:
-        return convolution_gradient(slope, x, weight, 1, 1).view(weight.shape)
-    return slope.t() @ x
-
-
-def as_pixels(x: Tensor) -> Tensor:
-    """Return (1, channels, N, 1), channels last in memory, for x (N, channels)."""
-    return x.view(1, x.shape[0], 1, -1).permute(0, 3, 1, 2)
-
-
-def convolution_gradient(slope: Tensor, x: Tensor, weight: Tensor, groups: int, which: int) -> Tensor:
-    """Return the gradient of the 1×1 convolution of `Product` with respect to x (`which` 0) or its weight (1)."""
-    settings = [1, 1], [0, 0], [1, 2], False, [0, 0], groups, [which == 0, which == 1, False]
-    matrices = as_pixels(slope), as_pixels(x), weight[:, :, None, None]
-    return torch.ops.aten.convolution_backward(*matrices, None, *settings)[which]
-
-
-class Linear(nn.Linear):
-    """`torch.nn.Linear` that computes with `linear`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return x·Wᵀ + b for x of shape (N, in)."""
-        return linear(x, self.weight, self.bias)
 
 
 def sinusoid(angle_steps: Tensor, embed_dim: int) -> Tensor:
@@ -146,95 +32,6 @@ def sinusoid(angle_steps: Tensor, embed_dim: int) -> Tensor:
     frequencies = 10000.0 ** (-torch.arange(0, embed_dim, 2, dtype=torch.float32) / embed_dim)
     angles = angle_steps.float()[:, None] * frequencies
     return torch.cat((angles.sin(), angles.cos()), dim=1)
-
-
-@dataclass
-class Windows:
-    """What the queries of one forward pass may attend to, where it lies in the timeline: for float32 items on the CPU.
-
-    Attributes:
-        items: (blocks, W, columns, D) stored items of W environments.
-        owner: (N,) int64 environment of each query.
-        first: (N,) int64 first column that it may look at.
-        end: (N,) int64 column behind the last one.
-    """
-
-    items: Tensor
-    owner: np.ndarray
-    first: np.ndarray
-    end: np.ndarray
-
-    def __post_init__(self) -> None:
-        self.width = max(1, int((self.end - self.first).max()))  # K
-        self.nonempty = torch.from_numpy(self.end > self.first).float()[:, None]  # (N, 1)
-
-    def prepare(self, heads: int) -> None:
-        """Do nothing: see `MemoryView.prepare`."""
-
-    def split(self, parts: int) -> list[tuple[np.ndarray, "Windows"]]:
-        """Divide the queries into equal parts of neighbours; return of each the queries (n,) and their windows."""
-        rows = np.array_split(np.arange(len(self.owner)), parts)
-        return [(some, Windows(self.items, self.owner[some], self.first[some], self.end[some])) for some in rows]
-
-    def scores(self, items: Tensor, questions: Tensor) -> Tensor:
-        """Return (N, heads, K) question·item, MASKED outside of a window, for one block's items and (N, heads, D)."""
-        return WindowScores.apply(questions, items, self)
-
-    def mixture(self, items: Tensor, weights: Tensor) -> Tensor:
-        """Return (N, heads, D): the mean of the block's items by the weights (N, heads, K), 0 for an empty window."""
-        return WindowMixture.apply(weights, items, self)
-
-    def by_column(self, by_distance: Tensor) -> Tensor:
-        """Return (N, heads, K) of each column, from (N, heads, L+1) of each distance, the largest first."""
-        return by_distance[:, :, -1 - self.width : -1]
-
-    def fill_scores(self, questions: Tensor, items: Tensor, outside: float) -> Tensor:
-        """Return what `scores` does, with `outside` for MASKED, and without a gradient."""
-        scores = items.new_empty(*questions.shape[:2], self.width)
-        where = self.owner, self.first, self.end
-        window_scores(as_array(questions), as_array(items), *where, np.float32(outside), scores.numpy())
-        return scores
-
-    def fill_mixture(self, weights: Tensor, items: Tensor) -> Tensor:
-        """Return what `mixture` does, without a gradient."""
-        mixture = items.new_empty(*weights.shape[:2], items.shape[2])
-        window_mixture(as_array(weights), as_array(items), self.owner, self.first, self.end, mixture.numpy())
-        return mixture
-
-
-def as_array(tensor: Tensor) -> np.ndarray:
-    """Return a float32 NumPy array of a tensor on the CPU, a view where that is possible."""
-    return tensor.detach().float().contiguous().numpy()
-
-
-class WindowScores(torch.autograd.Function):
-    """`Windows.scores`; its gradient with respect to the questions is a mixture of the items."""
-
-    @staticmethod
-    def forward(context: FunctionCtx, questions: Tensor, items: Tensor, windows: Windows) -> Tensor:
-        """Return (N, heads, K); arguments as for `Windows.scores`."""
-        context.items, context.windows = items, windows
-        return windows.fill_scores(questions, items, MASKED)
-
-    @staticmethod
-    def backward(context: FunctionCtx, slope: Tensor) -> tuple[Tensor, None, None]:
-        """Return the gradient (N, heads, D) for that of the scores (N, heads, K)."""
-        return context.windows.fill_mixture(slope, context.items), None, None
-
-
-class WindowMixture(torch.autograd.Function):
-    """`Windows.mixture`; its gradient with respect to the weights are scores of the items."""
-
-    @staticmethod
-    def forward(context: FunctionCtx, weights: Tensor, items: Tensor, windows: Windows) -> Tensor:
-        """Return (N, heads, D); arguments as for `Windows.mixture`."""
-        context.items, context.windows = items, windows
-        return windows.fill_mixture(weights, items)
-
-    @staticmethod
-    def backward(context: FunctionCtx, slope: Tensor) -> tuple[Tensor, None, None]:
-        """Return the gradient (N, heads, K) for that of the mixture (N, heads, D)."""
-        return context.windows.fill_scores(slope, context.items, 0.0), None, None
 
 
 @dataclass

@@ -6,9 +6,16 @@ must not look at.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numba import njit
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+# Score of what a query must not look at; finite, so that a row without any valid column stays finite too.
+MASKED = -1e30
 
 
 def compiled(function: Callable) -> Callable:
@@ -71,11 +78,10 @@ def window_scores(
                 row = scores[n, other]
                 row[k], row[k + 1], row[k + 2], row[k + 3] = q0, q1, q2, q3
         for j in range(fours, len(window)):
-            item0 = window[j]
             for h in range(heads):
-                p, p0 = questions[n, h], np.float32(0)
+                p0 = np.float32(0)
                 for d in range(width):
-                    p0 += p[d] * item0[d]
+                    p0 += questions[n, h, d] * window[j, d]
                 scores[n, h, skipped + j] = p0
 
 
@@ -112,3 +118,92 @@ def window_mixture(
                 weight0, total = weights[n, h, skipped + j], mixture[n, h]
                 for d in range(width):
                     total[d] += weight0 * item0[d]
+
+
+@dataclass
+class Windows:
+    """What the queries of one forward pass may attend to, where it lies in the timeline: for float32 items on the CPU.
+
+    Attributes:
+        items: (blocks, W, columns, D) stored items of W environments.
+        owner: (N,) int64 environment of each query.
+        first: (N,) int64 first column that it may look at.
+        end: (N,) int64 column behind the last one.
+    """
+
+    items: Tensor
+    owner: np.ndarray
+    first: np.ndarray
+    end: np.ndarray
+
+    def __post_init__(self) -> None:
+        self.width = max(1, int((self.end - self.first).max()))  # K
+        self.nonempty = torch.from_numpy(self.end > self.first).float()[:, None]  # (N, 1)
+
+    def prepare(self, heads: int) -> None:
+        """Do nothing: see `MemoryView.prepare`."""
+
+    def split(self, parts: int) -> list[tuple[np.ndarray, "Windows"]]:
+        """Divide the queries into equal parts of neighbours; return of each the queries (n,) and their windows."""
+        rows = np.array_split(np.arange(len(self.owner)), parts)
+        return [(some, Windows(self.items, self.owner[some], self.first[some], self.end[some])) for some in rows]
+
+    def scores(self, items: Tensor, questions: Tensor) -> Tensor:
+        """Return (N, heads, K) question·item, MASKED outside of a window, for one block's items and (N, heads, D)."""
+        return WindowScores.apply(questions, items, self)
+
+    def mixture(self, items: Tensor, weights: Tensor) -> Tensor:
+        """Return (N, heads, D): the mean of the block's items by the weights (N, heads, K), 0 for an empty window."""
+        return WindowMixture.apply(weights, items, self)
+
+    def by_column(self, by_distance: Tensor) -> Tensor:
+        """Return (N, heads, K) of each column, from (N, heads, L+1) of each distance, the largest first."""
+        return by_distance[:, :, -1 - self.width : -1]
+
+    def fill_scores(self, questions: Tensor, items: Tensor, outside: float) -> Tensor:
+        """Return what `scores` does, with `outside` for MASKED, and without a gradient."""
+        scores = items.new_empty(*questions.shape[:2], self.width)
+        where = self.owner, self.first, self.end
+        window_scores(as_array(questions), as_array(items), *where, np.float32(outside), scores.numpy())
+        return scores
+
+    def fill_mixture(self, weights: Tensor, items: Tensor) -> Tensor:
+        """Return what `mixture` does, without a gradient."""
+        mixture = items.new_empty(*weights.shape[:2], items.shape[2])
+        window_mixture(as_array(weights), as_array(items), self.owner, self.first, self.end, mixture.numpy())
+        return mixture
+
+
+def as_array(tensor: Tensor) -> np.ndarray:
+    """Return a float32 NumPy array of a tensor on the CPU, a view where that is possible."""
+    return tensor.detach().float().contiguous().numpy()
+
+
+class WindowScores(torch.autograd.Function):
+    """`Windows.scores`; its gradient with respect to the questions is a mixture of the items."""
+
+    @staticmethod
+    def forward(context: FunctionCtx, questions: Tensor, items: Tensor, windows: Windows) -> Tensor:
+        """Return (N, heads, K); arguments as for `Windows.scores`."""
+        context.items, context.windows = items, windows
+        return windows.fill_scores(questions, items, MASKED)
+
+    @staticmethod
+    def backward(context: FunctionCtx, slope: Tensor) -> tuple[Tensor, None, None]:
+        """Return the gradient (N, heads, D) for that of the scores (N, heads, K)."""
+        return context.windows.fill_mixture(slope, context.items), None, None
+
+
+class WindowMixture(torch.autograd.Function):
+    """`Windows.mixture`; its gradient with respect to the weights are scores of the items."""
+
+    @staticmethod
+    def forward(context: FunctionCtx, weights: Tensor, items: Tensor, windows: Windows) -> Tensor:
+        """Return (N, heads, D); arguments as for `Windows.mixture`."""
+        context.items, context.windows = items, windows
+        return windows.fill_mixture(weights, items)
+
+    @staticmethod
+    def backward(context: FunctionCtx, slope: Tensor) -> tuple[Tensor, None, None]:
+        """Return the gradient (N, heads, K) for that of the mixture (N, heads, D)."""
+        return context.windows.fill_scores(slope, context.items, 0.0), None, None

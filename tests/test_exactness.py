@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import buffer
+import products
 import transformer
 from buffer import FrameStore, Timeline, generalised_advantages, group_queries, make_store, policy_step
 from config import check_config
 from model import FrameCrossEntropy, Prediction
 from trainer import LOSS_PARTS, Options, PPOTrainer
 from utils import Task, create_env, training_seed
+from windows import MASKED, Windows
 from worker import SharedArrays
 
 CPU = torch.device("cpu")
@@ -283,8 +285,9 @@ def test_groups_along_a_long_rollout(encoding):
 @pytest.mark.parametrize("changes", [variant for variant in VARIANTS if "gtrxl-pre" in variant.id])
 def test_rollouts_by_onednn(changes, monkeypatch):
     """All matrix products and gates through the kernels that otherwise only large ones take."""
-    for name in ("PRODUCT_WORTH", "GRADIENT_WORTH", "TANH_WORTH"):
-        monkeypatch.setattr(transformer, name, 0)
+    monkeypatch.setattr(products, "PRODUCT_WORTH", 0)
+    monkeypatch.setattr(products, "GRADIENT_WORTH", 0)
+    monkeypatch.setattr(transformer, "TANH_WORTH", 0)
     rollouts = Rollouts(changes, seed=4)
     rollouts.play()
     rollouts.check_minibatches()
@@ -296,14 +299,14 @@ def test_rollouts_by_onednn(changes, monkeypatch):
 def test_linear(rows, has_bias, groups):
     """Both kernels compute the plain product in every group of channels, and its gradients."""
     inputs, outputs = 16 * groups, 256
-    assert (rows == 2048) == (rows * 16 * outputs >= transformer.PRODUCT_WORTH)
+    assert (rows == 2048) == (rows * 16 * outputs >= products.PRODUCT_WORTH)
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(shape, generator=generator) for shape in ((rows, inputs), (outputs, 16), (outputs,))]
     upstream = torch.randn(rows, outputs, generator=generator)
     found, plain = (
         [tensor.to(dtype, copy=True).requires_grad_() for tensor in tensors] for dtype in (torch.float32, torch.float64)
     )
-    result = transformer.linear(found[0], found[1], found[2] if has_bias else None, groups)
+    result = products.linear(found[0], found[1], found[2] if has_bias else None, groups)
     blocks = zip(plain[0].chunk(groups, dim=1), plain[1].chunk(groups), strict=True)
     expected = torch.cat([x @ weight.T for x, weight in blocks], dim=1) + (plain[2] if has_bias else 0)
     assert_close(result, expected, tolerance=3e-5)
@@ -321,20 +324,20 @@ def test_windows_in_place(heads, width, lengths, seed):
     items = torch.randn(3, 15, width, generator=generator)
     end = np.random.default_rng(seed).integers(max(lengths), 16, len(lengths))
     first, owner = end - lengths, np.arange(len(lengths)) % 3
-    windows = transformer.Windows(items[None], owner, first, end)
+    windows = Windows(items[None], owner, first, end)
     questions, weights = (
         torch.randn(len(lengths), heads, size, generator=generator, requires_grad=True)
         for size in (width, windows.width)
     )
     scores, mixture = windows.scores(items, questions), windows.mixture(items, weights)
-    expected_scores, expected_mixture = torch.full_like(scores, transformer.MASKED), torch.zeros_like(mixture)
+    expected_scores, expected_mixture = torch.full_like(scores, MASKED), torch.zeros_like(mixture)
     for n, (low, high) in enumerate(zip(first, end, strict=True)):
         window, columns = items[owner[n], low:high], slice(windows.width - (high - low), None)
         expected_scores[n, :, columns] = questions[n] @ window.T
         expected_mixture[n] = weights[n, :, columns] @ window
     assert_close(scores.clamp(min=-1e9), expected_scores.clamp(min=-1e9))
     assert_close(mixture, expected_mixture)
-    visible = expected_scores > transformer.MASKED / 2
+    visible = expected_scores > MASKED / 2
     upstream = torch.randn(scores.shape, generator=generator) * visible, torch.randn(mixture.shape, generator=generator)
     found, expected = (
         torch.autograd.grad(results, (questions, weights), upstream)
