@@ -207,7 +207,7 @@ class Gate(nn.Module):
 
 
 class Gating(torch.autograd.Function):
-    """What a `Gate` computes, with its gradient: by hand, since autograd takes more operations and more memory."""
+    """What a `Gate` computes, with its gradient by hand: autograd takes more operations."""
 
     @staticmethod
     def forward(

@@ -31,6 +31,15 @@ def compiled(function: Callable) -> Callable:
 
 
 @compiled
+def dot(p: np.ndarray, q: np.ndarray) -> np.float32:
+    """Return p·q of two vectors (D,)."""
+    total = np.float32(0)
+    for d in range(len(p)):
+        total += p[d] * q[d]
+    return total
+
+
+@compiled
 def window_scores(
     questions: np.ndarray,
     items: np.ndarray,
@@ -79,10 +88,7 @@ def window_scores(
                 row[k], row[k + 1], row[k + 2], row[k + 3] = q0, q1, q2, q3
         for j in range(fours, len(window)):
             for h in range(heads):
-                p0 = np.float32(0)
-                for d in range(width):
-                    p0 += questions[n, h, d] * window[j, d]
-                scores[n, h, skipped + j] = p0
+                scores[n, h, skipped + j] = dot(questions[n, h], window[j])
 
 
 @compiled
