@@ -30,8 +30,8 @@ import sys
 import time
 from pathlib import Path
 
-from cli import arguments_of, choose_device, command_line, cores, one_of, use_cores, whole_number
-from config import load_config
+from run.cli import arguments_of, choose_device, command_line, cores, one_of, use_cores, whole_number
+from run.config import load_config
 
 PARTS = {  # what an operation of PyTorch's profiler counts as
     "convolutions and large products": ("convolution", "_linear_pointwise"),
@@ -196,7 +196,7 @@ def matrix_rate(device, plain: bool) -> float:
     import torch
     from torch.nn import functional as F
 
-    from products import linear
+    from kernels.products import linear
 
     x, weight = torch.randn(4096, 384, device=device), torch.randn(384, 384, device=device)
     product = F.linear if plain else linear
@@ -257,7 +257,7 @@ def use_textbook_formulation(trainer) -> None:
     import torch
 
     from transformer import Attention
-    from windows import MASKED
+    from kernels.windows import MASKED
 
     class TextbookAttention(Attention):
         """Multi-head attention that projects every memory item of every sample."""

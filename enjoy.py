@@ -27,7 +27,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from cli import arguments_of, choose_device, command_line, output_file, use_cores, whole_number
+from run.cli import arguments_of, choose_device, command_line, output_file, use_cores, whole_number
 from utils import UserError
 
 WIDTH = 720
@@ -40,8 +40,8 @@ def main() -> None:
     seed, fps = whole_number(arguments, "--seed", 0, 2**30), whole_number(arguments, "--fps", 1, 120)
     if arguments["--window"] and not has_display():
         raise UserError("--window: there is no display; write a video instead: --video=episode.mp4")
-    from play import first_unseen_seed, load_for_play
-    from watch import Player, write_video
+    from play.agent import first_unseen_seed, load_for_play
+    from play.watch import Player, write_video
 
     video = output_file(arguments, "--video", (".mp4", ".gif"))
     device = choose_device(arguments)
@@ -77,7 +77,7 @@ def play(player, seeds: range, fps: int, window, results: list[dict[str, float]]
         window: a `Window` to show them in, or None.
         results: takes what the environment reports of each episode.
     """
-    from watch import describe, draw_episode
+    from play.watch import describe, draw_episode
 
     for number, seed in enumerate(seeds, start=1):
         moments = draw_episode(player, seed, WIDTH, fps) if player.render else ((None, m) for m in player.play(seed))

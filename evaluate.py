@@ -26,7 +26,7 @@ import sys
 import time
 from pathlib import Path
 
-from cli import arguments_of, choose_device, command_line, cores, output_file, whole_number
+from run.cli import arguments_of, choose_device, command_line, cores, output_file, whole_number
 from utils import UserError
 
 
@@ -42,7 +42,7 @@ def main() -> None:
     device = choose_device(arguments)
     import torch
 
-    import results
+    from play import results
 
     # The environments need the other cores. Must not depend on --processes: it decides how sums are rounded.
     torch.set_num_threads(max(1, cores() // 2))
@@ -54,10 +54,10 @@ def main() -> None:
 
 def evaluate(arguments: dict, seeds: int, repetitions: int, seed: int, processes: int, device) -> tuple[list, dict]:
     """Play all models on the same seeds; return what they did and how they were evaluated."""
-    from checkpoint import provenance
-    from play import first_unseen_seed, load_for_play, play_episodes
-    from results import Evaluated, find_models
-    from watch import task_name
+    from run.checkpoint import provenance
+    from play.agent import first_unseen_seed, load_for_play, play_episodes
+    from play.results import Evaluated, find_models
+    from play.watch import task_name
 
     models = [(path, *load_for_play(path, device)) for path in find_models(arguments["<models>"])]
     first = seed + max(first_unseen_seed(config["environment"]) for _, _, config, _, _ in models)
@@ -122,8 +122,8 @@ def write_results(groups: list, protocol: dict, output: Path | None, figure: Pat
         figure: or None.
         metric: what the figure shows; UserError where no group reports it.
     """
-    from checkpoint import write_file
-    from results import plot, to_csv, to_json
+    from run.checkpoint import write_file
+    from play.results import plot, to_csv, to_json
 
     files = {}
     if output is not None:

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
-from products import Linear
+from kernels.products import Linear
 from transformer import MemoryView, Transformer
-from windows import Windows
+from kernels.windows import Windows
 
 
 @dataclass
@@ -87,117 +87,6 @@ class VisualEncoder(nn.Module):
             x = conv(F.relu_(x))
         x = F.relu_(x)
         return F.relu(self.hidden(x.flatten(1)))  # (N, 64·h·w), channels first as in the reference
-
-
-class VisualDecoder(nn.Module):
-    """The encoder upside down: reconstructs the frame from the transformer's output (Pleines et al. 2025).
-
-    Args:
-        encoder: whose sizes are to be reached.
-        shape: (C, H, W) of a frame.
-        embed_dim: D.
-    """
-
-    def __init__(self, encoder: VisualEncoder, shape: tuple[int, ...], embed_dim: int) -> None:
-        super().__init__()
-        self.sizes = encoder.sizes
-        self.hidden = orthogonal(Linear(embed_dim, encoder.hidden.in_features), math.sqrt(2))
-        self.deconv3 = orthogonal(nn.ConvTranspose2d(64, 64, 3, 1), math.sqrt(2))
-        self.deconv2 = orthogonal(nn.ConvTranspose2d(64, 32, 4, 2), math.sqrt(2))
-        self.deconv1 = orthogonal(nn.ConvTranspose2d(32, shape[0], 8, 4), math.sqrt(2))
-        self.to(memory_format=torch.channels_last)
-
-    def forward(self, output: Tensor) -> Tensor:
-        """Return the logits of the frame's pixels (N, C, H, W) for transformer outputs (N, D)."""
-        x = F.relu(self.hidden(output)).view(-1, 64, *self.sizes[3])
-        x = F.relu(self.deconv3(x))
-        x = F.relu(upsample(x, self.deconv2, self.sizes[1]))
-        return upsample(x, self.deconv1, self.sizes[0])
-
-
-def upsample(x: Tensor, layer: nn.ConvTranspose2d, size: tuple[int, int]) -> Tensor:
-    """Return what a transposed convolution returns, by a plain one that is up to twice as fast on the CPU.
-
-    A kernel of r·s pixels and stride s lets each s×s block of the output depend on r×r inputs: a convolution with r×r
-    kernels gives the block's pixels as s·s·out channels, which are then laid out in space.
-
-    Args:
-        x: (N, in, h, w).
-        layer: whose kernel size is a multiple of its stride.
-        size: (H, W) of the output; pixels that no input reaches hold the bias.
-    """
-    stride, (inputs, outputs) = layer.stride[0], layer.weight.shape[:2]
-    reach = layer.kernel_size[0] // stride
-    kernel = layer.weight.reshape(inputs, outputs, reach, stride, reach, stride).flip(2, 4)
-    kernel = kernel.permute(3, 5, 1, 0, 2, 4).reshape(-1, inputs, reach, reach)  # (s·s·out, in, r, r)
-    missing = [int(whole > (part + reach - 1) * stride) for whole, part in zip(size, x.shape[2:], strict=True)]
-    if any(missing):
-        x = F.pad(x, (0, missing[1], 0, missing[0]))
-    kernel, bias = kernel.contiguous(memory_format=torch.channels_last), layer.bias.repeat(stride * stride)
-    y = F.conv2d(x, kernel, bias, padding=reach - 1).permute(0, 2, 3, 1)  # (N, h+r-1, w+r-1, s·s·out)
-    n, height, width, _ = y.shape
-    y = y.reshape(n, height, width, stride, stride, outputs).transpose(2, 3)
-    y = y.reshape(n, height * stride, width * stride, outputs)
-    return y[:, : size[0], : size[1]].permute(0, 3, 1, 2)
-
-
-class FrameCrossEntropy(torch.autograd.Function):
-    """Mean binary cross-entropy of logits and frames, with its gradient in the same pass.
-
-    The logits of a minibatch are its largest tensor. `binary_cross_entropy_with_logits` reads or writes as much a dozen
-    times; here a few frames at a time stay in the processor's cache.
-    """
-
-    @staticmethod
-    def forward(context: FunctionCtx, logits: Tensor, frames: Tensor, which: Tensor) -> Tensor:
-        """Return the mean over all pixels of softplus(x) − x·y.
-
-        Args:
-            context: keeps the gradient, sigmoid(x) − y, but for the number of pixels.
-            logits: x (N, C, H, W).
-            frames: (M, C, H, W) uint8, in 255ths.
-            which: (N,) of them is y.
-        """
-        at_once = 32 if logits.device.type == "cpu" else 120
-        logits, frames = logits.permute(0, 2, 3, 1), frames.permute(0, 2, 3, 1)  # as they lie in memory
-        gradient, total = torch.empty_like(logits), torch.zeros((), device=logits.device)
-        for x, slope, chosen in zip(*(tensor.split(at_once) for tensor in (logits, gradient, which)), strict=True):
-            y = frames.index_select(0, chosen).to(torch.float32).mul_(1 / 255)
-            x = x.float()
-            probability = torch.sigmoid(x)
-            # softplus(x) = max(x, 0) − log σ(|x|), and one logarithm does for all frames: their product is at least
-            # 2^−120, which is still a normal number.
-            certainty = torch.maximum(probability, 1 - probability).prod(dim=0)
-            total += x.clamp(min=0).sub_(x * y).sum() - certainty.log().sum()
-            slope.copy_(probability.sub_(y))
-        context.save_for_backward(gradient)
-        return total / logits.numel()
-
-    @staticmethod
-    def backward(context: FunctionCtx, slope: Tensor) -> tuple[Tensor, None, None]:
-        """Return the gradient with respect to the logits for that of the loss."""
-        (gradient,) = context.saved_tensors
-        return gradient.mul_(slope / gradient.numel()).permute(0, 3, 1, 2), None, None
-
-
-class Recall(nn.Module):
-    """Says which frames the running episode has shown so far, from the transformer's output.
-
-    As an auxiliary task it teaches attention to keep what was seen, and gives the encoder a reason to tell frames apart
-    whose difference matters only later: memory is detached, so no gradient of the policy reaches their encoding.
-
-    Args:
-        embed_dim: D.
-    """
-
-    def __init__(self, embed_dim: int) -> None:
-        super().__init__()
-        self.query = Linear(embed_dim, embed_dim)
-        self.prior = Linear(embed_dim, 1)
-
-    def forward(self, output: Tensor, frames: Tensor) -> Tensor:
-        """Return logits (N, M) for transformer outputs (N, D) and embedded frames (M, D)."""
-        return F.linear(self.query(output), frames) / math.sqrt(frames.shape[1]) + self.prior(frames).T
 
 
 class VectorEncoder(nn.Module):

@@ -27,8 +27,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from cli import arguments_of, check_writable, choose_device, command_line, cores, one_of, use_cores, whole_number
-from config import load_config
+from run.cli import arguments_of, check_writable, choose_device, command_line, cores, one_of, use_cores, whole_number
+from run.config import load_config
 from utils import UserError
 
 
@@ -109,7 +109,7 @@ def make_room(checkpoints: Path, overwrite: bool) -> None:
 
 def resumed_run(arguments: dict) -> tuple[dict, str, int, dict]:
     """Return config, id, seed and newest checkpoint of an interrupted run."""
-    from checkpoint import load_newest, stored_config
+    from run.checkpoint import load_newest, stored_config
 
     if arguments["--overwrite"]:
         raise UserError("--overwrite: contradicts --resume, which continues the run")

@@ -17,12 +17,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from buffer import Buffer, Minibatch, policy_step
-from checkpoint import list_checkpoints, provenance, save_checkpoint, save_model
-from logger import Logger
-from model import ActorCriticModel, FrameCrossEntropy, Prediction
-from optimizer import Optimizer
-from utils import Task, UserError, inspect_environment, polynomial_decay, reason_of, release_memory, training_seed
+from buffer import Buffer, Minibatch
+from run.checkpoint import list_checkpoints, provenance, save_checkpoint, save_model
+from run.logger import Logger
+from kernels.frames import FrameCrossEntropy
+from memory import policy_step
+from model import ActorCriticModel, Prediction
+from kernels.allocator import release_memory
+from kernels.optimizer import Optimizer
+from utils import Task, UserError, inspect_environment, polynomial_decay, reason_of, training_seed
 from worker import EnvironmentFailure, Episode, Workers
 
 # Multiply-adds of a typical product, N·D², from which on a second thread pays.

@@ -12,19 +12,16 @@ which costs 2·D² + 2·heads·L·D instead of 2·L·D² multiply-adds per query
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
-from products import Linear, add_product, linear, product, weight_gradient
-from windows import MASKED, Windows
-
-# Elements from which on tanh takes longer than four operations that are vectorised.
-TANH_WORTH = 4096
+from kernels.gating import Gating
+from kernels.groups import MemoryView
+from kernels.products import Linear, linear
+from kernels.windows import Windows
 
 
 def sinusoid(angle_steps: Tensor, embed_dim: int) -> Tensor:
@@ -32,64 +29,6 @@ def sinusoid(angle_steps: Tensor, embed_dim: int) -> Tensor:
     frequencies = 10000.0 ** (-torch.arange(0, embed_dim, 2, dtype=torch.float32) / embed_dim)
     angles = angle_steps.float()[:, None] * frequencies
     return torch.cat((angles.sin(), angles.cos()), dim=1)
-
-
-@dataclass
-class MemoryView:
-    """What `Windows` says, by batched products that run on every device and let items have a gradient.
-
-    The N queries come in groups of Q that share one stretch of K memory columns, since the windows of nearby steps
-    overlap. The P = groups·Q places are filled up with queries that see nothing and whose context is dropped. A step of
-    the policy has one query per group, and every place is taken.
-
-    Attributes:
-        items: (blocks, groups, K, D) stored items, a view of the timeline or one copy per group.
-        mask: (groups, Q, K) bool, True where the query may attend to the column.
-        nonempty: (N, 1) float, 0 where the sample's memory is empty, else 1.
-        distance: (groups, Q, K) int64 steps between query and column, from 0 to L; for the relative encoding only.
-        item_step: (groups, K) int64 episode step at which the column was written; for the learned encoding only.
-        source: (P,) int64 which of the N samples each place holds, the first where none; None where P = N, in order.
-        slot: (N,) int64 the place of each sample; None where P = N, in order.
-        bias: (groups, Q·heads, K) of `prepare`.
-    """
-
-    items: Tensor
-    mask: Tensor
-    nonempty: Tensor
-    distance: Tensor | None = None
-    item_step: Tensor | None = None
-    source: Tensor | None = None
-    slot: Tensor | None = None
-    bias: Tensor | None = None
-
-    def prepare(self, heads: int) -> None:
-        """Derive once what all blocks add to their scores: MASKED where a query must not look, else 0."""
-        groups, _, columns = self.mask.shape
-        bias = self.nonempty.new_full((), MASKED).where(~self.mask, 0.0)[:, :, None]  # (groups, Q, 1, K)
-        self.bias = bias.expand(-1, -1, heads, -1).reshape(groups, -1, columns)
-
-    def to_places(self, queries: Tensor) -> Tensor:
-        """Return (P, width): what belongs to the queries (N, width) in their places."""
-        return queries if self.source is None else F.embedding(self.source, queries)
-
-    def scores(self, items: Tensor, questions: Tensor) -> Tensor:
-        """Return (groups, Q·heads, K) question·item, MASKED outside of a window, for questions (N, heads, D)."""
-        questions = self.to_places(questions.flatten(1)).view(*self.bias.shape[:2], -1)  # (groups, Q·heads, D)
-        return torch.baddbmm(self.bias.to(questions.dtype), questions, items.transpose(1, 2))
-
-    def mixture(self, items: Tensor, weights: Tensor) -> Tensor:
-        """Return (N, heads, D): the mean of the items by the weights (groups, Q·heads, K)."""
-        heads = weights.shape[1] // self.mask.shape[1]
-        mixture = torch.bmm(weights.to(items.dtype), items).view(-1, heads * items.shape[2])  # (P, heads·D)
-        mixture = mixture if self.slot is None else F.embedding(self.slot, mixture)
-        return mixture.unflatten(1, (heads, -1))
-
-    def by_column(self, by_distance: Tensor) -> Tensor:
-        """Return (groups, Q·heads, K) of each column, from (N, heads, L+1) of each distance, the largest first."""
-        heads, length = by_distance.shape[1], by_distance.shape[2] - 1
-        by_distance = self.to_places(by_distance.flatten(1)).unflatten(1, (heads, -1))  # (P, heads, L+1)
-        index = (length - self.distance).flatten(0, 1)[:, None].expand(-1, heads, -1)  # (P, heads, K)
-        return by_distance.gather(2, index).view(self.mask.shape[0], -1, index.shape[2])
 
 
 class Folded(NamedTuple):
@@ -204,59 +143,6 @@ class Gate(nn.Module):
         """Return (N, D): the state x (N, D) updated by the layer's output y (N, D)."""
         weights = self.from_update.weight, self.from_state.weight, self.candidate.weight
         return Gating.apply(x, y, *weights, self.bg)
-
-
-class Gating(torch.autograd.Function):
-    """What a `Gate` computes, with its gradient by hand: autograd takes more operations."""
-
-    @staticmethod
-    def forward(
-        context: FunctionCtx,
-        x: Tensor,
-        y: Tensor,
-        from_update: Tensor,
-        from_state: Tensor,
-        candidate: Tensor,
-        bg: Tensor,
-    ) -> Tensor:
-        """Return (N, D); x and y (N, D), weights (3D, D), (2D, D) and (D, D) and the bias (D,) of a `Gate`."""
-        width = x.shape[1]
-        x = x.float()  # bf16 products leave a float32 state
-        values = product(y, from_update).float()  # (N, 3D)
-        gates, (reset, update, new) = values[:, : 2 * width], values.split(width, dim=1)
-        add_product(gates, x, from_state)
-        update -= bg
-        gates.sigmoid_()
-        kept = reset * x
-        add_product(new, kept, candidate)
-        if new.numel() >= TANH_WORTH and new.device.type == "cpu":
-            new.mul_(2).sigmoid_().mul_(2).sub_(1)  # tanh(c) = 2σ(2c) − 1
-        else:
-            new.tanh_()
-        context.save_for_backward(x, y, values, kept, from_update, from_state, candidate)
-        context.low = torch.is_autocast_enabled(x.device.type)
-        return torch.lerp(x, new, update)
-
-    @staticmethod
-    def backward(context: FunctionCtx, slope: Tensor) -> tuple[Tensor, ...]:
-        """Return the gradients with respect to all arguments of `forward` for that of its result, (N, D)."""
-        x, y, values, kept, from_update, from_state, candidate = context.saved_tensors
-        width = x.shape[1]
-        reset, update, new = values.split(width, dim=1)
-        slopes = torch.empty_like(values)  # in front of the nonlinearities
-        of_gates, (of_reset, of_update, of_new) = slopes[:, : 2 * width], slopes.split(width, dim=1)
-        tanh_gradient = torch.ops.aten.tanh_backward.grad_input
-        sigmoid_gradient = torch.ops.aten.sigmoid_backward.grad_input
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=context.low):
-            tanh_gradient(slope * update, new, grad_input=of_new)
-            sigmoid_gradient((new - x).mul_(slope), update, grad_input=of_update)
-            of_kept = product(of_new, candidate.t()).float()
-            sigmoid_gradient(of_kept * x, reset, grad_input=of_reset)
-            of_x = torch.addcmul(slope, slope, update, value=-1).addcmul_(of_kept, reset)
-            add_product(of_x, of_gates, from_state.t())
-            of_y = product(slopes, from_update.t())
-            of_weights = weight_gradient(slopes, y), weight_gradient(of_gates, x), weight_gradient(of_new, kept)
-        return of_x, of_y, *of_weights, -of_update.sum(dim=0)
 
 
 class Block(nn.Module):

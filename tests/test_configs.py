@@ -16,7 +16,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from config import SCHEMA, check_config, load_config
+from run.config import SCHEMA, check_config, load_config
 from trainer import NonFinite, Options, PPOTrainer
 from utils import UserError
 

@@ -28,11 +28,11 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import checkpoint
+from run import checkpoint
 import train
 import utils
 from buffer import Timeline
-from cli import command_line
+from run.cli import command_line
 from model import ActorCriticModel
 from trainer import PPOTrainer
 from utils import Task, UserError
@@ -629,7 +629,7 @@ def test_a_model_knows_where_it_came_from(toy_run):
 
 # Code that asks the run to stop at a certain moment, by `ask()`: here while the file of that number is written.
 WRITING = """
-import checkpoint
+from run import checkpoint
 true, calls = checkpoint.os.fsync, []
 def fsync(file):
     calls.append(file)

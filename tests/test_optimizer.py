@@ -6,7 +6,7 @@ import canonical
 import pytest
 import torch
 
-from optimizer import Optimizer
+from kernels.optimizer import Optimizer
 
 CONFIG = canonical.BASE | {"visual": True, "positional_encoding": "learned"}
 MODULES = {

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 import benchmark
-from config import check_config, load_config
+from run.config import check_config, load_config
 from trainer import Options, PPOTrainer
 
 ROOT = Path(__file__).parent.parent

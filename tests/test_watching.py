@@ -17,14 +17,14 @@ from scipy.stats import trim_mean
 import enjoy
 import evaluate
 from buffer import Timeline
-from checkpoint import save_model
-from cli import command_line
-from config import load_config
+from run.checkpoint import save_model
+from run.cli import command_line
+from run.config import load_config
 from model import ActorCriticModel
-from play import Agent, first_unseen_seed, load_for_play, play_episodes
-from results import Evaluated, group_runs, plot, summarise
+from play.agent import Agent, first_unseen_seed, load_for_play, play_episodes
+from play.results import Evaluated, group_runs, plot, summarise
 from utils import inspect_environment
-from watch import SUMMARY_STEPS, SUMMARY_WIDTH, Painter, Player, draw_episode, episode_summary, write_video
+from play.watch import SUMMARY_STEPS, SUMMARY_WIDTH, Painter, Player, draw_episode, episode_summary, write_video
 
 ROOT = Path(__file__).parent.parent
 ENDLESS = "endless_mystery_path"

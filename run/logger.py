@@ -71,7 +71,7 @@ class Logger:
 
     def video(self, steps: int, model: nn.Module, config: dict, task: Task) -> None:
         """Log one episode with its attention as a video."""
-        from watch import episode_summary
+        from play.watch import episode_summary
 
         self.writer.file_writer.add_summary(episode_summary(model, config, task, "episode"), steps)
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from docopt import DocoptExit, docopt
 
-from utils import UserError, keep_memory
+from kernels.allocator import keep_memory
+from utils import UserError
 
 
 def command_line(main: Callable[[], None]) -> None:

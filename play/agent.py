@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from buffer import Timeline, make_store, policy_step
-from checkpoint import load_model
+from memory import Timeline, make_store, policy_step
+from run.checkpoint import load_model
 from model import ActorCriticModel, Prediction
 from utils import Task, UserError, inspect_environment, seed_range
 from worker import EnvironmentFailure, SharedArrays, Workers

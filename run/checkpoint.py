@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import xxhash
 
-from config import check_config
+from run.config import check_config
 from model import ActorCriticModel
 from utils import Task, UserError, reason_of
 

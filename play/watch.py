@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.utils.tensorboard.summary import Summary
 
 from model import ActorCriticModel, Prediction
-from play import Agent, first_unseen_seed
+from play.agent import Agent, first_unseen_seed
 from utils import Task, checked_step, create_env
 from worker import SharedArrays
 

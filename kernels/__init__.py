@@ -1,0 +1,1 @@
+"""What makes the algorithm fast, and is there for speed alone; nothing in here knows of reinforcement learning."""

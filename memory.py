@@ -1,0 +1,284 @@
+"""Episodic memory over rollout time, the stores of observations, and the step that all who act with memory take."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels.groups import MemoryView, QueryGroups, group_queries
+from kernels.windows import Windows
+from model import ActorCriticModel, Prediction
+from utils import Task
+from worker import SharedArrays
+
+# How many columns beyond the longest window a group of training queries may stretch over: more columns serve more
+# queries with one product, but each query pays for all of them.
+STRETCH = 64
+# A minibatch of many distinct frames is filled up to a multiple: oneDNN takes five times as long for the gradient of a
+# layer's weights where it cannot divide the rows evenly.
+MANY_FRAMES, FRAMES_MULTIPLE = 512, 16
+
+
+class Timeline:
+    """Episodic memory of all environments over rollout time.
+
+    Column L + t holds what step t of this rollout wrote, the first L columns the last L of the previous rollout. What a
+    step may look at are the last min(step, L) columns in front of it, so that nothing depends on the number or the
+    length of episodes.
+
+    Args:
+        model: whose memory it is.
+        config: the `transformer` section of a config.
+        n_workers: number of environments.
+        steps: number of columns beyond the first L.
+        device: where it lives.
+    """
+
+    def __init__(self, model: ActorCriticModel, config: dict, n_workers: int, steps: int, device: torch.device) -> None:
+        self.transformer, self.length, self.device = model.transformer, config["memory_length"], device
+        columns = self.length + steps
+        self.items = torch.zeros(config["num_blocks"], n_workers, columns, config["embed_dim"], device=device)
+        self.item_step = torch.zeros(n_workers, columns, dtype=torch.int64, device=device)
+        self.offsets = torch.arange(columns, device=device)
+        self.stretch = STRETCH
+        # A GPU wants equal shapes at every step; elsewhere columns that nobody may look at are left out.
+        self.narrow = device.type != "cuda"
+        # Whether attention reads windows where they lie, or copies of stretches. Learned positions have a gradient.
+        self.in_place = device.type == "cpu" and self.transformer.encoding != "learned"
+
+    def to_device(self, array: np.ndarray) -> Tensor:
+        """Copy a NumPy array to the timeline's device without waiting for it."""
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+
+    def window(self, workers: slice, t: int, step: np.ndarray) -> Windows | MemoryView:
+        """Return what the step at column L + t of some environments may look at: a plain slice of the timeline.
+
+        Args:
+            workers: n neighbouring environments.
+            t: rollout time.
+            step: (n,) episode step of each.
+        """
+        valid = np.minimum(step, self.length)
+        # The loops over windows run in one thread: the others would have to be woken up again behind each of them.
+        if self.in_place and torch.get_num_threads() == 1:
+            end = np.full(len(step), self.length + t)
+            return Windows(self.items, np.arange(workers.start, workers.stop), end - valid, end)
+        width = max(1, int(valid.max())) if self.narrow else self.length
+        columns = slice(self.length + t - width, self.length + t)
+        valid = self.to_device(valid)[:, None]  # (n, 1)
+        return MemoryView(
+            items=self.items[:, workers, columns],
+            mask=(self.offsets[:width] >= width - valid)[:, None],  # (n, 1, width)
+            nonempty=(valid > 0).float(),
+            distance=(width - self.offsets[:width]).expand(len(step), 1, width),
+            item_step=self.item_step[workers, columns],
+        )
+
+    def write(self, workers: slice, t: int, inputs: Tensor, step: np.ndarray) -> None:
+        """Store what the blocks received (blocks, n, D) at episode step `step` (n,) in column L + t."""
+        step = self.to_device(step)
+        self.items[:, workers, self.length + t] = self.transformer.to_items(inputs, step).float()
+        self.item_step[workers, self.length + t] = step
+
+    def roll(self, steps: int) -> None:
+        """Move the last L of the first L + `steps` columns to the front, where a new rollout starts."""
+        self.items[:, :, : self.length] = self.items[:, :, steps : steps + self.length].clone()
+        self.item_step[:, : self.length] = self.item_step[:, steps : steps + self.length].clone()
+
+    def group(self, worker: np.ndarray, t: np.ndarray, step: np.ndarray, per_group: int) -> "Windows | QueryGroups":
+        """Return what any samples of the rollout may look at, or how they are to share columns for it.
+
+        Args:
+            worker: (N,) environment of each sample.
+            t: (N,) rollout time of each.
+            step: (N,) episode step of each.
+            per_group: Q, the most samples of a group.
+        """
+        valid, end = np.minimum(step, self.length), t + self.length
+        if self.in_place:
+            return Windows(self.items, worker, end - valid, end)
+        longest = int(valid.max()) if self.narrow else self.length
+        columns = min(longest + self.stretch, self.items.shape[2])
+        owner, start, slot = group_queries(worker, end - valid, end, per_group, columns)
+        return QueryGroups(end - valid, end, slot, owner, start, per_group, columns)
+
+    def view(self, groups: "Windows | QueryGroups") -> Windows | MemoryView:
+        """Return what the queries that `group` got may look at."""
+        if isinstance(groups, Windows):
+            return groups
+        relative, learned = self.transformer.encoding == "relative", self.transformer.encoding == "learned"
+        per_group, slot, total = groups.per_group, groups.slot, self.items.shape[2]
+        columns = max(1, int(groups.widths().max())) if self.narrow else groups.columns  # K
+        start, count = np.minimum(groups.start, total - columns), len(groups.start)
+        places = count * per_group
+        source = np.zeros(places, dtype=np.int64)
+        source[slot] = np.arange(len(slot))
+        # Places that only fill up a group keep end = first = 0 and so see nothing.
+        place_first, place_end = np.zeros((2, places), dtype=np.int64)
+        place_first[slot] = groups.first - start[slot // per_group]
+        place_end[slot] = groups.end - start[slot // per_group]
+        ends = self.to_device(place_end).view(count, per_group, 1)
+        firsts = self.to_device(place_first).view(count, per_group, 1)
+        offsets = self.offsets[:columns]
+        rows = (self.to_device(groups.owner * total + start)[:, None] + offsets).flatten()  # (groups·K,)
+        items = self.items.flatten(1, 2).index_select(1, rows)
+        return MemoryView(
+            items=items.unflatten(1, (count, columns)),
+            mask=(offsets < ends) & (offsets >= firsts),
+            nonempty=self.to_device(groups.end > groups.first).float()[:, None],
+            distance=(ends - offsets).clamp(0, self.length) if relative else None,
+            item_step=self.item_step.flatten()[rows].view(count, columns) if learned else None,
+            source=self.to_device(source),
+            slot=self.to_device(slot),
+        )
+
+
+class FrameStore:
+    """The distinct uint8 frames of a rollout, with their features under the weights that sample it.
+
+    Grid worlds show the same frames over and over. Each is stored, sent to the device and encoded once.
+
+    Args:
+        shape: (C, H, W) of a frame.
+        embed_dim: D.
+        device: where it lives.
+    """
+
+    def __init__(self, shape: tuple[int, ...], embed_dim: int, device: torch.device) -> None:
+        channels, height, width = shape
+        self.frames = torch.empty(0, height, width, channels, dtype=torch.uint8, device=device)
+        self.features = torch.empty(0, embed_dim, device=device)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything: a new rollout starts, under new weights."""
+        self.known: dict[bytes, int] = {}
+        self.encoded = 0
+
+    def __len__(self) -> int:
+        return len(self.known)
+
+    def add(self, frames: np.ndarray, digests: np.ndarray) -> np.ndarray:
+        """Store the frames (n, H, W, C) whose digests (n, 16) are new; return the index (n,) of all."""
+        count = len(self.known)
+        keys = [digest.tobytes() for digest in digests]
+        index = np.array([self.known.setdefault(key, len(self.known)) for key in keys], dtype=np.int64)
+        added = len(self.known) - count
+        if added:
+            _, first = np.unique(index, return_index=True)  # of frames that are new twice, the first
+            new = torch.from_numpy(frames[first[-added:]])  # a copy: the workers will write over theirs
+            self._reserve(count + added)
+            on_gpu = self.frames.is_cuda
+            self.frames[count : count + added].copy_(new.pin_memory() if on_gpu else new, non_blocking=on_gpu)
+        return index
+
+    def _reserve(self, count: int) -> None:
+        """Make room for `count` frames, at least twice as many as before."""
+        capacity = self.frames.shape[0]
+        if count > capacity:
+            capacity = max(count, 2 * capacity, 256)
+            for name in ("frames", "features"):
+                old = getattr(self, name)
+                new = old.new_empty(capacity, *old.shape[1:])
+                new[: len(old)] = old
+                setattr(self, name, new)
+
+    def embed(self, model: ActorCriticModel, index: np.ndarray) -> Tensor:
+        """Return (n, D) embedded frames while sampling; only those not seen before in this rollout are encoded."""
+        count = len(self.known)
+        if count > self.encoded:
+            new = slice(self.encoded, count)
+            self.features[new] = model.embed(self.frames[new].permute(0, 3, 1, 2)).float()
+            self.encoded = count
+        return self.features[self._index(index)]
+
+    def gather(self, index: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Return the distinct frames (M, C, H, W) among `index` (N,) and the place (N,) of each sample among them.
+
+        Many frames are filled up with copies of the last one to a multiple of `FRAMES_MULTIPLE`.
+        """
+        distinct, inverse = np.unique(index, return_inverse=True)
+        if len(distinct) > MANY_FRAMES:
+            distinct = np.pad(distinct, (0, -len(distinct) % FRAMES_MULTIPLE), mode="edge")
+        frames = self.frames.index_select(0, self._index(distinct)).permute(0, 3, 1, 2)
+        return frames, self._index(inverse)
+
+    def _index(self, index: np.ndarray) -> Tensor:
+        return torch.from_numpy(index).to(self.frames.device, non_blocking=True)
+
+
+class VectorStore:
+    """The observation vectors of a rollout; the interface is that of `FrameStore`.
+
+    Args:
+        shape: (n,) of an observation.
+        capacity: how many there can be at most.
+        device: where it lives.
+    """
+
+    def __init__(self, shape: tuple[int, ...], capacity: int, device: torch.device) -> None:
+        self.vectors = torch.empty(capacity, *shape, device=device)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything: a new rollout starts."""
+        self.count = 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def add(self, vectors: np.ndarray, digests: np.ndarray) -> np.ndarray:
+        """Store vectors (n, size) and return the index (n,) of each; `digests` are not needed."""
+        index = np.arange(self.count, self.count + len(vectors))
+        self.count += len(vectors)
+        self.vectors[self.count - len(vectors) : self.count] = torch.from_numpy(vectors)
+        return index
+
+    def embed(self, model: ActorCriticModel, index: np.ndarray) -> Tensor:
+        """Return (n, D) embedded vectors."""
+        return model.embed(self.gather(index)[0])
+
+    def gather(self, index: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Return the vectors (N, size) of `index` (N,), and that each sample saw its own."""
+        device = self.vectors.device
+        vectors = self.vectors[torch.from_numpy(index).to(device, non_blocking=True)]
+        return vectors, torch.arange(len(index), device=device)
+
+
+def make_store(task: Task, embed_dim: int, capacity: int, device: torch.device) -> FrameStore | VectorStore:
+    """Return the store for a task's observations, of which there are at most `capacity` before it is cleared."""
+    if task.visual:
+        return FrameStore(task.observation_shape, embed_dim, device)
+    return VectorStore(task.observation_shape, capacity, device)
+
+
+def policy_step(
+    model: ActorCriticModel,
+    timeline: Timeline,
+    store: FrameStore | VectorStore,
+    arrays: SharedArrays,
+    rows: slice,
+    t: int,
+    step: np.ndarray,
+) -> tuple[Prediction, np.ndarray]:
+    """Let the model see what some environments show, predict, and remember.
+
+    Training, evaluation and watching all act through this function.
+
+    Args:
+        model: the actor-critic.
+        timeline: the memory, read in front of and written to column L + t.
+        store: takes the observations.
+        arrays: of the workers.
+        rows: n neighbouring environments.
+        t: rollout time.
+        step: (n,) episode step of each.
+
+    Returns:
+        The prediction and the index (n,) of the observations in the store.
+    """
+    index = store.add(arrays.observations[rows], arrays.digests[rows])
+    with torch.inference_mode():
+        prediction = model(store.embed(model, index), timeline.window(rows, t, step))
+        timeline.write(rows, t, prediction.inputs, step)
+    return prediction, index

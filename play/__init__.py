@@ -1,0 +1,1 @@
+"""What looks at trained agents: acting with memory, watching, statistics."""
