@@ -1,7 +1,8 @@
-"""The rollout: what was done and what came of it, advantages."""
+"""The rollout: what was observed and done, and what came of it; advantages; minibatches."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -9,9 +10,12 @@ from torch import Tensor
 
 from kernels.groups import QueryGroups
 from kernels.windows import Windows
-from memory import STRETCH, Timeline, make_store
+from memory import STRETCH, ObservationStore, Timeline
 from model import ActorCriticModel
-from utils import Task
+from run.world import World
+
+if TYPE_CHECKING:
+    from run.config import Config
 
 
 @dataclass
@@ -19,28 +23,36 @@ class Minibatch:
     """What one optimiser step, or a part of it, learns from: N samples that saw M distinct observations.
 
     Attributes:
-        observations: (M, *observation_shape), perhaps followed by some that no sample saw.
+        samples: (N,) flat indices w·T + t over the environments of this process.
+        observations: (M, C, H, W) frames, perhaps followed by some that no sample saw, or (N, n) vectors.
+        distinct: M.
         which: (N,) int64 the observation that each sample saw.
+        vectors: (N, n) observed beside frames, None without.
         groups: what the samples may look at, or how they share memory columns for it.
-        actions: (N, branches).
-        log_probs: (N, branches) when they were sampled.
+        step: (N,) int64 episode step.
+        actions: (N, branches) int64, or (N, entries) float32.
+        masks: (N, sum of actions) bool, which actions were allowed; None if all always are.
+        log_probs: (N, branches) when they were sampled; (N, 1) of continuous actions.
         values: (N,) when they were sampled.
         returns: (N,).
         advantages: (N,), normalised over the whole minibatch where the config says so.
-        shown: (N, M) bool, whether the running episode had shown an observation; None without the recall task.
-        known: (N, 1) bool, whether that is known; None without the recall task.
+        targets: of each auxiliary task, by name: a tensor (N, …) each.
     """
 
+    samples: np.ndarray
     observations: Tensor
+    distinct: int
     which: Tensor
+    vectors: Tensor | None
     groups: Windows | QueryGroups
+    step: Tensor
     actions: Tensor
+    masks: Tensor | None
     log_probs: Tensor
     values: Tensor
     returns: Tensor
     advantages: Tensor
-    shown: Tensor | None = None
-    known: Tensor | None = None
+    targets: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.which)
@@ -52,68 +64,85 @@ class Minibatch:
         return [self._part(torch.from_numpy(samples), groups) for samples, groups in self.groups.split(parts)]
 
     def _part(self, samples: Tensor, groups: Windows | QueryGroups) -> "Minibatch":
-        per_sample = (self.actions, self.log_probs, self.values, self.returns, self.advantages, self.shown, self.known)
-        chosen = [None if tensor is None else tensor[samples] for tensor in per_sample]
-        return Minibatch(self.observations, self.which[samples], groups, *chosen)
+        shared = {"observations": self.observations, "distinct": self.distinct, "groups": groups}
+        own = {f.name: chosen(getattr(self, f.name), samples) for f in fields(self) if f.name not in shared}
+        return Minibatch(**shared | own)
+
+
+def chosen(value: Any, samples: Tensor) -> Any:
+    """Return the rows `samples` of a tensor, of all tensors in nested dicts, or of None."""
+    if isinstance(value, dict):
+        return {name: chosen(part, samples) for name, part in value.items()}
+    return None if value is None else value[samples]
 
 
 class Buffer:
-    """One rollout of all environments: W environments × T steps.
+    """One rollout of this process's environments: W environments × T steps.
 
     What the host decides on (rewards, ends, episode steps, indices of observations) are NumPy arrays, what only the
     model needs lives on the training device.
 
     Args:
-        config: a checked config.
+        config: of the run.
         model: the model that samples.
-        task: what the environments are like.
         device: the training device.
+        world: all processes of the run; samples are numbered w·T + t over the environments of all of them.
     """
 
-    def __init__(self, config: dict, model: ActorCriticModel, task: Task, device: torch.device) -> None:
-        shape = (config["n_workers"], config["worker_steps"])
-        self.n_workers, self.worker_steps = shape
-        self.gamma, self.lamda = config["gamma"], config["lamda"]
-        self.minibatch_size = self.n_workers * self.worker_steps // config["n_mini_batch"]
+    def __init__(self, config: "Config", model: ActorCriticModel, device: torch.device, world: World) -> None:
+        task, own = model.task, world.share(config.n_workers)
+        self.world, self.n_workers, self.worker_steps = world, len(own), config.worker_steps
+        shape = (self.n_workers, self.worker_steps)
+        self.all_samples = config.n_workers * self.worker_steps
+        self.own_samples = range(own.start * self.worker_steps, own.stop * self.worker_steps)
+        self.gamma, self.lamda = config.gamma, config.lamda
+        self.normalize_advantages = config.normalize_advantages
+        self.minibatch_size = self.all_samples // config.n_mini_batch
         # As many queries per group as a minibatch has on average in a stretch.
-        self.per_group = max(1, STRETCH // config["n_mini_batch"])
-        self.timeline = Timeline(model, config["transformer"], *shape, device)
+        self.per_group = max(1, STRETCH // config.n_mini_batch)
+        self.timeline = Timeline(model, config.transformer, *shape, device)
         # Every step can be the last of an episode and leave a final observation.
         capacity = self.n_workers * (2 * self.worker_steps + 1)
-        self.observations = make_store(task, config["transformer"]["embed_dim"], capacity, device)
-        branches = len(model.branches)
-        self.actions = torch.zeros(*shape, branches, dtype=torch.int64, device=device)
-        self.log_probs = torch.zeros(*shape, branches, device=device)
+        self.observations = ObservationStore(task, config.transformer.embed_dim, capacity, device)
+        kind = torch.float32 if task.continuous else torch.int64
+        self.actions = torch.zeros(*shape, task.action_size, dtype=kind, device=device)
+        allowed = (*shape, sum(task.branches))
+        self.masks = torch.ones(allowed, dtype=torch.bool, device=device) if task.masked else None
+        self.log_probs = torch.zeros(*shape, len(task.branches) or 1, device=device)
         self.values = torch.zeros(shape, device=device)
         self.advantages = torch.zeros(shape, device=device)
+        self.all_advantages = self.advantages.flatten()
         self.observation_index = np.zeros(shape, dtype=np.int64)
+        self.last_index = np.zeros(self.n_workers, dtype=np.int64)  # of the observations behind the last step
         self.step = np.zeros(shape, dtype=np.int64)
         self.rewards = np.zeros(shape, dtype=np.float32)
         self.terminated = np.zeros(shape, dtype=bool)
         self.truncated = np.zeros(shape, dtype=bool)
         self.final_index: dict[tuple[int, int], int] = {}  # observation behind the truncated step (worker, t)
-        self.seen: np.ndarray | None = None  # of the recall task
 
     def begin(self) -> None:
         """Start a new rollout: the newest L memory columns stay, everything else is forgotten."""
         self.observations.clear()
         self.final_index.clear()
 
-    def bootstrap(self, model: ActorCriticModel, last_index: np.ndarray, last_step: np.ndarray) -> Tensor:
+    def frame_index(self) -> np.ndarray:
+        """Return (W, T): which distinct frame each sample saw."""
+        return self.observations.frame_index(self.observation_index)
+
+    def bootstrap(self, model: ActorCriticModel, last_step: np.ndarray) -> Tensor:
         """Return (W, T) on the CPU: the value of what followed each step, where an episode did not terminate there.
 
         Args:
             model: the model that sampled.
-            last_index: (W,) observation behind the last step.
-            last_step: (W,) its episode step.
+            last_step: (W,) episode step of the observations behind the last step.
         """
         cut = list(self.final_index)
         worker = np.array([*range(self.n_workers), *(w for w, _ in cut)])
         t = np.array([self.worker_steps] * self.n_workers + [t + 1 for _, t in cut])
         step = np.concatenate((last_step, [self.step[w, t] + 1 for w, t in cut])).astype(np.int64)
-        index = np.concatenate((last_index, list(self.final_index.values()))).astype(np.int64)
+        index = np.concatenate((self.last_index, list(self.final_index.values()))).astype(np.int64)
         memory = self.timeline.view(self.timeline.group(worker, t, step, self.per_group))
-        following = model(self.observations.embed(model, index), memory).value.cpu()
+        following = model(self.observations.embed(model, index, step), memory).value.cpu()
         values = self.values.cpu()
         next_values = torch.cat((values[:, 1:], following[: self.n_workers, None]), dim=1)
         for (w, t), value in zip(cut, following[self.n_workers :], strict=True):
@@ -136,63 +165,40 @@ class Buffer:
             self.lamda,
         )
         self.advantages.copy_(advantages)
+        self.all_advantages = self.world.join_rows(self.advantages).flatten()
 
     def minibatches(self, generator: np.random.Generator) -> Iterator[np.ndarray]:
         """Yield the samples of one epoch, fully shuffled, as flat indices w·T + t of equally large minibatches."""
-        order = generator.permutation(self.n_workers * self.worker_steps)
+        order = generator.permutation(self.all_samples)
         for start in range(0, len(order), self.minibatch_size):
             yield np.sort(order[start : start + self.minibatch_size])
 
-    def minibatch(self, samples: np.ndarray, normalize: bool) -> Minibatch:
-        """Return what an optimiser step needs of `samples` (N,).
+    def minibatch(self, samples: np.ndarray) -> Minibatch:
+        """Return what this process learns from in one optimiser step: its own share of `samples`.
 
         Args:
-            samples: flat indices w·T + t.
-            normalize: whether to bring the advantages to mean 0 and standard deviation 1.
+            samples: (N,) flat indices w·T + t over all environments; advantages are normalised over all of them.
         """
-        observations, which = self.observe(samples)
-        rollout = (self.actions, self.log_probs, self.values, self.advantages)
-        index = self.timeline.to_device(samples)
-        actions, log_probs, values, advantages = (tensor.flatten(0, 1)[index] for tensor in rollout)
-        returns = values + advantages
-        if normalize:
+        advantages = self.all_advantages[self.timeline.to_device(samples)]
+        if self.normalize_advantages:
             advantages = normalised(advantages)
-        minibatch = Minibatch(observations, which, self.group(samples), actions, log_probs, values, returns, advantages)
-        if self.seen is not None:
-            minibatch.shown, minibatch.known = self.recall_targets(samples)
-        return minibatch
+        first, end = np.searchsorted(samples, (self.own_samples.start, self.own_samples.stop))
+        samples, advantages = samples[first:end] - self.own_samples.start, advantages[first:end]
+        index = self.timeline.to_device(samples)
+        masks = None if self.masks is None else self.masks.flatten(0, 1)[index]
+        rollout = (self.actions, self.log_probs, self.values, self.advantages)
+        actions, log_probs, values, plain = (tensor.flatten(0, 1)[index] for tensor in rollout)
+        groups, step = self.group(samples), self.timeline.to_device(self.step.flat[samples])
+        return Minibatch(samples, *self.observe(samples), groups, step, actions, masks, log_probs, values, values + plain, advantages)
 
-    def observe(self, samples: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Return the distinct observations of `samples` (N,) and which of them each saw (N,)."""
+    def observe(self, samples: np.ndarray) -> tuple[Tensor, int, Tensor, Tensor | None]:
+        """Return what `samples` (N,) of this process observed, as `ObservationStore.gather` does."""
         return self.observations.gather(self.observation_index.flat[samples])
 
     def group(self, samples: np.ndarray) -> Windows | QueryGroups:
         """Return what `samples` (N,) may look at, or how they share memory columns for it."""
         worker, t = np.divmod(samples, self.worker_steps)
         return self.timeline.group(worker, t, self.step[worker, t], self.per_group)
-
-    def note_seen(self) -> None:
-        """Fill `seen`: which distinct frames the running episode has shown in front of each step of this rollout."""
-        shape = (self.n_workers, self.worker_steps)
-        self.seen = np.zeros((*shape, len(self.observations)), dtype=bool)
-        running, everyone = np.zeros((self.n_workers, len(self.observations)), dtype=bool), np.arange(self.n_workers)
-        for t in range(self.worker_steps):
-            running[self.step[:, t] == 0] = False
-            self.seen[:, t] = running
-            running[everyone, self.observation_index[:, t]] = True
-
-    def recall_targets(self, samples: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Return what `samples` (N,) should recall of their minibatch's M distinct frames.
-
-        Returns:
-            Whether the episode has shown the frame (N, M), and whether that is known (N, 1): the whole episode lies in
-            this rollout and in the memory window.
-        """
-        worker, t = np.divmod(samples, self.worker_steps)
-        distinct = np.unique(self.observation_index.flat[samples])
-        known = self.step[worker, t] <= np.minimum(t, self.timeline.length)
-        shown = self.seen[worker, t][:, distinct]
-        return self.timeline.to_device(shown), self.timeline.to_device(known)[:, None]
 
 
 def normalised(advantages: Tensor) -> Tensor:

@@ -1,5 +1,8 @@
 """Episodic memory over rollout time, the stores of observations, and the step that all who act with memory take."""
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,6 +12,9 @@ from kernels.windows import Windows
 from model import ActorCriticModel, Prediction
 from utils import Task
 from worker import SharedArrays
+
+if TYPE_CHECKING:
+    from run.config import TransformerConfig
 
 # How many columns beyond the longest window a group of training queries may stretch over: more columns serve more
 # queries with one product, but each query pays for all of them.
@@ -33,10 +39,10 @@ class Timeline:
         device: where it lives.
     """
 
-    def __init__(self, model: ActorCriticModel, config: dict, n_workers: int, steps: int, device: torch.device) -> None:
-        self.transformer, self.length, self.device = model.transformer, config["memory_length"], device
+    def __init__(self, model: ActorCriticModel, config: "TransformerConfig", n_workers: int, steps: int, device: torch.device) -> None:
+        self.transformer, self.length, self.device = model.transformer, config.memory_length, device
         columns = self.length + steps
-        self.items = torch.zeros(config["num_blocks"], n_workers, columns, config["embed_dim"], device=device)
+        self.items = torch.zeros(config.num_blocks, n_workers, columns, config.embed_dim, device=device)
         self.item_step = torch.zeros(n_workers, columns, dtype=torch.int64, device=device)
         self.offsets = torch.arange(columns, device=device)
         self.stretch = STRETCH
@@ -47,8 +53,7 @@ class Timeline:
 
     def to_device(self, array: np.ndarray) -> Tensor:
         """Copy a NumPy array to the timeline's device without waiting for it."""
-        tensor = torch.from_numpy(array)
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+        return to_device(array, self.device)
 
     def window(self, workers: slice, t: int, step: np.ndarray) -> Windows | MemoryView:
         """Return what the step at column L + t of some environments may look at: a plain slice of the timeline.
@@ -85,7 +90,7 @@ class Timeline:
         self.items[:, :, : self.length] = self.items[:, :, steps : steps + self.length].clone()
         self.item_step[:, : self.length] = self.item_step[:, steps : steps + self.length].clone()
 
-    def group(self, worker: np.ndarray, t: np.ndarray, step: np.ndarray, per_group: int) -> "Windows | QueryGroups":
+    def group(self, worker: np.ndarray, t: np.ndarray, step: np.ndarray, per_group: int) -> Windows | QueryGroups:
         """Return what any samples of the rollout may look at, or how they are to share columns for it.
 
         Args:
@@ -102,7 +107,7 @@ class Timeline:
         owner, start, slot = group_queries(worker, end - valid, end, per_group, columns)
         return QueryGroups(end - valid, end, slot, owner, start, per_group, columns)
 
-    def view(self, groups: "Windows | QueryGroups") -> Windows | MemoryView:
+    def view(self, groups: Windows | QueryGroups) -> Windows | MemoryView:
         """Return what the queries that `group` got may look at."""
         if isinstance(groups, Windows):
             return groups
@@ -190,72 +195,110 @@ class FrameStore:
             new = slice(self.encoded, count)
             self.features[new] = model.embed(self.frames[new].permute(0, 3, 1, 2)).float()
             self.encoded = count
-        return self.features[self._index(index)]
+        return self.features[to_device(index, self.features.device)]
 
-    def gather(self, index: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Return the distinct frames (M, C, H, W) among `index` (N,) and the place (N,) of each sample among them.
+    def gather(self, index: np.ndarray) -> tuple[Tensor, int, Tensor]:
+        """Return the distinct frames (M, C, H, W) among `index` (N,), M, and the place (N,) of each sample among them.
 
         Many frames are filled up with copies of the last one to a multiple of `FRAMES_MULTIPLE`.
         """
         distinct, inverse = np.unique(index, return_inverse=True)
+        count = len(distinct)
         if len(distinct) > MANY_FRAMES:
             distinct = np.pad(distinct, (0, -len(distinct) % FRAMES_MULTIPLE), mode="edge")
-        frames = self.frames.index_select(0, self._index(distinct)).permute(0, 3, 1, 2)
-        return frames, self._index(inverse)
-
-    def _index(self, index: np.ndarray) -> Tensor:
-        return torch.from_numpy(index).to(self.frames.device, non_blocking=True)
+        device = self.frames.device
+        frames = self.frames.index_select(0, to_device(distinct, device)).permute(0, 3, 1, 2)
+        return frames, count, to_device(inverse, device)
 
 
-class VectorStore:
-    """The observation vectors of a rollout; the interface is that of `FrameStore`.
+class ObservationStore:
+    """The observations of a rollout: distinct frames, or vectors as they come, or both.
 
     Args:
-        shape: (n,) of an observation.
-        capacity: how many there can be at most.
+        task: what is observed.
+        embed_dim: D.
+        capacity: how many observations there can be at most before the store is cleared.
         device: where it lives.
     """
 
-    def __init__(self, shape: tuple[int, ...], capacity: int, device: torch.device) -> None:
-        self.vectors = torch.empty(capacity, *shape, device=device)
-        self.clear()
+    def __init__(self, task: Task, embed_dim: int, capacity: int, device: torch.device) -> None:
+        self.device, self.count = device, 0
+        self.frames = None if task.frame is None else FrameStore(task.frame, embed_dim, device)
+        self.vectors = torch.empty(capacity, task.vector, device=device) if task.vector else None
+        self.frame_of = np.zeros(capacity, dtype=np.int64)  # where there are both: the frame of each vector
 
     def clear(self) -> None:
-        """Forget everything: a new rollout starts."""
+        """Forget everything: a new rollout starts, under new weights."""
         self.count = 0
+        if self.frames is not None:
+            self.frames.clear()
 
     def __len__(self) -> int:
-        return self.count
+        """Return the number of distinct observations: of frames, where there are any."""
+        return self.count if self.frames is None else len(self.frames)
 
-    def add(self, vectors: np.ndarray, digests: np.ndarray) -> np.ndarray:
-        """Store vectors (n, size) and return the index (n,) of each; `digests` are not needed."""
-        index = np.arange(self.count, self.count + len(vectors))
-        self.count += len(vectors)
-        self.vectors[self.count - len(vectors) : self.count] = torch.from_numpy(vectors)
+    def add(self, arrays: SharedArrays, rows: slice, final: bool = False) -> np.ndarray:
+        """Store what n environments show, or what they showed behind a time limit; return the index (n,) of each."""
+        index = np.zeros(0, dtype=np.int64)
+        if self.frames is not None:
+            frames = arrays.final_frames if final else arrays.frames
+            digests = arrays.final_frame_digests if final else arrays.frame_digests
+            index = self.frames.add(frames[rows], digests[rows])
+        if self.vectors is not None:
+            vectors = (arrays.final_vectors if final else arrays.vectors)[rows]
+            places = np.arange(self.count, self.count + len(vectors))
+            self.count += len(vectors)
+            self.vectors[self.count - len(vectors) : self.count] = torch.from_numpy(vectors)
+            if self.frames is not None:
+                self.frame_of[places] = index
+            index = places
         return index
 
-    def embed(self, model: ActorCriticModel, index: np.ndarray) -> Tensor:
-        """Return (n, D) embedded vectors."""
-        return model.embed(self.gather(index)[0])
+    def frame_index(self, index: np.ndarray) -> np.ndarray:
+        """Return which distinct frame belongs to each observation of `index`, of any shape."""
+        return index if self.vectors is None else self.frame_of[index]
 
-    def gather(self, index: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Return the vectors (N, size) of `index` (N,), and that each sample saw its own."""
-        device = self.vectors.device
-        vectors = self.vectors[torch.from_numpy(index).to(device, non_blocking=True)]
-        return vectors, torch.arange(len(index), device=device)
+    def vectors_of(self, index: np.ndarray) -> Tensor | None:
+        """Return the vectors (N, n) of `index` (N,), None where there are none."""
+        return None if self.vectors is None else self.vectors[to_device(index, self.device)]
+
+    def embed(self, model: ActorCriticModel, index: np.ndarray, step: np.ndarray) -> Tensor:
+        """Return h⁰ (N, D) of observations `index` (N,) at episode steps `step` (N,), under constant weights."""
+        vectors, steps = self.vectors_of(index), to_device(step, self.device)
+        if self.frames is None:
+            return model.complete(model.embed(vectors), None, steps)
+        return model.complete(self.frames.embed(model, self.frame_index(index)), vectors, steps)
+
+    def gather(self, index: np.ndarray) -> tuple[Tensor, int, Tensor, Tensor | None]:
+        """Return what observations `index` (N,) share, for `ActorCriticModel.embed` and `complete`.
+
+        Returns:
+            The distinct frames (M, C, H, W), or the vectors (N, n) where there are no frames, perhaps followed by some
+            that fill up; M; which of these each observation is (N,); and the vectors (N, n) beside frames, else None.
+        """
+        vectors = self.vectors_of(index)
+        if self.frames is None:
+            return vectors, len(index), torch.arange(len(index), device=self.device), None
+        return *self.frames.gather(self.frame_index(index)), vectors
+
+    def moments(self) -> Tensor:
+        """Return what `RunningMoments.update` takes of all vectors stored so far."""
+        vectors = self.vectors[: self.count].double()
+        count = torch.tensor([float(self.count)], dtype=torch.float64, device=self.device)
+        return torch.cat((count, vectors.sum(dim=0), (vectors**2).sum(dim=0)))
 
 
-def make_store(task: Task, embed_dim: int, capacity: int, device: torch.device) -> FrameStore | VectorStore:
-    """Return the store for a task's observations, of which there are at most `capacity` before it is cleared."""
-    if task.visual:
-        return FrameStore(task.observation_shape, embed_dim, device)
-    return VectorStore(task.observation_shape, capacity, device)
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """Copy a NumPy array to a device without waiting for it."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def policy_step(
     model: ActorCriticModel,
+    forward: Callable[..., Prediction],
     timeline: Timeline,
-    store: FrameStore | VectorStore,
+    store: ObservationStore,
     arrays: SharedArrays,
     rows: slice,
     t: int,
@@ -267,6 +310,7 @@ def policy_step(
 
     Args:
         model: the actor-critic.
+        forward: its forward pass, perhaps compiled.
         timeline: the memory, read in front of and written to column L + t.
         store: takes the observations.
         arrays: of the workers.
@@ -277,8 +321,9 @@ def policy_step(
     Returns:
         The prediction and the index (n,) of the observations in the store.
     """
-    index = store.add(arrays.observations[rows], arrays.digests[rows])
+    index = store.add(arrays, rows)
+    mask = None if arrays.masks is None else to_device(arrays.masks[rows].copy(), timeline.device)
     with torch.inference_mode():
-        prediction = model(store.embed(model, index), timeline.window(rows, t, step))
+        prediction = forward(store.embed(model, index, step), timeline.window(rows, t, step), mask)
         timeline.write(rows, t, prediction.inputs, step)
     return prediction, index

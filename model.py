@@ -1,35 +1,38 @@
-"""The actor-critic: observation encoder, Transformer-XL, policy and value heads, optional observation decoder."""
+"""The actor-critic: observation encoder, Transformer-XL over episodic memory, policy and value heads."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
+from kernels.groups import MemoryView
 from kernels.products import Linear
-from transformer import MemoryView, Transformer
-from kernels.windows import Windows
+from kernels.windows import MASKED, Windows
+from transformer import Transformer
+from utils import Task
+
+if TYPE_CHECKING:
+    from run.config import Config
+
+# The smallest frame that passes the three convolutions of `VisualEncoder`.
+SMALLEST_PICTURE = 36
+# Normalised vectors are clipped to this many standard deviations.
+FURTHEST = 10.0
 
 
 @dataclass
-class Prediction:
-    """What the model says about N observations.
+class Categorical:
+    """A policy of N observations over discrete action branches.
 
     Attributes:
-        log_probs: one (N, actions) tensor of log-probabilities per action branch.
-        value: (N,) predicted discounted return.
-        inputs: (blocks, N, D) inputs of the blocks, detached: what memory is to keep of a step.
-        output: (N, D) output of the transformer.
-        attention: per block the attention weights, detached, as `Attention.forward` returns them.
+        log_probs: one (N, actions) tensor of log-probabilities per branch.
     """
 
     log_probs: list[Tensor]
-    value: Tensor
-    inputs: Tensor
-    output: Tensor
-    attention: list[Tensor]
 
     def log_prob(self, actions: Tensor) -> Tensor:
         """Return (N, branches): the log-probability of each branch of `actions` (N, branches)."""
@@ -37,20 +40,77 @@ class Prediction:
         return torch.cat(chosen, dim=1)
 
     def entropy(self) -> Tensor:
-        """Return (N,): the entropy of the policy, summed over branches."""
+        """Return (N,): the entropy, summed over branches."""
         return -sum((branch.exp() * branch).sum(dim=1) for branch in self.log_probs)
 
-    def sample(self, generator: torch.Generator) -> Tensor:
-        """Draw actions (N, branches): argmax of p/e, e exponentially distributed, is distributed as p."""
-        draws = [
-            (branch - torch.empty_like(branch).exponential_(generator=generator).log()).argmax(dim=1)
-            for branch in self.log_probs
-        ]
-        return torch.stack(draws, dim=1)
+    def sample(self, noise: Tensor) -> Tensor:
+        """Draw actions (N, branches): argmax of p/e is distributed as p.
+
+        Args:
+            noise: (N, sum of actions) e, exponentially distributed.
+        """
+        parts = noise.log().split([branch.shape[1] for branch in self.log_probs], dim=1)
+        return torch.stack([(b - e).argmax(dim=1) for b, e in zip(self.log_probs, parts, strict=True)], dim=1)
 
     def mode(self) -> Tensor:
         """Return (N, branches): the most probable actions."""
         return torch.stack([branch.argmax(dim=1) for branch in self.log_probs], dim=1)
+
+
+@dataclass
+class Normal:
+    """A policy of N observations over continuous actions: independent normal distributions.
+
+    Attributes:
+        mean: (N, entries).
+        log_std: (entries,), learned and the same for all observations.
+    """
+
+    mean: Tensor
+    log_std: Tensor
+
+    def log_prob(self, actions: Tensor) -> Tensor:
+        """Return (N, 1): the logarithm of the joint density of `actions` (N, entries)."""
+        distance = (actions - self.mean) * (-self.log_std).exp()
+        density = -0.5 * distance**2 - self.log_std - 0.5 * math.log(2 * math.pi)
+        return density.sum(dim=1, keepdim=True)
+
+    def entropy(self) -> Tensor:
+        """Return (N,): the differential entropy, summed over entries."""
+        return (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum().expand(len(self.mean))
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """Draw actions (N, entries) by standard normal `noise` (N, entries)."""
+        return self.mean + self.log_std.exp() * noise
+
+    def mode(self) -> Tensor:
+        """Return (N, entries): the most probable actions."""
+        return self.mean
+
+
+def action_noise(task: Task, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Return (*shape, entries) what `sample` of the task's policy draws actions by."""
+    noise = torch.empty(*shape, task.continuous or sum(task.branches), device=generator.device)
+    return noise.normal_(generator=generator) if task.continuous else noise.exponential_(generator=generator)
+
+
+@dataclass
+class Prediction:
+    """What the model says about N observations.
+
+    Attributes:
+        policy: the distribution of actions.
+        value: (N,) predicted discounted return.
+        inputs: (blocks, N, D) inputs of the blocks, detached: what memory is to keep of a step.
+        output: (N, D) output of the transformer.
+        attention: per block the attention weights, detached, as `Attention.forward` returns them.
+    """
+
+    policy: Categorical | Normal
+    value: Tensor
+    inputs: Tensor
+    output: Tensor
+    attention: list[Tensor]
 
 
 def orthogonal(layer: nn.Module, gain: float) -> nn.Module:
@@ -89,6 +149,30 @@ class VisualEncoder(nn.Module):
         return F.relu(self.hidden(x.flatten(1)))  # (N, 64·h·w), channels first as in the reference
 
 
+class GridEncoder(nn.Module):
+    """Two 3×3 convolutions for frames too small for `VisualEncoder`, such as symbolic grids, then a linear layer to D.
+
+    Args:
+        shape: (C, H, W) of a frame, H and W at least 3.
+        embed_dim: D.
+    """
+
+    def __init__(self, shape: tuple[int, ...], embed_dim: int) -> None:
+        super().__init__()
+        self.conv1 = orthogonal(nn.Conv2d(shape[0], 32, 3, padding=1), math.sqrt(2))
+        self.conv2 = orthogonal(nn.Conv2d(32, 64, 3, padding=1), math.sqrt(2))
+        self.to(memory_format=torch.channels_last)
+        self.sizes = [shape[1:]] * 3
+        self.hidden = orthogonal(Linear(64 * math.prod(shape[1:]), embed_dim), math.sqrt(2))
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Return (N, D) for uint8 frames (N, C, H, W)."""
+        # Symbols are small numbers, pixels large ones: the logarithm suits both.
+        x = F.relu(self.conv1(torch.log1p(frames.to(torch.float32))))
+        x = F.relu(self.conv2(x))
+        return F.relu(self.hidden(x.flatten(1)))  # (N, 64·H·W)
+
+
 class VectorEncoder(nn.Module):
     """One linear layer for float vectors.
 
@@ -101,49 +185,129 @@ class VectorEncoder(nn.Module):
         super().__init__()
         self.hidden = orthogonal(Linear(size, embed_dim), math.sqrt(2))
 
-    def forward(self, observations: Tensor) -> Tensor:
-        """Return (N, D) for observations (N, n)."""
-        return F.relu(self.hidden(observations))
+    def forward(self, vectors: Tensor) -> Tensor:
+        """Return (N, D) for vectors (N, n)."""
+        return F.relu(self.hidden(vectors))
+
+
+class RunningMoments(nn.Module):
+    """Brings vectors to mean 0 and variance 1 by what all rollouts so far have shown.
+
+    It changes between updates only, so that sampling and training of an update see the same numbers, and is saved with
+    the weights.
+
+    Args:
+        size: n of the vectors (n,).
+    """
+
+    count: Tensor
+    mean: Tensor
+    variance: Tensor
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(size, dtype=torch.float64))
+        self.register_buffer("variance", torch.ones(size, dtype=torch.float64))
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """Return (N, n) the vectors (N, n), normalised and clipped."""
+        scale = (self.variance + 1e-8).rsqrt()
+        return ((vectors - self.mean.float()) * scale.float()).clamp(-FURTHEST, FURTHEST)
+
+    def update(self, moments: Tensor) -> None:
+        """Take in more vectors (Chan et al. 1979).
+
+        Args:
+            moments: (1 + 2·n,) float64: their number, the sums of their entries and of the squares of these.
+        """
+        count, total, squares = moments[0], *moments[1:].chunk(2)
+        mean = total / count
+        variance = (squares / count - mean**2).clamp(min=0)
+        whole = self.count + count
+        difference = mean - self.mean
+        spread = self.variance * self.count + variance * count + difference**2 * self.count * count / whole
+        self.variance.copy_(spread / whole)
+        self.mean.add_(difference * count / whole)
+        self.count.copy_(whole)
 
 
 class ActorCriticModel(nn.Module):
-    """Encoder → embedding → Transformer-XL over episodic memory → policy branches and value.
+    """Encoder → embedding → Transformer-XL over episodic memory → policy and value.
 
     Args:
-        config: a checked config.
-        observation_shape: (C, H, W) of uint8 frames or (n,) of float vectors.
-        branches: number of actions of each action branch.
-        max_episode_steps: longest episode, None for endless tasks.
+        config: of the run.
+        task: what it plays.
     """
 
-    def __init__(
-        self, config: dict, observation_shape: tuple[int, ...], branches: list[int], max_episode_steps: int | None
-    ) -> None:
+    def __init__(self, config: "Config", task: Task) -> None:
         super().__init__()
-        embed_dim, hidden = config["transformer"]["embed_dim"], config["hidden_layer_size"]
-        self.branches, self.visual = list(branches), len(observation_shape) == 3
-        if self.visual:
-            self.encoder = VisualEncoder(observation_shape, embed_dim)
+        self.task = task
+        embed_dim, hidden = config.transformer.embed_dim, config.hidden_layer_size
+        self.encoder: nn.Module
+        if task.frame is None:
+            self.encoder = VectorEncoder(task.vector, embed_dim)
+        elif min(task.frame[1:]) < SMALLEST_PICTURE:
+            self.encoder = GridEncoder(task.frame, embed_dim)
         else:
-            self.encoder = VectorEncoder(observation_shape[0], embed_dim)
+            self.encoder = VisualEncoder(task.frame, embed_dim)
         self.embedding = orthogonal(Linear(embed_dim, embed_dim), math.sqrt(2))
-        self.transformer = Transformer(config["transformer"], max_episode_steps)
+        self.transformer = Transformer(config.transformer, task.max_episode_steps)
         self.policy_hidden = orthogonal(Linear(embed_dim, hidden), math.sqrt(2))
         self.value_hidden = orthogonal(Linear(embed_dim, hidden), math.sqrt(2))
-        self.policy = nn.ModuleList(orthogonal(Linear(hidden, n), math.sqrt(0.01)) for n in branches)
-        self.value = orthogonal(Linear(hidden, 1), config["value_gain"])
-        reconstructs = self.visual and config["reconstruction_coefficient"] > 0
-        self.decoder = VisualDecoder(self.encoder, observation_shape, embed_dim) if reconstructs else None
-        self.recall = Recall(embed_dim) if self.visual and config["recall_coefficient"] > 0 else None
+        outputs = [task.continuous] if task.continuous else task.branches
+        self.policy = nn.ModuleList(orthogonal(Linear(hidden, n), math.sqrt(0.01)) for n in outputs)
+        self.value = orthogonal(Linear(hidden, 1), config.value_gain)
+        self.log_std = nn.Parameter(torch.zeros(task.continuous)) if task.continuous else None
+        both = task.frame is not None and task.vector
+        self.vector = orthogonal(Linear(task.vector, embed_dim), math.sqrt(2)) if both else None
+        normalised = config.normalize_observations and task.vector
+        self.moments = RunningMoments(task.vector) if normalised else nn.Identity()
 
-    def embed(self, observations: Tensor) -> Tensor:
-        """Return h⁰ (M, D), what the first block reads, for observations (M, *observation_shape)."""
-        return F.relu(self.embedding(self.encoder(observations)))
+    def embed(self, distinct: Tensor) -> Tensor:
+        """Embed what observations share.
 
-    def forward(self, embedded: Tensor, memory: Windows | MemoryView) -> Prediction:
-        """Predict from embedded observations (N, D) and what each may look at."""
-        output, inputs, attention = self.transformer(embedded, memory)
+        Args:
+            distinct: (M, C, H, W) frames, or (M, n) vectors where there are no frames.
+
+        Returns:
+            (M, D) h⁰, what the first block reads; without its ReLU where `complete` adds a vector.
+        """
+        embedded = self.embedding(self.encoder(distinct if self.task.frame else self.moments(distinct)))
+        return embedded if self.vector is not None else F.relu(embedded)
+
+    def complete(self, embedded: Tensor, vectors: Tensor | None, step: Tensor) -> Tensor:
+        """Add what is each sample's own.
+
+        Args:
+            embedded: (N, D) of `embed`.
+            vectors: (N, n) beside frames, else None.
+            step: (N,) episode step.
+
+        Returns:
+            (N, D) h⁰.
+        """
+        if self.vector is not None:
+            embedded = F.relu(embedded + self.vector(self.moments(vectors)))
+        return self.transformer.place(embedded, step)
+
+    def forward(self, x: Tensor, memory: Windows | MemoryView, mask: Tensor | None = None) -> Prediction:
+        """Predict.
+
+        Args:
+            x: (N, D) of `complete`.
+            memory: what each sample may look at.
+            mask: (N, sum of actions) bool, False for actions that are not allowed; None if all are.
+        """
+        output, inputs, attention = self.transformer(x, memory)
         hidden = F.relu(self.policy_hidden(output))
-        log_probs = [branch(hidden).float().log_softmax(dim=1) for branch in self.policy]
+        logits = [branch(hidden).float() for branch in self.policy]
+        if self.log_std is not None:
+            policy: Categorical | Normal = Normal(logits[0], self.log_std)
+        else:
+            if mask is not None:
+                allowed = mask.split(list(self.task.branches), dim=1)
+                logits = [x.masked_fill(~part, MASKED) for x, part in zip(logits, allowed, strict=True)]
+            policy = Categorical([x.log_softmax(dim=1) for x in logits])
         value = self.value(F.relu(self.value_hidden(output))).float().squeeze(1)
-        return Prediction(log_probs, value, inputs, output, attention)
+        return Prediction(policy, value, inputs, output, attention)

@@ -1,9 +1,5 @@
-"""PPO with episodic Transformer-XL memory: sample → advantages → epochs of minibatches → log → checkpoint."""
+"""PPO with episodic Transformer-XL memory: sample → advantages → epochs of minibatches → log."""
 
-import copy
-import re
-import signal
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,16 +13,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from auxiliary import Novelty, auxiliary_tasks
 from buffer import Buffer, Minibatch
-from run.checkpoint import list_checkpoints, provenance, save_checkpoint, save_model
-from run.logger import Logger
-from kernels.frames import FrameCrossEntropy
-from memory import policy_step
-from model import ActorCriticModel, Prediction
+from environments.numbers import count_missing_success, episode_scalars
 from kernels.allocator import release_memory
 from kernels.optimizer import Optimizer
-from utils import Task, UserError, inspect_environment, polynomial_decay, reason_of, training_seed
-from worker import EnvironmentFailure, Episode, Workers
+from memory import policy_step, to_device
+from model import ActorCriticModel, Prediction, action_noise
+from run.checkpoint import provenance
+from run.config import Config
+from run.lifecycle import Keeper, StopRequest, check_finite, check_task
+from run.logger import Logger
+from run.world import World
+from utils import derived_seed, inspect_environment, polynomial_decay, training_seed
+from worker import Workers
 
 # Multiply-adds of a typical product, N·D², from which on a second thread pays.
 PARALLEL_WORTH = 2**21
@@ -37,27 +37,13 @@ OVERLAP_WORTH = 32
 PART_ROWS, FEWEST_ROWS = 512, 256
 # Episode statistics are means over this many of the latest episodes.
 EPISODES_KEPT = 100
-
-
-# What a minibatch reports, in this order, followed by the total loss and the gradient norms.
-LOSS_PARTS = ("policy", "value", "entropy", "kl", "clip_fraction", "reconstruction", "recall")
-
-
-class Interrupted(Exception):
-    """Somebody asked the run to stop."""
-
-
-class Unwritable(Exception):
-    """The disk is full or gone."""
-
-
-class NonFinite(Exception):
-    """A loss, a gradient or a prediction is not a number."""
+# What PPO reports of a minibatch, in this order; then come the auxiliary tasks, the total loss and gradient norms.
+LOSS_PARTS = ("policy", "value", "entropy", "kl", "clip_fraction")
 
 
 @dataclass
 class Options:
-    """How a run is carried out; nothing in here changes what is learned but for rounding and the draw of actions.
+    """How a run is carried out; nothing in here changes what is learned but for rounding.
 
     Attributes:
         device: where the model and the buffer live.
@@ -67,6 +53,7 @@ class Options:
         precision: "float32", or "bf16" for matrix products in bfloat16.
         compile: whether to compile the model with torch.compile.
         folder: where the folders models, checkpoints and summaries lie.
+        world: all processes that train together.
     """
 
     device: torch.device
@@ -75,11 +62,12 @@ class Options:
     precision: str = "float32"
     compile: bool = False
     folder: Path = Path(".")
+    world: World = World()
 
 
 def ppo_loss(
     prediction: Prediction, batch: Minibatch, value_loss_coefficient: float, clip_range: float, beta: float
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, list[Tensor]]:
     """Return the clipped PPO objective as a loss, and its parts (Schulman et al. 2017, eq. 7 and 9).
 
     Ratio and clip are taken per action branch, then the mean over branches and samples. The value loss is the larger of
@@ -91,91 +79,88 @@ def ppo_loss(
         value_loss_coefficient: weight of the value loss.
         clip_range: ε.
         beta: entropy coefficient.
+
+    Returns:
+        The loss, and its parts in the order of `LOSS_PARTS`, detached.
     """
     advantages, returns, old_values = batch.advantages[:, None], batch.returns, batch.values
-    log_ratio = prediction.log_prob(batch.actions) - batch.log_probs
+    log_ratio = prediction.policy.log_prob(batch.actions) - batch.log_probs
     ratio = log_ratio.exp()
     policy = torch.min(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages).mean()
     value = prediction.value
     clipped_value = old_values + (value - old_values).clamp(-clip_range, clip_range)
     value_error = torch.max((value - returns) ** 2, (clipped_value - returns) ** 2).mean()
-    entropy = prediction.entropy().mean()
+    entropy = prediction.policy.entropy().mean()
     loss = -policy + value_loss_coefficient * value_error - beta * entropy
     with torch.no_grad():
         kl = (ratio - 1 - log_ratio).mean()  # Schulman 2020, "Approximating KL divergence", k3
         clip_fraction = ((ratio - 1).abs() > clip_range).float().mean()
-    parts = {"policy": policy, "value": value_error, "entropy": entropy, "kl": kl, "clip_fraction": clip_fraction}
-    return loss, {name: part.detach() for name, part in parts.items()}
+    return loss, [part.detach() for part in (policy, value_error, entropy, kl, clip_fraction)]
 
 
 class PPOTrainer:
     """Trains one model on one task.
 
     Args:
-        config: a checked config.
+        config: of the run.
         run_id: names the folders and the model.
         seed: everything random derives from it.
         options: how the run is carried out.
         checkpoint: the state to continue from, or None for a new run.
     """
 
-    def __init__(self, config: dict, run_id: str, seed: int, options: Options, checkpoint: dict | None = None) -> None:
+    def __init__(
+        self, config: Config, run_id: str, seed: int, options: Options, checkpoint: dict | None = None
+    ) -> None:
         self.config, self.seed, self.options, self.device = config, seed, options, options.device
-        self.checkpoints = options.folder / "checkpoints" / run_id
-        self.model_path = options.folder / "models" / f"{run_id}.nn"
-        self.task = inspect_environment(config["environment"])
+        self.world, self.stop = options.world, StopRequest()
+        self.task = inspect_environment(config.environment)
         check_task(config, self.task)
         torch.manual_seed(seed)
-        self.model = ActorCriticModel(config, *vars(self.task).values()).to(self.device)
+        self.model = ActorCriticModel(config, self.task).to(self.device)
+        self.auxiliary = auxiliary_tasks(config, self.model).to(self.device)
         self.forward = torch.compile(self.model, dynamic=True) if options.compile else self.model
-        self.optimizer = Optimizer(self.model, config["max_grad_norm"])
-        self.buffer = Buffer(config, self.model, self.task, self.device)
+        self.optimizer = Optimizer({"": self.model, "auxiliary.": self.auxiliary}, config.max_grad_norm)
+        self.buffer = Buffer(config, self.model, self.device, self.world)
         self.buffer.timeline.in_place &= not options.compile  # what torch.compile cannot look into
         self.generator = torch.Generator(self.device)
+        self._divide_among_threads()
+        self.reports = (*LOSS_PARTS, *(name for task in self.auxiliary.values() for name in task.reports), "total")
+        front = {*self.model.encoder.parameters(), *self.model.embedding.parameters()}
+        self.behind = [parameter for parameter in self.optimizer.parameters if parameter not in front]
+        own, overlap = self.world.share(config.n_workers), options.overlap
+        if overlap is None:
+            many_frames = self.task.frame is not None and config.n_workers >= OVERLAP_WORTH
+            overlap = self.device.type == "cuda" or many_frames
+        episode_seed = partial(training_seed, seed, config.environment)
+        groups = 2 if overlap and len(own) > 1 else 1
+        self.workers = Workers(
+            config.environment, self.task, len(own), episode_seed, options.processes, groups, first=own.start
+        )
+        self.update = 0
+        self.step = np.zeros(len(own), dtype=np.int64)  # episode step of each environment
+        self.novelty = Novelty(config.novelty_schedule, len(own))
+        self.ended: list[tuple[int, int, dict[str, float]]] = []  # (t, environment, report) of this update's episodes
+        self.finished: list[dict[str, float]] = []  # what the latest episodes reported
+        self.run = {"run_id": run_id, "seed": seed} | provenance(self.device)
+        self.keeper = Keeper(self, options.folder, checkpoint)
+
+    def _divide_among_threads(self) -> None:
+        """Decide how many parts a minibatch is differentiated in, each by a thread of its own."""
         self.threads = torch.get_num_threads()
         # A whole minibatch fills a GPU, and a compiled model belongs to one thread.
-        divided = self.device.type == "cpu" and not options.compile
-        size = self.buffer.minibatch_size
+        divided = self.device.type == "cpu" and not self.options.compile
+        size = self.buffer.minibatch_size // self.world.size
         self.parts = max(1, size // PART_ROWS, min(2, size // FEWEST_ROWS)) if divided else 1
         lanes = min(self.parts, self.threads)
         pool = ThreadPoolExecutor(lanes, initializer=torch.set_num_threads, initargs=(self.threads // lanes,))
         # Both keep the order of the parts, so that sums do not depend on which thread is the fastest.
         self.map_parts = map if self.parts == 1 else pool.map
-        front = {*self.model.encoder.parameters(), *self.model.embedding.parameters()}
-        self.behind = [parameter for parameter in self.model.parameters() if parameter not in front]
-        n_workers = config["n_workers"]
-        overlap = options.overlap
-        if overlap is None:
-            overlap = self.device.type == "cuda" or (self.task.visual and n_workers >= OVERLAP_WORTH)
-        self.workers = Workers(
-            config["environment"],
-            self.task,
-            n_workers,
-            partial(training_seed, seed, config["environment"]),
-            options.processes,
-            groups=2 if overlap and n_workers > 1 else 1,
-        )
-        self.update = 0
-        self.step = np.zeros(n_workers, dtype=np.int64)  # episode step of each environment
-        self.seen: list[set[bytes]] = [set() for _ in range(n_workers)]  # observations of the running episodes
-        self.finished: list[dict[str, float]] = []  # what the latest episodes reported
-        self.stopping = False
-        self.run = {"run_id": run_id, "seed": seed} | provenance(self.device)
-        if checkpoint is not None:
-            try:
-                self._restore(checkpoint)
-                self.state()
-            except Exception as error:  # the file is ours by its marks, but holds something else
-                found = f"the checkpoint holds no run of this config ({reason_of(error)})"
-                raise UserError(f"{self.checkpoints}: {found}") from error
-        self.boundary = self.state()
 
     @property
     def samples(self) -> int:
         """Environment steps of one update."""
-        return self.config["n_workers"] * self.config["worker_steps"]
-
-    # --------------------------------------------------------------------------------------------------- the algorithm
+        return self.config.n_workers * self.config.worker_steps
 
     def train(self) -> None:
         """Carry out all updates that are left and write the model.
@@ -184,27 +169,22 @@ class PPOTrainer:
             Interrupted: after SIGINT or SIGTERM, when the state behind the last update is saved.
             EnvironmentFailure: if an environment fails, when that state is saved too.
             NonFinite: if a number went wrong; the checkpoints stay as they are.
+            Unwritable: if the disk is full or gone.
         """
         logger = Logger(self.options.folder / "summaries", self.config, self.run, self.update * self.samples)
-        try:
-            with self._signals():
+        with self.keeper.nothing_lost(), self.stop.on_signals():
+            try:
                 self.start_workers()
-                while self.update < self.config["updates"]:
+                while self.update < self.config.updates:
                     scalars = self.train_update()
                     logger.log(self.update, self.update * self.samples, scalars)
-                    self._at_intervals(logger)
-                save_checkpoint(self.checkpoints, self.update, self.boundary)
-                self.save_model(self.model_path)
-            logger.close()
-        except (Interrupted, EnvironmentFailure, UserError):
-            self._try_checkpoint()
-            raise
-        except OSError as error:
-            raise Unwritable(f"update {self.update}: cannot write any more: {error.strerror}") from error
-        finally:
-            self.workers.close()
-            with suppress(OSError):
+                    self.keeper.at_intervals(logger)
+                self.keeper.finish()
                 logger.close()
+            finally:
+                self.workers.close()
+                with suppress(OSError):
+                    logger.close()
 
     def train_update(self) -> dict[str, float]:
         """Carry out one update and return what is logged of it."""
@@ -212,14 +192,25 @@ class PPOTrainer:
         self.sample()
         times.append(time.perf_counter())
         statistics = self.optimise()
-        self._check_finite(statistics)
+        check_finite(self, statistics)
         times.append(time.perf_counter())
         self.update += 1
-        self.buffer.timeline.roll(self.config["worker_steps"])
-        self.boundary = None  # freed before its successor is made: the two are as large as six models
-        self.boundary = self.state()
+        self.buffer.timeline.roll(self.config.worker_steps)
+        if self.config.normalize_observations:
+            self._update_moments()
+        self._collect_reports()
+        self.keeper.remember()
         release_memory()
         return self._scalars(statistics, np.diff(times))
+
+    def start_workers(self) -> None:
+        """Start the environments, with the running episodes of a resumed run replayed."""
+        fresh = self.workers.start()
+        self.step[fresh] = 0
+        for index in range(len(self.step)) if self.update == 0 else fresh:
+            self.novelty.begin(index, self.workers.episodes[index].digest)
+
+    # -------------------------------------------------------------------------------------------------------- sampling
 
     def sample(self) -> None:
         """Fill the buffer with one rollout of all environments and estimate its advantages.
@@ -230,97 +221,106 @@ class PPOTrainer:
         # Where the policy and the environments work at the same time, they share the cores.
         self._use_threads(len(groups[0]), max(1, self.threads // len(groups)))
         buffer.begin()
+        # Noise depends on environment and step only: not on groups, nor on who steps the environment.
         self.generator.manual_seed(derived_seed(self.seed, self.update))
+        noise = action_noise(self.task, (buffer.worker_steps, self.config.n_workers), self.generator)
+        own = self.world.share(self.config.n_workers)
+        noise = noise[:, own.start : own.stop]
         with self._precision(), self.model.transformer.constant_weights():
             for t in range(buffer.worker_steps):
                 for group in groups:
                     if t > 0:
                         self._receive(group, t - 1)
-                    self._act(group, t)
+                    self._act(group, t, noise[t, group.start : group.stop])
             for group in groups:
                 self._receive(group, buffer.worker_steps - 1)
-            arrays = self.workers.arrays
-            last_index = buffer.observations.add(arrays.observations, arrays.digests)
+            buffer.last_index = buffer.observations.add(self.workers.arrays, slice(0, buffer.n_workers))
             with torch.no_grad():
-                next_values = buffer.bootstrap(self.model, last_index, self.step)
+                next_values = buffer.bootstrap(self.model, self.step)
         buffer.compute_advantages(next_values)
-        if self.model.recall is not None:
-            buffer.note_seen()
+        for task in self.auxiliary.values():
+            task.prepare(buffer)
 
-    def _act(self, group: range, t: int) -> None:
-        """Let the policy act in the environments of a group, and let them step."""
-        self._check_stop()
-        buffer, rows = self.buffer, slice(group.start, group.stop)
+    def _act(self, group: range, t: int, noise: Tensor) -> None:
+        """Let the policy act in the environments of a group by their noise (n, entries), and let them step."""
+        self.stop.check()
+        buffer, arrays, rows = self.buffer, self.workers.arrays, slice(group.start, group.stop)
         step = self.step[rows].copy()
         prediction, index = policy_step(
-            self.forward, buffer.timeline, buffer.observations, self.workers.arrays, rows, t, step
+            self.model, self.forward, buffer.timeline, buffer.observations, arrays, rows, t, step
         )
-        actions = prediction.sample(self.generator)
+        if buffer.masks is not None and arrays.masks is not None:
+            buffer.masks[rows, t] = to_device(arrays.masks[rows].copy(), self.device)
+        actions = prediction.policy.sample(noise)
         self.workers.send(group, actions.cpu().numpy())
         buffer.observation_index[rows, t], buffer.step[rows, t] = index, step
         buffer.actions[rows, t] = actions
-        buffer.log_probs[rows, t] = prediction.log_prob(actions)
+        buffer.log_probs[rows, t] = prediction.policy.log_prob(actions)
         buffer.values[rows, t] = prediction.value
 
     def _receive(self, group: range, t: int) -> None:
         """Wait for the environments of a group and store what came of step t."""
-        self.finished += [info for _, info in self.workers.receive(group)]
-        del self.finished[:-EPISODES_KEPT]
-        buffer, arrays, rows = self.buffer, self.workers.arrays, slice(group.start, group.stop)
+        workers, buffer, rows = self.workers, self.buffer, slice(group.start, group.stop)
+        self.ended += [(t, workers.first + index, report) for index, report in workers.receive(group)]
+        arrays = workers.arrays
         buffer.rewards[rows, t] = arrays.rewards[rows]
         buffer.terminated[rows, t] = arrays.terminated[rows]
         buffer.truncated[rows, t] = arrays.truncated[rows]
         done = arrays.terminated[rows] | arrays.truncated[rows]
-        for index in group.start + np.flatnonzero(arrays.truncated[rows]):
-            final = arrays.final_observations[index : index + 1], arrays.final_digests[index : index + 1]
-            buffer.final_index[int(index), t] = int(buffer.observations.add(*final)[0])
+        for index in (group.start + np.flatnonzero(arrays.truncated[rows])).tolist():
+            final = buffer.observations.add(arrays, slice(index, index + 1), final=True)
+            buffer.final_index[index, t] = int(final[0])
         self.step[rows] = np.where(done, 0, self.step[rows] + 1)
-        self._reward_novelty(group, t, done)
+        digests = [workers.episodes[index].digest for index in group]
+        buffer.rewards[rows, t] += self.novelty.bonus(group, digests, done, self.update)
 
-    def _reward_novelty(self, group: range, t: int, done: np.ndarray) -> None:
-        """Add the novelty bonus to the rewards of observations that are new in their episode."""
-        bonus = polynomial_decay(self.config["novelty_schedule"], self.update)
-        if bonus == 0:
-            return
-        for index, ended in zip(group, done, strict=True):
-            digest, seen = self.workers.episodes[index].digest, self.seen[index]
-            if ended:
-                seen.clear()
-            elif digest not in seen:
-                self.buffer.rewards[index, t] += bonus
-            seen.add(digest)
+    # ---------------------------------------------------------------------------------------------------- optimisation
 
     def optimise(self) -> Tensor:
         """Train on the rollout; return the statistics (minibatches, names) of all minibatches, still on the device."""
-        schedules = [self.config[f"{name}_schedule"] for name in ("learning_rate", "clip_range", "beta")]
-        learning_rate, clip_range, beta = (polynomial_decay(schedule, self.update) for schedule in schedules)
-        self.optimizer.set_learning_rate(learning_rate)
+        config = self.config
+        self.optimizer.set_learning_rate(polynomial_decay(config.learning_rate_schedule, self.update))
+        clip_range = polynomial_decay(config.clip_range_schedule, self.update)
+        beta = polynomial_decay(config.beta_schedule, self.update)
         self._use_threads(self.buffer.minibatch_size, self.threads)
         statistics = []
-        for epoch in range(self.config["epochs"]):
+        for epoch in range(config.epochs):
             for samples in self.buffer.minibatches(np.random.default_rng((self.seed, self.update, epoch))):
-                self._check_stop()
+                self.stop.check()
                 statistics.append(self._train_minibatch(samples, clip_range, beta))
-        return torch.stack(statistics)
+        losses, norms = torch.stack(statistics).split((len(self.reports), len(self.optimizer.modules) + 1), dim=1)
+        losses = losses.contiguous()
+        self.world.add(losses)
+        return torch.cat((losses, norms), dim=1)
 
     def _train_minibatch(self, samples: np.ndarray, clip_range: float, beta: float) -> Tensor:
-        """Take one optimiser step; return its losses and gradient norms (names,).
+        """Take one optimiser step; return its losses, of this process's share, and its gradient norms (names,)."""
+        minibatch = self.buffer.minibatch(samples)
+        for name, task in self.auxiliary.items():
+            minibatch.targets[name] = task.targets(self.buffer, minibatch.samples)
+        self.optimizer.clear()
+        losses = torch.zeros(len(self.reports), device=self.device)
+        if len(minibatch):
+            losses = self._accumulate_gradient(minibatch, len(samples), clip_range, beta)
+        self.world.add(self.optimizer.gradient)
+        return torch.cat((losses, self.optimizer.step()))
+
+    def _accumulate_gradient(self, minibatch: Minibatch, samples: int, clip_range: float, beta: float) -> Tensor:
+        """Differentiate this process's share of a minibatch of so many samples; return its losses (names,).
 
         Observations are embedded for the whole minibatch, which shares them. All that follows is differentiated in
         parts, each by a thread of its own: so the cores wait for each other once and not in every operation.
         """
-        minibatch = self.buffer.minibatch(samples, self.config["normalize_advantages"])
         with self._precision():
             embedded = self.model.embed(minibatch.observations)
         leaf = embedded.detach().requires_grad_()
-        self.optimizer.clear()
-        differentiate = partial(self._differentiate, len(samples), leaf, clip_range, beta)
-        of_embedded, statistics = 0, 0
-        for (gradient, *gradients), losses in self.map_parts(differentiate, minibatch.split(self.parts)):
+        differentiate = partial(self._differentiate, samples, leaf, clip_range, beta)
+        of_embedded, losses = torch.zeros(()), torch.zeros(())
+        for (gradient, *gradients), reported in self.map_parts(differentiate, minibatch.split(self.parts)):
             torch._foreach_add_([parameter.grad for parameter in self.behind], gradients)
-            of_embedded, statistics = of_embedded + gradient, statistics + losses
+            of_embedded, losses = of_embedded + gradient, losses + reported
         embedded.backward(of_embedded)
-        return torch.cat((statistics, self.optimizer.step()))
+        return losses
 
     def _differentiate(
         self, samples: int, embedded: Tensor, clip_range: float, beta: float, part: Minibatch
@@ -337,33 +337,45 @@ class PPOTrainer:
         Returns:
             The gradients with respect to `embedded` and to the parameters behind it, and the losses (names,).
         """
-        config, model = self.config, self.model
+        config = self.config
         with self._precision():
-            prediction = self.forward(F.embedding(part.which, embedded), self.buffer.timeline.view(part.groups))
-            loss, reported = ppo_loss(prediction, part, config["value_loss_coefficient"], clip_range, beta)
-            reported["reconstruction"] = reported["recall"] = torch.zeros_like(loss)
-            if model.decoder is not None:
-                logits = model.decoder(prediction.output)
-                reconstruction = FrameCrossEntropy.apply(logits, part.observations, part.which)
-                reported["reconstruction"] = reconstruction.detach()
-                loss = loss + config["reconstruction_coefficient"] * reconstruction
-            if model.recall is not None:
-                shown = part.shown.float()
-                logits = model.recall(prediction.output, embedded[: shown.shape[1]])
-                known = part.known.float().expand_as(logits)
-                recall = F.binary_cross_entropy_with_logits(logits, shown, known)
-                reported["recall"] = recall.detach()
-                loss = loss + config["recall_coefficient"] * recall
+            x = self.model.complete(F.embedding(part.which, embedded), part.vectors, part.step)
+            prediction = self.forward(x, self.buffer.timeline.view(part.groups), part.masks)
+            loss, reported = ppo_loss(prediction, part, config.value_loss_coefficient, clip_range, beta)
+            for name, task in self.auxiliary.items():
+                auxiliary, own = task.loss(prediction, part, embedded)
+                loss = loss + getattr(config, f"{name}_coefficient") * auxiliary
+                reported += own
         share = len(part) / samples
         gradients = torch.autograd.grad(loss * share, [embedded, *self.behind])
-        return gradients, share * torch.stack([*(reported[name] for name in LOSS_PARTS), loss.detach()])
+        return gradients, share * torch.stack([*reported, loss.detach()])
 
     def _use_threads(self, rows: int, most: int) -> None:
         """Compute with `most` threads if that pays for so many rows, else with one: waiting for each other costs."""
-        pays = rows * self.model.transformer.embed_dim**2 >= PARALLEL_WORTH
+        pays = rows * self.config.transformer.embed_dim**2 >= PARALLEL_WORTH
         torch.set_num_threads(most if pays else 1)
 
-    # --------------------------------------------------------------------------------------- statistics and safeguards
+    @contextmanager
+    def _precision(self) -> Iterator[None]:
+        """Compute matrix products as `options.precision` says."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16"):
+            yield
+
+    # ------------------------------------------------------------------------------------------------------ statistics
+
+    def _update_moments(self) -> None:
+        """Let the model normalise vectors by what this rollout has shown, too."""
+        moments = self.buffer.observations.moments()
+        self.world.add(moments)
+        self.model.moments.update(moments)
+
+    def _collect_reports(self) -> None:
+        """Add what all processes' episodes reported during this update, in the order in which they ended."""
+        ended = [report for reports in self.world.gather(self.ended) for report in reports]
+        self.finished += [report for _, _, report in sorted(ended, key=lambda report: report[:2])]
+        count_missing_success(self.finished)
+        self.ended.clear()
+        del self.finished[:-EPISODES_KEPT]
 
     def _scalars(self, statistics: Tensor, seconds: np.ndarray) -> dict[str, float]:
         """Return all that is logged of an update by its TensorBoard tag.
@@ -373,174 +385,24 @@ class PPOTrainer:
             seconds: that sampling and optimisation took.
         """
         buffer, config = self.buffer, self.config
-        names = [f"losses/{name}" for name in (*LOSS_PARTS, "total")]
+        names = [f"losses/{name}" for name in self.reports]
         names += [f"gradients/{module}" for module in (*self.optimizer.modules, "all")]
         scalars = dict(zip(names, statistics.mean(dim=0).tolist(), strict=True))
         for name in ("kl", "clip_fraction"):
             scalars[f"training/{name}"] = scalars.pop(f"losses/{name}")
+        if "losses/predictable" in scalars:
+            predicted, predictable = scalars.pop("losses/predicted"), scalars.pop("losses/predictable")
+            scalars["training/prediction_accuracy"] = predicted / max(predictable, 1e-8)
         scalars["losses/policy"] *= -1  # what is minimised
-        returns, values = buffer.values + buffer.advantages, buffer.values
+        values, advantages = self.world.join_rows(buffer.values), buffer.all_advantages.view(config.n_workers, -1)
+        returns = values + advantages
         scalars["training/value"] = values.mean().item()
-        scalars["training/advantage"] = buffer.advantages.mean().item()
+        scalars["training/advantage"] = advantages.mean().item()
         variance = returns.var()
         scalars["training/explained_variance"] = (1 - (returns - values).var() / variance.clamp(min=1e-8)).item()
         for name in ("learning_rate", "clip_range", "beta", "novelty"):
-            scalars[f"training/{name}"] = polynomial_decay(config[f"{name}_schedule"], self.update - 1)
+            scalars[f"training/{name}"] = polynomial_decay(getattr(config, f"{name}_schedule"), self.update - 1)
         scalars["performance/distinct_observations"] = len(buffer.observations)
         for name, duration in zip(("sampling", "optimisation", "update"), (*seconds, seconds.sum()), strict=True):
             scalars[f"performance/{name}_steps_per_second"] = self.samples / duration
-        for name in {name: None for info in self.finished for name in info}:
-            reported = [info[name] for info in self.finished if name in info]
-            scalars[f"episode/{name}_mean"] = float(np.mean(reported))
-            if name in ("reward", "length"):
-                scalars[f"episode/{name}_std"] = float(np.std(reported))
-        return scalars
-
-    def _check_finite(self, statistics: Tensor) -> None:
-        """Raise NonFinite naming the first number of the update that is not finite."""
-        found = ""
-        if not torch.isfinite(self.buffer.values).all():
-            found = "sampling: a predicted value"
-        elif not torch.isfinite(self.buffer.log_probs).all():
-            found = "sampling: a log-probability"
-        elif not torch.isfinite(self.buffer.advantages).all():
-            found = "sampling: an advantage"
-        elif not torch.isfinite(statistics).all():
-            bad = (~torch.isfinite(statistics)).cpu().numpy()
-            minibatch = int(bad.any(axis=1).argmax())
-            losses = [f"the {name} loss" for name in (*LOSS_PARTS, "total")]
-            names = [*losses, *(f"a gradient of {module}" for module in self.optimizer.modules), "the gradient norm"]
-            name = names[bad[minibatch].argmax()]
-            epoch, minibatch = divmod(minibatch, self.config["n_mini_batch"])
-            found = f"epoch {epoch + 1}, minibatch {minibatch + 1}: {name}"
-        elif not torch.isfinite(self.optimizer.weights).all():
-            found = "the last optimiser step: a weight"
-        if found:
-            saved = list_checkpoints(self.checkpoints)
-            last = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint had been written"
-            raise NonFinite(f"update {self.update + 1}, {found} is not finite; {last}")
-
-    @contextmanager
-    def _precision(self) -> Iterator[None]:
-        """Compute matrix products as `options.precision` says."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16"):
-            yield
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Turn the first SIGINT or SIGTERM into a request to stop; a second SIGINT stops at once."""
-
-        def request(number: int, frame: object) -> None:
-            if self.stopping and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.stopping = True
-
-        previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-    def _check_stop(self) -> None:
-        if self.stopping:
-            raise Interrupted
-
-    # -------------------------------------------------------------------------------------------- starting and stopping
-
-    def start_workers(self) -> None:
-        """Start the environments, with the running episodes of a resumed run replayed."""
-        fresh = self.workers.start()
-        for index in fresh:
-            self.step[index] = 0
-            self.seen[index].clear()
-        for index in range(len(self.seen)) if self.update == 0 else fresh:
-            self.seen[index].add(self.workers.episodes[index].digest)
-        if fresh:
-            print(f"environments {sorted(fresh)} are not deterministic and began fresh episodes", file=sys.stderr)
-
-    def state(self) -> dict:
-        """Return a copy of all that the rest of the run depends on, as tensors and plain data."""
-        timeline = self.buffer.timeline
-        # Digests as text: an empty `bytes` is nothing that weights_only=True reads.
-        episodes = [
-            {"number": episode.number, "actions": list(episode.actions), "digest": episode.digest.hex()}
-            for episode in self.workers.episodes
-        ]
-        return {
-            "config": self.config,
-            "seed": self.seed,
-            "run": self.run,
-            "update": self.update,
-            "weights": copy.deepcopy(self.model.state_dict()),
-            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
-            "memory": timeline.items[:, :, : timeline.length].clone(),
-            "item_step": timeline.item_step[:, : timeline.length].clone(),
-            "step": self.step.tolist(),
-            "episodes": episodes,
-            "seen": [sorted(seen) for seen in self.seen],
-            "finished": list(self.finished),
-        }
-
-    def _restore(self, state: dict) -> None:
-        """Continue from what `state` returned."""
-        self.model.load_state_dict(state["weights"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        timeline = self.buffer.timeline
-        timeline.items[:, :, : timeline.length] = state["memory"].to(self.device)
-        timeline.item_step[:, : timeline.length] = state["item_step"].to(self.device)
-        self.update, self.finished, self.run = state["update"], state["finished"], state["run"]
-        # These become a path and lines; a file must not choose where else to write.
-        if not {str} >= {type(self.run[key]) for key in ("run_id", "device", "commit")} or not re.fullmatch(
-            r"[\w.-]*\w/[\d-]+", self.run.get("summaries", "x/0")
-        ):
-            raise ValueError("its description is none")
-        self.step = np.array(state["step"], dtype=np.int64)
-        self.seen = [set(seen) for seen in state["seen"]]
-        self.workers.episodes = [
-            Episode(episode["number"], list(episode["actions"]), bytes.fromhex(episode["digest"]))
-            for episode in state["episodes"]
-        ]
-
-    def _try_checkpoint(self) -> None:
-        """Write the state behind the last update; a failure is reported, and the older checkpoints stay intact."""
-        try:
-            save_checkpoint(self.checkpoints, self.boundary["update"], self.boundary)
-        except OSError as error:
-            print(f"{self.checkpoints}: the checkpoint could not be written: {error.strerror}", file=sys.stderr)
-
-    def _at_intervals(self, logger: Logger) -> None:
-        """Do what is due every so many updates."""
-        config = self.config
-        if config["model_interval"] and self.update % config["model_interval"] == 0:
-            self.save_model(self.checkpoints / f"model-{self.update * self.samples:012d}.nn")
-        if config["histogram_interval"] and self.update % config["histogram_interval"] == 0:
-            logger.histograms(self.update * self.samples, self.model)
-        if config["video_interval"] and self.update % config["video_interval"] == 0:
-            logger.video(self.update * self.samples, self.model, config, self.task)
-        if self.update % config["checkpoint_interval"] == 0:  # last: a resumed run repeats nothing in front of it
-            logger.flush()
-            self._try_checkpoint()
-
-    def save_model(self, path: Path) -> None:
-        """Write the model as it is now."""
-        progress = {"updates": self.update, "steps": self.update * self.samples}
-        save_model(path, self.model, self.config, self.task, self.run | progress)
-
-
-def derived_seed(*numbers: int) -> int:
-    """Return a seed that depends on all of the numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-
-
-def check_task(config: dict, task: Task) -> None:
-    """Raise UserError where a config does not fit its task."""
-    encoding = config["transformer"]["positional_encoding"]
-    if task.max_episode_steps is None and encoding in ("absolute", "learned"):
-        raise UserError(
-            f"transformer.positional_encoding: {encoding!r} needs a longest episode, which this task does not have; "
-            "allowed are '' and 'relative'"
-        )
-    for name in ("reconstruction_coefficient", "recall_coefficient"):
-        if config[name] > 0 and not task.visual:
-            raise UserError(f"{name}: {config[name]} needs frames, this task shows vectors; allowed is 0")
+        return scalars | episode_scalars(self.finished)

@@ -12,7 +12,7 @@ which costs 2·D² + 2·heads·L·D instead of 2·L·D² multiply-adds per query
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from kernels.gating import Gating
 from kernels.groups import MemoryView
 from kernels.products import Linear, linear
 from kernels.windows import Windows
+
+if TYPE_CHECKING:
+    from run.config import TransformerConfig
 
 
 def sinusoid(angle_steps: Tensor, embed_dim: int) -> Tensor:
@@ -152,19 +155,19 @@ class Block(nn.Module):
         config: the `transformer` section of a config.
     """
 
-    def __init__(self, config: dict) -> None:
+    def __init__(self, config: "TransformerConfig") -> None:
         super().__init__()
-        embed_dim, self.layer_norm = config["embed_dim"], config["layer_norm"]
+        embed_dim, self.layer_norm = config.embed_dim, config.layer_norm
         self.attention = Attention(
-            embed_dim, config["num_heads"], config["memory_length"], config["positional_encoding"] == "relative"
+            embed_dim, config.num_heads, config.memory_length, config.positional_encoding == "relative"
         )
         self.feed_forward = Linear(embed_dim, embed_dim)
         normed = self.layer_norm != ""
         self.norm1 = nn.LayerNorm(embed_dim) if normed else nn.Identity()
         self.norm2 = nn.LayerNorm(embed_dim) if normed else nn.Identity()
         self.norm_kv = nn.LayerNorm(embed_dim) if self.layer_norm == "pre" else None
-        self.gate1 = Gate(embed_dim, config["gtrxl_bias"]) if config["gtrxl"] else torch.add
-        self.gate2 = Gate(embed_dim, config["gtrxl_bias"]) if config["gtrxl"] else torch.add
+        self.gate1 = Gate(embed_dim, config.gtrxl_bias) if config.gtrxl else torch.add
+        self.gate2 = Gate(embed_dim, config.gtrxl_bias) if config.gtrxl else torch.add
 
     def forward(self, x: Tensor, items: Tensor, memory: Windows | MemoryView) -> tuple[Tensor, Tensor]:
         """Return the layer's output (N, D) and its attention weights; arguments as in `Attention.forward`."""
@@ -185,11 +188,12 @@ class Transformer(nn.Module):
         max_episode_steps: T, which the absolute and the learned encoding need; None for endless tasks.
     """
 
-    def __init__(self, config: dict, max_episode_steps: int | None) -> None:
+    def __init__(self, config: "TransformerConfig", max_episode_steps: int | None) -> None:
         super().__init__()
-        self.embed_dim, self.num_heads = config["embed_dim"], config["num_heads"]
-        self.encoding, self.pre_norm = config["positional_encoding"], config["layer_norm"] == "pre"
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config["num_blocks"]))
+        self.embed_dim, self.num_heads = config.embed_dim, config.num_heads
+        self.encoding, self.pre_norm = config.positional_encoding, config.layer_norm == "pre"
+        self.query_position = config.query_position
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_blocks))
         if self.encoding == "absolute":
             steps = torch.arange(max_episode_steps - 1, -1, -1)
             self.register_buffer("position", sinusoid(steps, self.embed_dim), persistent=False)  # (T, D)
@@ -207,6 +211,16 @@ class Transformer(nn.Module):
         finally:
             for block in self.blocks:
                 block.attention.folded = None
+
+    def place(self, embedded: Tensor, step: Tensor) -> Tensor:
+        """Return (N, D): embedded observations (N, D), with the position of their episode step (N,) if so configured.
+
+        Where only memory items carry positions, as in the reference, a query has to infer its own step.
+        """
+        if not self.query_position:
+            return embedded
+        # What a time limit leaves behind the last step stands where that step stood.
+        return embedded + F.embedding(step.clamp(max=len(self.position) - 1), self.position)
 
     def to_items(self, inputs: Tensor, step: Tensor) -> Tensor:
         """Turn what the blocks received at a step into what memory stores: constant for as long as it is kept.

@@ -3,25 +3,23 @@
 import math
 import traceback
 from dataclasses import dataclass
-from numbers import Real
+from typing import Any
 
 import numpy as np
 
 import kernels.allocator  # noqa: F401  (sets what PyTorch reads when it is loaded)
-from environments import MEMORY_GYM_TYPES
-
-ENVIRONMENT_TYPES = ("PocMemoryEnv", "CartPole", "CartPoleMasked", "Minigrid", *MEMORY_GYM_TYPES, "Gymnasium")
+from environments.section import Schedule, Section
 
 
 class UserError(Exception):
     """Something that the user can put right; command lines print it without a traceback and exit with code 2."""
 
 
-def create_env(environment: dict, render_mode: str | None = None):
-    """Create one environment; this is the one place to add a type.
+def create_env(section: Section, render_mode: str | None = None) -> Any:
+    """Create one environment.
 
     Args:
-        environment: the `environment` section of a config.
+        section: the `environment` section of a config.
         render_mode: "rgb_array" to be able to call `render`, else None.
 
     Returns:
@@ -30,34 +28,13 @@ def create_env(environment: dict, render_mode: str | None = None):
     Raises:
         UserError: if the section names something that does not exist or cannot be played.
     """
-    kind = environment["type"]
     try:
-        if kind == "PocMemoryEnv":
-            from environments.poc_memory_env import PocMemoryEnv
-
-            return PocMemoryEnv(environment, render_mode)
-        if kind in ("CartPole", "CartPoleMasked"):
-            from environments.cartpole_env import CartPole
-
-            return CartPole(environment, render_mode)
-        if kind == "Minigrid":
-            from environments.minigrid_env import MinigridEnv
-
-            return MinigridEnv(environment, render_mode)
-        if kind in MEMORY_GYM_TYPES:
-            from environments.memory_gym_env import MemoryGymEnv
-
-            return MemoryGymEnv(environment, render_mode)
-        if kind == "Gymnasium":
-            from environments.gymnasium_env import GymnasiumEnv
-
-            return GymnasiumEnv(environment, render_mode)
+        return section.create(render_mode)
     except ValueError as error:
         raise UserError(f"environment: {error}") from error
     except ModuleNotFoundError as error:
         how = "pip install --no-deps memory-gym==1.0.2" if error.name == "memory_gym" else f"pip install {error.name}"
-        raise UserError(f"environment.type: {kind!r} needs a package that is not installed: {how}") from error
-    raise UserError(f"environment.type: {kind!r} should be one of {', '.join(ENVIRONMENT_TYPES)}")
+        raise UserError(f"environment.type: {section.type!r} needs a package that is not installed: {how}") from error
 
 
 @dataclass(frozen=True)
@@ -65,46 +42,45 @@ class Task:
     """What a model needs to know of an environment.
 
     Attributes:
-        observation_shape: (C, H, W) of uint8 frames or (n,) of float32 vectors.
-        branches: number of actions of each action branch.
+        frame: (C, H, W) of the uint8 frames that it shows, None without.
+        vector: number of float32 entries of the vectors that it shows, 0 without.
+        branches: number of actions of each discrete action branch; empty where actions are continuous.
+        continuous: number of entries of a continuous action, 0 where actions are discrete.
         max_episode_steps: longest episode, None if endless.
+        masked: whether it says which actions are allowed.
     """
 
-    observation_shape: tuple[int, ...]
+    frame: tuple[int, ...] | None
+    vector: int
     branches: tuple[int, ...]
+    continuous: int
     max_episode_steps: int | None
+    masked: bool = False
 
     @property
-    def visual(self) -> bool:
-        """Whether observations are frames."""
-        return len(self.observation_shape) == 3
+    def action_size(self) -> int:
+        """Entries of an action: a choice per branch, or real numbers."""
+        return len(self.branches) or self.continuous
 
 
-def inspect_environment(environment: dict) -> Task:
+def inspect_environment(section: Section) -> Task:
     """Create an environment, play one step of it and return what it is like.
 
     Raises:
         UserError: if it cannot be created or breaks the contract, naming how.
     """
-    env = create_env(environment)
+    env = create_env(section)
     name = type(env).__name__
     try:
-        space, actions = env.observation_space, env.action_space
-        limit = getattr(env, "max_episode_steps", "missing")
-        if limit is not None and (type(limit) is not int or limit < 1):
-            raise UserError(f"{name}: max_episode_steps is {limit}, should be a whole number above 0, None if endless")
-        frames = len(space.shape) == 3 and space.dtype == np.uint8 and min(space.shape[1:]) >= 36
-        if not frames and not (len(space.shape) == 1 and space.dtype == np.float32):
-            raise UserError(
-                f"{name}: observation_space is {space}, should be uint8 (C, H, W) of at least 36×36 or float32 (n,)"
-            )
-        branches = actions.nvec.tolist() if hasattr(actions, "nvec") else [int(actions.n)]
-        task = Task(tuple(space.shape), tuple(branches), limit)
+        task = declared_task(env)
         first = env.reset(seed=0)
         if not isinstance(first, tuple) or len(first) != 2:
             raise UserError(f"{name}: reset returned {type(first).__name__}, should be a tuple: observation, info")
         check_observation(env, first[0], task)
-        checked_step(env, np.zeros(len(branches), dtype=np.int64), task)
+        mask = (first[1] or {}).get("action_mask")
+        task = Task(**vars(task) | {"masked": mask is not None})
+        action = np.zeros(task.continuous, np.float32) if task.continuous else first_allowed(task, mask)
+        checked_step(env, action, task)
         return task
     except UserError:
         raise
@@ -116,61 +92,103 @@ def inspect_environment(environment: dict) -> Task:
         env.close()
 
 
-def check_observation(env: object, observation: np.ndarray, task: Task) -> None:
-    """Raise UserError if an observation is not what the environment declares."""
-    dtype = np.uint8 if task.visual else np.float32
-    shape, found = getattr(observation, "shape", None), getattr(observation, "dtype", type(observation).__name__)
-    if shape != task.observation_shape or found != dtype:
+def declared_task(env: Any) -> Task:
+    """Return the task that an environment's spaces declare; UserError if they are not those of the contract."""
+    name, space, actions = type(env).__name__, env.observation_space, env.action_space
+    limit = getattr(env, "max_episode_steps", "missing")
+    if limit is not None and (type(limit) is not int or limit < 1):
+        raise UserError(f"{name}: max_episode_steps is {limit}, should be a whole number above 0, None if endless")
+    parts = dict(space.spaces) if hasattr(space, "spaces") else {"frame" if len(space.shape) == 3 else "vector": space}
+    frame, vector = parts.get("frame"), parts.get("vector")
+    fine = parts.keys() <= {"frame", "vector"} and bool(parts)
+    if frame is not None:
+        fine &= len(frame.shape) == 3 and frame.dtype == np.uint8 and min(frame.shape[1:]) >= 3
+    if vector is not None:
+        fine &= len(vector.shape) == 1 and vector.dtype == np.float32
+    if not fine:
         raise UserError(
-            f"{type(env).__name__}: observation is {shape} {found}, declared are {task.observation_shape} "
-            f"{np.dtype(dtype)}"
+            f"{name}: observation_space is {space}, should be uint8 (C, H, W) of at least 3×3, float32 (n,), or both in "
+            "a Dict as frame and vector"
         )
-    if not task.visual and not np.isfinite(observation).all():
-        raise UserError(f"{type(env).__name__}: observation is not finite: {observation}")
+    continuous = actions.shape[0] if not hasattr(actions, "n") and not hasattr(actions, "nvec") else 0
+    branches = () if continuous else tuple(np.ravel(getattr(actions, "nvec", getattr(actions, "n", None))).tolist())
+    shape = None if frame is None else tuple(frame.shape)
+    return Task(shape, 0 if vector is None else vector.shape[0], branches, continuous, limit)
 
 
-def checked_step(env: object, action: np.ndarray, task: Task) -> tuple:
+def first_allowed(task: Task, mask: np.ndarray | None) -> np.ndarray:
+    """Return the first allowed action (branches,); all are where the mask (sum of branches,) is None."""
+    if mask is None:
+        return np.zeros(len(task.branches), dtype=np.int64)
+    return np.array([part.argmax() for part in np.split(mask, np.cumsum(task.branches)[:-1])], dtype=np.int64)
+
+
+def check_observation(env: object, observation: Any, task: Task) -> None:
+    """Raise UserError if an observation is not what the environment declares."""
+    both = task.frame is not None and task.vector
+    parts = observation if both and isinstance(observation, dict) else {"frame" if task.frame else "vector": observation}
+    for name, shape, dtype in (("frame", task.frame, np.uint8), ("vector", (task.vector,), np.float32)):
+        if shape is None or shape == (0,):
+            continue
+        part = parts.get(name)
+        found, kind = getattr(part, "shape", None), getattr(part, "dtype", type(part).__name__)
+        if found != shape or kind != dtype:
+            raise UserError(
+                f"{type(env).__name__}: observation is {found} {kind}, declared are {shape} {np.dtype(dtype)}"
+            )
+        if name == "vector" and not np.isfinite(part).all():
+            raise UserError(f"{type(env).__name__}: observation is not finite: {part}")
+
+
+def checked_step(env: Any, action: np.ndarray, task: Task) -> tuple[Any, float, bool, bool, dict]:
     """Step an environment and return what it returned; UserError if that breaks the Gymnasium API."""
     result = env.step(action)
+    name = type(env).__name__
     if not isinstance(result, tuple) or len(result) != 5:
         size = len(result) if isinstance(result, tuple) else type(result).__name__
         raise UserError(
-            f"{type(env).__name__}: step returned {size} values, should be 5: observation, reward, terminated, "
-            "truncated, info"
+            f"{name}: step returned {size} values, should be 5: observation, reward, terminated, truncated, info"
         )
-    check_observation(env, result[0], task)
-    if not isinstance(result[1], Real):
-        raise UserError(f"{type(env).__name__}: reward is {type(result[1]).__name__}, should be a number")
-    if not math.isfinite(result[1]):
-        raise UserError(f"{type(env).__name__}: reward is not finite: {result[1]}")
-    return result
+    observation, reward, terminated, truncated, info = result
+    check_observation(env, observation, task)
+    size = np.size(reward) if isinstance(reward, (int, float, np.number, np.ndarray)) else 0
+    if size != 1 or np.asarray(reward).dtype.kind not in "biuf":
+        raise UserError(f"{name}: reward is {type(reward).__name__}, should be a number")
+    reward = float(np.asarray(reward).item())
+    if not math.isfinite(reward):
+        raise UserError(f"{name}: reward is not finite: {reward}")
+    return observation, reward, bool(terminated), bool(truncated), info or {}
 
 
-def seed_range(environment: dict) -> tuple[int, int]:
+def seed_range(section: Section) -> tuple[int, int]:
     """Return the first and the number of the episode seeds that training draws from, by default 0 and 100,000."""
-    parameters = environment["reset_params"]
-    return parameters.get("start-seed", 0), parameters.get("num-seeds", 100_000)
+    return section.reset_params.get("start-seed", 0), section.reset_params.get("num-seeds", 100_000)
 
 
-def training_seed(seed: int, environment: dict, index: int, episode: int) -> int:
+def training_seed(seed: int, section: Section, index: int, episode: int) -> int:
     """Return the reset seed of an episode, which depends on nothing but the run's seed, environment and number."""
-    start, count = seed_range(environment)
+    start, count = seed_range(section)
     return start + int(np.random.SeedSequence((seed, index, episode)).generate_state(1)[0]) % count
 
 
-def reason_of(error: Exception) -> str:
+def derived_seed(*numbers: int) -> int:
+    """Return a seed that depends on all of the numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def reason_of(error: BaseException) -> str:
     """Return what an error says on one short line, or what it is called where it says nothing."""
     return " ".join(str(error).split())[:100] or type(error).__name__
 
 
-def polynomial_decay(schedule: dict, update: int) -> float:
+def polynomial_decay(schedule: Schedule, update: int) -> float:
     """Return the value of a schedule at an update.
 
     Args:
-        schedule: `initial`, `final`, `power` and `max_decay_steps` of a config.
+        schedule: of a config.
         update: number of finished updates.
     """
-    if update >= schedule["max_decay_steps"]:
-        return schedule["final"]
-    remaining = (1 - update / schedule["max_decay_steps"]) ** schedule["power"]
-    return (schedule["initial"] - schedule["final"]) * remaining + schedule["final"]
+    if update >= schedule.max_decay_steps:
+        return schedule.final
+    remaining = (1 - update / schedule.max_decay_steps) ** schedule.power
+    return (schedule.initial - schedule.final) * remaining + schedule.final

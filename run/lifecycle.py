@@ -1,0 +1,239 @@
+"""What keeps a run: requests to stop, the state that a checkpoint holds, what is due at intervals, what is not finite."""
+
+import copy
+import re
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from run.checkpoint import list_checkpoints, save_checkpoint, save_model
+from run.config import Config
+from run.logger import Logger
+from utils import Task, UserError, reason_of
+from worker import EnvironmentFailure, Episode
+
+if TYPE_CHECKING:
+    from trainer import PPOTrainer
+
+
+class Interrupted(Exception):
+    """Somebody asked the run to stop."""
+
+
+class Unwritable(Exception):
+    """The disk is full or gone."""
+
+
+class NonFinite(Exception):
+    """A loss, a gradient or a prediction is not a number."""
+
+
+class StopRequest:
+    """Whether somebody asked the run to stop."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def check(self) -> None:
+        """Raise Interrupted if so."""
+        if self.asked:
+            raise Interrupted
+
+    @contextmanager
+    def on_signals(self) -> Iterator[None]:
+        """Turn the first SIGINT or SIGTERM into a request to stop; a second SIGINT stops at once."""
+
+        def request(number: int, frame: object) -> None:
+            if self.asked and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.asked = True
+
+        previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+class Keeper:
+    """Keeps what a trainer's run comes to: its checkpoints and its models.
+
+    Args:
+        trainer: whose run it is; its state is replaced by the checkpoint's.
+        folder: where the folders models and checkpoints lie.
+        checkpoint: the state to continue from, or None for a new run.
+
+    Raises:
+        UserError: if the checkpoint holds no run of the trainer's config.
+    """
+
+    def __init__(self, trainer: "PPOTrainer", folder: Path, checkpoint: dict | None) -> None:
+        self.trainer = trainer
+        self.checkpoints = folder / "checkpoints" / trainer.run["run_id"]
+        self.model_path = folder / "models" / f"{trainer.run['run_id']}.nn"
+        if checkpoint is not None:
+            try:
+                restore(trainer, checkpoint)
+                state_of(trainer)
+            except Exception as error:  # the file is ours by its marks, but holds something else
+                found = f"the checkpoint holds no run of this config ({reason_of(error)})"
+                raise UserError(f"{self.checkpoints}: {found}") from error
+        self.boundary: dict = state_of(trainer)  # behind the last update
+
+    def remember(self) -> None:
+        """Take the trainer's state for that behind its last update."""
+        self.boundary = {}  # freed before its successor is made: the two are as large as six models
+        self.boundary = state_of(self.trainer)
+
+    @contextmanager
+    def nothing_lost(self) -> Iterator[None]:
+        """Save the state behind the last update where a run is stopped or its environments fail."""
+        try:
+            yield
+        except (Interrupted, EnvironmentFailure, UserError):
+            self.try_checkpoint()
+            raise
+        except OSError as error:
+            message = f"update {self.trainer.update}: cannot write any more: {error.strerror}"
+            raise Unwritable(message) from error
+
+    def finish(self) -> None:
+        """Write the last checkpoint and the model."""
+        save_checkpoint(self.checkpoints, self.trainer.update, self.boundary)
+        self.save_model(self.model_path)
+
+    def try_checkpoint(self) -> None:
+        """Write the state behind the last update; a failure is reported, and the older checkpoints stay intact."""
+        try:
+            save_checkpoint(self.checkpoints, self.boundary["update"], self.boundary)
+        except OSError as error:
+            print(f"{self.checkpoints}: the checkpoint could not be written: {error.strerror}", file=sys.stderr)
+
+    def at_intervals(self, logger: Logger) -> None:
+        """Do what is due every so many updates."""
+        trainer, config = self.trainer, self.trainer.config
+        update, steps = trainer.update, trainer.update * trainer.samples
+        if config.model_interval and update % config.model_interval == 0:
+            self.save_model(self.checkpoints / f"model-{steps:012d}.nn")
+        if config.histogram_interval and update % config.histogram_interval == 0:
+            logger.histograms(steps, trainer.model)
+        if config.video_interval and update % config.video_interval == 0:
+            trainer.film(logger)
+        if update % config.checkpoint_interval == 0:  # last: a resumed run repeats nothing in front of it
+            logger.flush()
+            self.try_checkpoint()
+
+    def save_model(self, path: Path) -> None:
+        """Write the model as it is now."""
+        trainer = self.trainer
+        progress = {"updates": trainer.update, "steps": trainer.update * trainer.samples}
+        save_model(path, trainer.model, trainer.config, trainer.run | progress)
+
+
+def check_task(config: Config, task: Task) -> None:
+    """Raise UserError where a config does not fit its task."""
+    encoding = config.transformer.positional_encoding
+    if task.max_episode_steps is None and encoding in ("absolute", "learned"):
+        raise UserError(
+            f"transformer.positional_encoding: {encoding!r} needs a longest episode, which this task does not have; "
+            "allowed are '' and 'relative'"
+        )
+    if config.normalize_observations and not task.vector:
+        raise UserError("normalize_observations: True needs vectors, this task shows frames; allowed is False")
+
+
+def check_finite(trainer: "PPOTrainer", statistics: Tensor) -> None:
+    """Raise NonFinite naming the first number of an update that is not finite.
+
+    Args:
+        trainer: whose update it was.
+        statistics: (minibatches, names) of `PPOTrainer.optimise`.
+    """
+    found = ""
+    if not torch.isfinite(trainer.buffer.values).all():
+        found = "sampling: a predicted value"
+    elif not torch.isfinite(trainer.buffer.log_probs).all():
+        found = "sampling: a log-probability"
+    elif not torch.isfinite(trainer.buffer.advantages).all():
+        found = "sampling: an advantage"
+    elif not torch.isfinite(statistics).all():
+        bad = (~torch.isfinite(statistics)).cpu().numpy()
+        minibatch = int(bad.any(axis=1).argmax())
+        losses = [f"the {name} loss" for name in trainer.reports]
+        names = [*losses, *(f"a gradient of {module}" for module in trainer.optimizer.modules), "the gradient norm"]
+        name = names[bad[minibatch].argmax()]
+        epoch, minibatch = divmod(minibatch, trainer.config.n_mini_batch)
+        found = f"epoch {epoch + 1}, minibatch {minibatch + 1}: {name}"
+    elif not torch.isfinite(trainer.optimizer.weights).all():
+        found = "the last optimiser step: a weight"
+    if found:
+        saved = list_checkpoints(trainer.keeper.checkpoints)
+        last = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint had been written"
+        raise NonFinite(f"update {trainer.update + 1}, {found} is not finite; {last}")
+
+
+def state_of(trainer: "PPOTrainer") -> dict[str, Any]:
+    """Return a copy of all that the rest of a run depends on, as tensors and plain data."""
+    timeline = trainer.buffer.timeline
+    # Digests as text: an empty `bytes` is nothing that weights_only=True reads.
+    episodes = [
+        {
+            "number": episode.number,
+            "actions": torch.tensor(episode.actions, dtype=torch.uint8),
+            "digest": episode.digest.hex(),
+        }
+        for episode in trainer.workers.episodes
+    ]
+    return {
+        "config": trainer.config.model_dump(),
+        "seed": trainer.seed,
+        "run": trainer.run,
+        "update": trainer.update,
+        "weights": copy.deepcopy(trainer.model.state_dict()),
+        "auxiliary": copy.deepcopy(trainer.auxiliary.state_dict()),
+        "optimizer": copy.deepcopy(trainer.optimizer.state_dict()),
+        "memory": timeline.items[:, :, : timeline.length].clone(),
+        "item_step": timeline.item_step[:, : timeline.length].clone(),
+        "step": trainer.step.tolist(),
+        "episodes": episodes,
+        "seen": [sorted(seen) for seen in trainer.novelty.seen],
+        "finished": list(trainer.finished),
+    }
+
+
+def restore(trainer: "PPOTrainer", state: dict[str, Any]) -> None:
+    """Let a trainer continue from what `state_of` returned."""
+    weights, auxiliary = without_auxiliary(state["weights"])
+    trainer.model.load_state_dict(weights)
+    trainer.auxiliary.load_state_dict(state.get("auxiliary", auxiliary))
+    trainer.optimizer.load_state_dict(state["optimizer"])
+    timeline = trainer.buffer.timeline
+    timeline.items[:, :, : timeline.length] = state["memory"].to(trainer.device)
+    timeline.item_step[:, : timeline.length] = state["item_step"].to(trainer.device)
+    trainer.update, trainer.finished, trainer.run = state["update"], state["finished"], state["run"]
+    # These become a path and lines; a file must not choose where else to write.
+    if not {str} >= {type(trainer.run[key]) for key in ("run_id", "device", "commit")} or not re.fullmatch(
+        r"[\w.-]*\w/[\d-]+", trainer.run.get("summaries", "x/0")
+    ):
+        raise ValueError("its description is none")
+    trainer.step = np.array(state["step"], dtype=np.int64)
+    trainer.novelty.seen = [set(seen) for seen in state["seen"]]
+    trainer.workers.episodes = [
+        Episode(episode["number"], actions_of(episode["actions"], trainer), bytes.fromhex(episode["digest"]))
+        for episode in state["episodes"]
+    ]
+
+
+def actions_of(stored: Any, trainer: "PPOTrainer") -> bytearray:
+    """Return the actions of an episode as `Episode` keeps them; older checkpoints hold the bytes of int64 per step."""
+    if isinstance(stored, list):
+        return bytearray(np.frombuffer(b"".join(stored), np.int64).astype(trainer.workers.packed).tobytes())
+    return bytearray(stored.numpy().tobytes())
