@@ -228,7 +228,7 @@ def _parse(text: str, source: str) -> Any:
 def _override(given: dict, override: str) -> None:
     """Change one key of what a file says."""
     name, equals, text = override.partition("=")
-    if not equals or not name:
+    if not equals or "" in name.split("."):
         raise UserError(f"--set {_short(override, bare=True)}: should be key=value, as in transformer.num_blocks=2")
     *path, last = name.split(".")
     section = given
@@ -327,7 +327,10 @@ def _hint(keys: Sequence[Any], beside: Iterable[str], given: Any) -> str:
 
 
 def _short(value: object, bare: bool = False) -> str:
-    text = str(value) if bare else repr(value)
+    try:
+        text = str(value) if bare else repr(value)
+    except ValueError:  # Python writes no whole numbers of more than 4,300 digits
+        text = "a number of thousands of digits"
     return " ".join(text.split()) if len(text) <= 60 else " ".join(text[:57].split()) + "…"
 
 
