@@ -3,8 +3,9 @@
 import os
 import sys
 import warnings
+from typing import Literal, get_args
 
-MEMORY_GYM_TYPES = (
+MemoryGymType = Literal[
     "MortarMayhem",
     "MortarMayhem-Grid",
     "MysteryPath",
@@ -13,7 +14,8 @@ MEMORY_GYM_TYPES = (
     "Endless-MortarMayhem",
     "Endless-MysteryPath",
     "Endless-SearingSpotlights",
-)
+]
+MEMORY_GYM_TYPES: tuple[str, ...] = get_args(MemoryGymType)
 
 # All have to be set before Gymnasium or pygame is first imported: pygame greets on standard output otherwise, newer
 # versions of Gymnasium open a sound device, SDL complains where there is no screen, and old versions of pygame use what

@@ -5,38 +5,30 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from environments.episode import Info, Step, WrappedEnv, discrete, make_registered, refuse_task_options
+from environments.episode import Info, Step, WrappedEnv, discrete, make_registered
+from environments.section import CartPoleSection
 
-MAX_EPISODE_STEPS = 200
 REWARD_SCALE = 100.0
 CART_AND_POLE_VELOCITY = [1, 3]
-TYPES = ("CartPole", "CartPoleMasked")
 
 
 class CartPole(WrappedEnv):
-    """CartPole of 200 steps; `CartPoleMasked` hides the velocities, so that they have to be inferred from memory.
+    """CartPole; `CartPoleMasked` hides the velocities, so that they have to be inferred from memory.
 
-    A step's reward is 1/100, the return in the info is not divided: 200 at best.
+    A step's reward is 1/100, the return in the info is not divided: one for each step.
     """
 
-    max_episode_steps = MAX_EPISODE_STEPS
-
-    def __init__(self, environment: dict[str, Any], render_mode: str | None = None):
+    def __init__(self, section: CartPoleSection, render_mode: str | None = None):
         """
         Args:
-            environment: the configuration's part on the environment; its type is CartPole or CartPoleMasked.
+            section: of the config.
             render_mode: "rgb_array", or None if nothing is to be looked at.
-
-        Raises:
-            ValueError: if the type is another one or the configuration has reset options.
         """
         super().__init__(render_mode)
-        refuse_task_options(environment)
-        if environment["type"] not in TYPES:
-            raise ValueError(f"type: {environment['type']!r} is not known; allowed: {', '.join(TYPES)}")
-        self._is_masked = environment["type"] == "CartPoleMasked"
-        # The task of CartPole-v0, which Gymnasium calls deprecated
-        self._env = make_registered("CartPole-v1", max_episode_steps=MAX_EPISODE_STEPS, render_mode=render_mode)
+        self._is_masked = section.type == "CartPoleMasked"
+        self.max_episode_steps = section.max_episode_steps
+        # The task of CartPole-v0, which Gymnasium calls deprecated, but for the number of steps
+        self._env = make_registered("CartPole-v1", max_episode_steps=self.max_episode_steps, render_mode=render_mode)
         self.observation_space: gymnasium.spaces.Box = self._env.observation_space
         self.action_space = self._env.action_space
 

@@ -1,4 +1,4 @@
-"""What all environments share: counting an episode, rendering on request, reading their part of the configuration."""
+"""What all environments share: counting an episode and rendering on request."""
 
 import difflib
 import warnings
@@ -10,8 +10,6 @@ import numpy as np
 
 # The smallest picture that passes the encoder's three convolutions.
 SMALLEST_PICTURE = 36
-# These entries of `reset_params` choose the seeds of the episodes; they are no matter of the environment.
-SEED_PARAMETERS = ("start-seed", "num-seeds")
 
 Info = dict[str, Any]
 # Observation, reward, terminated, truncated, info
@@ -133,57 +131,6 @@ def make_registered(name: Any, **arguments: Any) -> gymnasium.Env:
         raise ValueError(f"name: {name!r} is not a registered environment{nearest}") from error
     except Exception as error:
         raise ValueError(f"name: {name!r} cannot be made: {one_line(error)}") from error
-
-
-def task_options(environment: dict[str, Any]) -> dict[str, Any]:
-    """Returns the `reset_params` of the configuration that are not about seeds.
-
-    Args:
-        environment: the configuration's part on the environment.
-
-    Raises:
-        ValueError: if `reset_params` is not a mapping.
-    """
-    parameters = environment.get("reset_params") or {}
-    if not isinstance(parameters, dict):
-        raise ValueError(f"reset_params: {parameters!r} is not allowed; expected names and values")
-    return {key: value for key, value in parameters.items() if key not in SEED_PARAMETERS}
-
-
-def refuse_task_options(environment: dict[str, Any]) -> None:
-    """Raises a ValueError if the configuration has reset options, for the environments that know none.
-
-    Args:
-        environment: the configuration's part on the environment.
-    """
-    for key, value in task_options(environment).items():
-        allowed = ", ".join(SEED_PARAMETERS)
-        raise ValueError(f"reset_params: {key}: {value!r} is not known in {environment['type']}; allowed: {allowed}")
-
-
-def whole_number(
-    environment: dict[str, Any], key: str, default: int | None, lowest: int = 1, highest: int | None = None
-) -> int | None:
-    """Returns an optional whole number of the configuration.
-
-    Args:
-        environment: the configuration's part on the environment.
-        key: the name of the number.
-        default: what holds where the configuration says nothing.
-        lowest: the smallest allowed value.
-        highest: the largest allowed value, None for any.
-
-    Raises:
-        ValueError: if the value is something else.
-    """
-    value = environment.get(key)
-    if value is None:
-        return default
-    is_whole = isinstance(value, int) and not isinstance(value, bool)
-    if not is_whole or value < lowest or (highest is not None and value > highest):
-        limits = f"of at least {lowest}" if highest is None else f"from {lowest} to {highest}"
-        raise ValueError(f"{key}: {value!r} is not allowed; expected a whole number {limits}")
-    return value
 
 
 def check_picture_size(height: int, width: int, named: str) -> None:

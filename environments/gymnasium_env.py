@@ -14,10 +14,9 @@ from environments.episode import (
     discrete,
     make_registered,
     picture_space,
-    refuse_task_options,
     task_numbers,
-    whole_number,
 )
+from environments.section import GymnasiumSection
 
 PICTURE_CHANNELS = (1, 3, 4)
 
@@ -25,21 +24,18 @@ PICTURE_CHANNELS = (1, 3, 4)
 class GymnasiumEnv(WrappedEnv):
     """A registered Gymnasium environment with the observations, actions and infos that the trainer expects."""
 
-    def __init__(self, environment: dict[str, Any], render_mode: str | None = None):
+    def __init__(self, section: GymnasiumSection, render_mode: str | None = None):
         """
         Args:
-            environment: the configuration's part on the environment: `name` is the registered id, `max_episode_steps`
-                is optional and replaces the environment's own limit.
+            section: of the config.
             render_mode: "rgb_array", or None if nothing is to be looked at.
 
         Raises:
             ValueError: if there is no such environment, or if its spaces or another entry are not supported.
         """
         super().__init__(render_mode)
-        refuse_task_options(environment)
-        name = environment.get("name")
-        max_episode_steps = whole_number(environment, "max_episode_steps", None)
-        self._env = make_registered(name, render_mode=render_mode, max_episode_steps=max_episode_steps)
+        name = section.name
+        self._env = make_registered(name, render_mode=render_mode, max_episode_steps=section.max_episode_steps)
         if render_mode is not None and render_mode not in self._env.metadata.get("render_modes", ()):
             raise ValueError(f"render_mode: {name!r} cannot render pictures ({render_mode!r})")
         self.max_episode_steps = self._env.spec.max_episode_steps

@@ -13,7 +13,6 @@ import memory_gym
 import numpy as np
 import pygame
 
-from environments import MEMORY_GYM_TYPES
 from environments.episode import (
     EpisodeEnv,
     Info,
@@ -23,8 +22,8 @@ from environments.episode import (
     picture_space,
     suggest,
     task_numbers,
-    task_options,
 )
+from environments.section import MemoryGymSection
 
 # The lowest and highest allowed values of reset options, of each element where the option is a list. Memory Gym checks
 # only two of them itself; other values fail in the middle of an episode or make no sense. Scales below 0.1 draw
@@ -133,7 +132,7 @@ def kept_video_driver() -> Iterator[None]:
             os.environ["SDL_VIDEODRIVER"] = before
 
 
-def make_task(task_type: str) -> gymnasium.Env:
+def make_task(task_type: str) -> Any:
     """Returns a task of Memory Gym that is looked at by nobody and has no wrappers around it."""
     with kept_video_driver():
         # This render mode draws only when asked to; with None, the task would want the events of a window.
@@ -148,26 +147,22 @@ class MemoryGymEnv(EpisodeEnv):
     steps as its commands take, Searing Spotlights is to be solved in time), so that no value lies beyond them.
     """
 
-    def __init__(self, environment: dict[str, Any], render_mode: str | None = None):
+    def __init__(self, section: MemoryGymSection, render_mode: str | None = None):
         """
         Args:
-            environment: the configuration's part on the environment: the type is Memory Gym's id without its version,
-                `reset_params` are the task's reset options.
+            section: of the config; the type is Memory Gym's id without its version.
             render_mode: "rgb_array", or None if nothing is to be looked at.
 
         Raises:
-            ValueError: if there is no such task, or if a reset option is not allowed.
+            ValueError: if a reset option is not allowed.
         """
         super().__init__(render_mode)
-        self._type = environment["type"]
-        if self._type not in MEMORY_GYM_TYPES:
-            nearest = suggest(self._type, MEMORY_GYM_TYPES)
-            raise ValueError(f"type: {self._type!r} is not a task of Memory Gym{nearest}")
+        self._type = section.type
         self._task = make_task(self._type)
         self.action_space = self._task.action_space
         self.observation_space = picture_space(3, self._task.screen_dim, self._task.screen_dim)
 
-        self._options = task_options(environment)
+        self._options = section.options
         check_options(self._type, self._options, self._task.default_reset_parameters)
         self._try_options()
         max_episode_steps = int(self._task.max_episode_steps)

@@ -15,9 +15,8 @@ from environments.episode import (
     discrete,
     make_registered,
     picture_space,
-    refuse_task_options,
-    whole_number,
 )
+from environments.section import MinigridSection
 
 # Grid worlds show the same few views over and over, and rendering one takes longer than the rest of a step. The
 # symbolic view determines its picture, so pictures are kept by (environment, tile size, bytes of the symbolic view),
@@ -33,27 +32,22 @@ class MinigridEnv(WrappedEnv):
     all others to 7×7 tiles of 8 pixels, all 7 actions and 64 steps.
     """
 
-    def __init__(self, environment: dict[str, Any], render_mode: str | None = None):
+    def __init__(self, section: MinigridSection, render_mode: str | None = None):
         """
         Args:
-            environment: the configuration's part on the environment: `name` is the registered id; `view_size`,
-                `tile_size`, `num_actions` and `max_episode_steps` are optional.
+            section: of the config.
             render_mode: "rgb_array", or None if nothing is to be looked at.
 
         Raises:
             ValueError: if there is no such MiniGrid environment, or if another entry is not allowed.
         """
         super().__init__(render_mode)
-        refuse_task_options(environment)
-        self._name = environment.get("name")
-        view_size, tile_size, num_actions, max_episode_steps = (
-            (3, 28, 3, 96) if "Memory" in str(self._name) else (7, 8, 7, 64)
+        self._name = section.name
+        defaults = (3, 28, 3, 96) if "Memory" in self._name else (7, 8, 7, 64)
+        given = (section.view_size, section.tile_size, section.num_actions, section.max_episode_steps)
+        view_size, self._tile_size, num_actions, self.max_episode_steps = (
+            default if value is None else value for value, default in zip(given, defaults, strict=True)
         )
-        view_size = whole_number(environment, "view_size", view_size, lowest=3)
-        if view_size % 2 == 0:
-            raise ValueError(f"view_size: {view_size!r} is not allowed; expected an odd number")
-        self._tile_size = whole_number(environment, "tile_size", tile_size)
-        self.max_episode_steps = whole_number(environment, "max_episode_steps", max_episode_steps)
         side = view_size * self._tile_size
         check_picture_size(side, side, f"tile_size: {self._tile_size} with view_size: {view_size}")
         self.observation_space = picture_space(3, side, side)
@@ -66,9 +60,9 @@ class MinigridEnv(WrappedEnv):
         if not isinstance(self._env.unwrapped, MiniGridEnv):
             raise ValueError(f"name: {self._name!r} is not a MiniGrid environment")
         available = int(self._env.action_space.n)
-        self.action_space = gymnasium.spaces.Discrete(
-            whole_number(environment, "num_actions", min(num_actions, available), highest=available)
-        )
+        if (section.num_actions or 0) > available:
+            raise ValueError(f"num_actions: {num_actions} is not allowed; expected no more than {available}")
+        self.action_space = gymnasium.spaces.Discrete(min(num_actions, available))
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, Info]:
         """Starts an episode.

@@ -5,7 +5,8 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from environments.episode import EpisodeEnv, Info, Step, discrete, refuse_task_options
+from environments.episode import EpisodeEnv, Info, Step, discrete
+from environments.section import PocMemorySection
 
 # Positions are whole numbers of fifths, which do not drift as sums of 0.2 would.
 FIFTHS = 5
@@ -33,17 +34,13 @@ class PocMemoryEnv(EpisodeEnv):
 
     max_episode_steps = MAX_EPISODE_STEPS
 
-    def __init__(self, environment: dict[str, Any], render_mode: str | None = None):
+    def __init__(self, section: PocMemorySection, render_mode: str | None = None):
         """
         Args:
-            environment: the configuration's part on the environment.
+            section: of the config.
             render_mode: "rgb_array", or None if nothing is to be looked at.
-
-        Raises:
-            ValueError: if the configuration has reset options.
         """
         super().__init__(render_mode)
-        refuse_task_options(environment)
         self.observation_space = gymnasium.spaces.Box(-1.0, 1.0, (3,), np.float32)
         self.action_space = gymnasium.spaces.Discrete(2)
 

@@ -1,101 +1,159 @@
-"""Configs: what may stand in them, and every mistake found before anything starts."""
+"""Configs: what may stand in them, and every mistake found before anything starts.
+
+`python -m run.config` writes configs/schema.json and docs/configuration.md from what is declared here and in
+environments/section.py.
+"""
 
 import difflib
-import math
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from runpy import run_module
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
+from annotated_types import Ge, Le
+from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+from typing_extensions import get_type_hints, is_typeddict
 
-from utils import ENVIRONMENT_TYPES, UserError
-
-OMITTED = object()
-
-
-@dataclass(frozen=True)
-class Field:
-    """What a config may hold under one key.
-
-    Attributes:
-        kind: int, float, bool, str or dict.
-        allowed: the values allowed, in words.
-        test: whether a value of the right kind is allowed.
-        default: used where the key is missing; None where it must not be, OMITTED where it stays missing.
-    """
-
-    kind: type
-    allowed: str = ""
-    test: object = lambda value: True
-    default: object = None
+from environments.section import Declared, Environment, Flag, Number, Schedule, Section, Whole, Words
+from utils import UserError
 
 
-def _within(kind: type, low: float, high: float, default: object = None) -> Field:
-    return Field(kind, f"from {low:,} to {high:,}", lambda value: low <= value <= high, default)
+class TransformerConfig(Declared):
+    """The shape of the transformer and of its memory."""
+
+    num_blocks: Whole = Field(3, ge=1, le=100, description="How many blocks follow each other.")
+    embed_dim: Whole = Field(384, ge=2, le=2**14, description="Width of the blocks: even, divisible by `num_heads`.")
+    num_heads: Whole = Field(4, ge=1, le=2**14, description="Attention heads.")
+    memory_length: Whole = Field(
+        ge=1, le=10**5, description="How many past steps a block attends to; may exceed the longest episode."
+    )
+    positional_encoding: Literal["", "absolute", "learned", "relative"] = Field(
+        description="What tells the steps in memory apart; tasks without a step limit need `relative` or none."
+    )
+    query_position: Flag = Field(
+        False,
+        description="The current step's own position is added to the embedded observation, for absolute and learned "
+        "positions.",
+    )
+    layer_norm: Literal["", "pre", "post"] = Field(
+        "pre", description="Where layers are normalised: nowhere, before or after attention and projection."
+    )
+    gtrxl: Flag = Field(False, description="GRU-type gates (Parisotto et al. 2020) in place of the residual additions.")
+    gtrxl_bias: Number = Field(
+        0.0, ge=-100, le=100, description="Where the gates' bias starts; above 0 they start closer to the identity."
+    )
 
 
-def _one_of(*values: str, default: str | None = None) -> Field:
-    return Field(str, "one of " + ", ".join(repr(value) for value in values), lambda value: value in values, default)
+class Config(Declared):
+    """Everything that a training depends on, but for its seed."""
+
+    environment: Environment = Field(description="What is played: one of the sections below, told apart by `type`.")
+    gamma: Number = Field(0.995, ge=0, le=1, description="Discount of future rewards.")
+    lamda: Number = Field(0.95, ge=0, le=1, description="λ of the generalised advantage estimation.")
+    updates: Whole = Field(
+        ge=1, le=10**9, description="Updates of the run, each of `n_workers`·`worker_steps` environment steps."
+    )
+    epochs: Whole = Field(3, ge=1, le=1000, description="Passes over the rollout per update.")
+    n_workers: Whole = Field(ge=1, le=4096, description="Environments.")
+    worker_steps: Whole = Field(ge=1, le=10**5, description="Steps of each environment per update.")
+    n_mini_batch: Whole = Field(
+        8, ge=1, le=10**6, description="Minibatches per epoch; has to divide `n_workers`·`worker_steps`."
+    )
+    value_loss_coefficient: Number = Field(
+        0.5, ge=0, le=1000, description="Weight of the value loss (squared error without ½)."
+    )
+    hidden_layer_size: Whole = Field(
+        384, ge=1, le=10**5, description="Width of the hidden layers in front of the policy and of the value."
+    )
+    max_grad_norm: Number = Field(
+        0.25, ge=1e-6, le=10**6, description="Gradients are clipped to this norm, taken over all of them."
+    )
+    value_gain: Number = Field(
+        1.0,
+        ge=0,
+        le=1000,
+        description="Gain of the value head's orthogonal initialisation: with 1, as in the reference, an untrained "
+        "agent may expect up to about ±1 whatever it sees, near 0 it expects nothing.",
+    )
+    normalize_advantages: Flag = Field(True, description="Advantages are normalised in each minibatch.")
+    normalize_observations: Flag = Field(
+        False, description="Observed vectors are brought to mean 0 and variance 1 by running statistics."
+    )
+    reconstruction_coefficient: Number = Field(
+        0.0,
+        ge=0,
+        le=1000,
+        description="Weight of an auxiliary loss: a decoder reconstructs the frame from the transformer's output "
+        "(binary cross-entropy; frames only).",
+    )
+    recall_coefficient: Number = Field(
+        0.0,
+        ge=0,
+        le=1000,
+        description="Weight of an auxiliary loss of our own, episodic recall: say from the transformer's output which "
+        "of the minibatch's distinct frames the running episode has shown (binary cross-entropy; frames only).",
+    )
+    prediction_coefficient: Number = Field(
+        0.0,
+        ge=0,
+        le=1000,
+        description="Weight of an auxiliary loss: from the transformer's output and the action, tell the next "
+        "observation (frames: among the minibatch's distinct ones; vectors: by regression).",
+    )
+    checkpoint_interval: Whole = Field(50, ge=1, le=10**9, description="Updates between checkpoints.")
+    model_interval: Whole = Field(
+        0, ge=0, le=10**9, description="Updates between models kept in `checkpoints/<run-id>/`; 0 is never."
+    )
+    video_interval: Whole = Field(
+        0, ge=0, le=10**9, description="Updates between episodes drawn for TensorBoard; 0 is never."
+    )
+    histogram_interval: Whole = Field(
+        0, ge=0, le=10**9, description="Updates between histograms of the weights; 0 is never."
+    )
+    transformer: TransformerConfig = Field(description="The shape of the transformer and of its memory.")
+    learning_rate_schedule: Schedule = Field(description="Learning rate of AdamW.")
+    beta_schedule: Schedule = Field(
+        Schedule(initial=1e-4, final=1e-6, max_decay_steps=10000), description="Coefficient of the entropy bonus."
+    )
+    clip_range_schedule: Schedule = Field(
+        Schedule(initial=0.1, final=0.1, max_decay_steps=10000),
+        description="ε, to which the policy's ratio and the value's change are clipped.",
+    )
+    novelty_schedule: Schedule = Field(
+        Schedule(initial=0.0, final=0.0, max_decay_steps=1),
+        description="Added to the training reward (not to the reported one) for each observation that the running "
+        "episode has not shown yet, byte by byte; meant for grid worlds.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_schedules(cls, given: Any) -> Any:
+        """Let a schedule with a default be changed in part."""
+        if not isinstance(given, dict):
+            return given
+        completed = {
+            key: field.default.model_dump() | given[key]
+            for key, field in cls.model_fields.items()
+            if isinstance(field.default, Schedule) and isinstance(given.get(key), dict)
+        }
+        return given | completed
 
 
-def _schedule(default: dict | None = None) -> dict[str, Field]:
-    default = default or {}
-    return {
-        "initial": _within(float, 0, 1000, default.get("initial")),
-        "final": _within(float, 0, 1000, default.get("final")),
-        "power": _within(float, 0.01, 100, default.get("power")),
-        "max_decay_steps": _within(int, 1, 10**9, default.get("max_decay_steps")),
-    }
-
-
-SCHEMA: dict[str, Field | dict[str, Field]] = {
-    "environment": {
-        "type": _one_of(*ENVIRONMENT_TYPES),
-        "name": Field(str, default=OMITTED),
-        "reset_params": Field(dict, default={}),
-        "max_episode_steps": _within(int, 1, 10**6, OMITTED),
-        "view_size": Field(int, "odd, from 3 to 99", lambda value: value in range(3, 100, 2), OMITTED),
-        "tile_size": _within(int, 1, 64, OMITTED),
-        "num_actions": _within(int, 1, 7, OMITTED),
-    },
-    "gamma": _within(float, 0, 1),
-    "lamda": _within(float, 0, 1),
-    "updates": _within(int, 1, 10**9),
-    "epochs": _within(int, 1, 1000),
-    "n_workers": _within(int, 1, 4096),
-    "worker_steps": _within(int, 1, 10**5),
-    "n_mini_batch": _within(int, 1, 10**6),
-    "value_loss_coefficient": _within(float, 0, 1000),
-    "hidden_layer_size": _within(int, 1, 10**5),
-    "max_grad_norm": _within(float, 1e-6, 10**6),
-    "value_gain": _within(float, 0, 1000, 1.0),
-    "normalize_advantages": Field(bool, default=True),
-    "reconstruction_coefficient": _within(float, 0, 1000, 0.0),
-    "recall_coefficient": _within(float, 0, 1000, 0.0),
-    "checkpoint_interval": _within(int, 1, 10**9, 50),
-    "model_interval": _within(int, 0, 10**9, 0),
-    "video_interval": _within(int, 0, 10**9, 0),
-    "histogram_interval": _within(int, 0, 10**9, 0),
-    "transformer": {
-        "num_blocks": _within(int, 1, 100),
-        "embed_dim": _within(int, 2, 2**14),
-        "num_heads": _within(int, 1, 2**14),
-        "memory_length": _within(int, 1, 10**5),
-        "positional_encoding": _one_of("", "absolute", "learned", "relative"),
-        "layer_norm": _one_of("", "pre", "post"),
-        "gtrxl": Field(bool),
-        "gtrxl_bias": _within(float, -100, 100, 0.0),
-    },
-    "learning_rate_schedule": _schedule(),
-    "beta_schedule": _schedule(),
-    "clip_range_schedule": _schedule(),
-    "novelty_schedule": _schedule({"initial": 0.0, "final": 0.0, "power": 1.0, "max_decay_steps": 1}),
+WHOLE = FieldInfo.from_annotation(Config)
+SECTIONS: dict[str, type[Section]] = {
+    name: section
+    for section in get_args(get_args(Environment)[0])
+    for name in get_args(section.model_fields["type"].annotation)
 }
 
 
 class Loader(yaml.SafeLoader):
     """YAML without keys that are there twice, of which all but the last are lost, and aliases, which can explode."""
 
-    def compose_node(self, parent: object, index: object) -> yaml.Node:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """Read a node that is no alias."""
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError(f"aliases such as *{self.peek_event().anchor} are not supported")
@@ -110,11 +168,12 @@ class Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def load_config(path: str | Path) -> dict:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read and check a YAML config.
 
     Args:
         path: the file.
+        overrides: changes to what the file says, such as "transformer.num_blocks=2"; the value is YAML.
 
     Returns:
         The config with every default filled in.
@@ -123,106 +182,179 @@ def load_config(path: str | Path) -> dict:
         UserError: naming all that is wrong with it, a line each.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        return check_config(yaml.load(text, Loader), str(path))
-    except (OSError, UnicodeDecodeError) as error:
+        given = _parse(Path(path).read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError, ValueError) as error:  # ValueError: an impossible path
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', error)}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date
-        raise UserError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from error
+    config = check_config(given, str(path))
+    if not overrides:
+        return config
+    for override in overrides:
+        _override(given, override)
+    return check_config(given, "--set")
 
 
-def check_config(config: object, source: str) -> dict:
-    """Check a config against SCHEMA and the rules between its keys.
+def check_config(given: object, source: str) -> Config:
+    """Check a config against what is declared and the rules between its keys.
 
     Args:
-        config: what was read.
+        given: what was read.
         source: where it came from, for the messages.
 
     Returns:
-        A copy with numbers as numbers and every default filled in.
+        The config, numbers as numbers and every default filled in.
 
     Raises:
         UserError: naming all that is wrong with it, a line each.
     """
-    problems: list[str] = []
-    checked = _check_section(config, SCHEMA, "", problems)
-    if not problems:
-        problems = _check_rules(checked)
+    try:
+        config = Config.model_validate(given)
+        problems = _check_rules(config)
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_context=False)
+        lines = (_problem(detail["type"], detail["loc"], detail["input"], given) for detail in found)
+        problems = list(dict.fromkeys(lines))  # pydantic finds several where a value fits none of several types
     if problems:
         raise UserError("\n".join(f"{source}: {problem}" for problem in problems))
-    return checked
+    return config
 
 
-def _check_section(section: object, schema: dict, prefix: str, problems: list[str]) -> dict:
-    """Return the checked values of one section; what is wrong is added to `problems`."""
-    if not isinstance(section, dict):
-        problems.append(f"{prefix.rstrip('.') or 'the file'}: {_short(section)} should be a mapping of keys to values")
-        return {}
-    for key in section:
-        if key not in schema:
-            near = difflib.get_close_matches(str(key), schema, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"allowed are {', '.join(schema)}"
-            problems.append(f"{prefix}{_short(key, bare=True)}: unknown key, {hint}")
-    checked = {}
-    for key, field in schema.items():
-        if isinstance(field, dict):
-            optional = all(leaf.default is not None for leaf in field.values())
-            if key in section or optional:
-                checked[key] = _check_section(section.get(key, {}), field, f"{prefix}{key}.", problems)
-            else:
-                problems.append(f"{prefix}{key}: missing, it holds {', '.join(field)}")
-        elif key in section:
-            checked[key] = _check_value(section[key], field, prefix + key, problems)
-        elif field.default is None:
-            problems.append(f"{prefix}{key}: missing, should be {_describe(field)}")
-        elif field.default is not OMITTED:
-            checked[key] = field.default
-    return checked
+def _parse(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date
+        raise UserError(f"{source}: is not valid YAML: {' '.join(str(error).split())}") from error
 
 
-def _check_value(value: object, field: Field, key: str, problems: list[str]) -> object:
-    """Return the value as its field's kind; what is wrong is added to `problems`."""
-    if field.kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        try:  # YAML 1.1 reads 3e-4 as a string
-            value = float(value)
-        except (ValueError, OverflowError):
-            pass
-    finite = not isinstance(value, float) or math.isfinite(value)
-    if type(value) is not field.kind or not finite or not field.test(value):
-        problems.append(f"{key}: {_short(value)} should be {_describe(field)}")
-    return value
+def _override(given: dict, override: str) -> None:
+    """Change one key of what a file says."""
+    name, equals, text = override.partition("=")
+    if not equals or "" in name.split("."):
+        raise UserError(f"--set {_short(override, bare=True)}: should be key=value, as in transformer.num_blocks=2")
+    *path, last = name.split(".")
+    section = given
+    for key in path:
+        section = section.setdefault(key, {})
+        if not isinstance(section, dict):
+            raise UserError(f"--set {_short(name, bare=True)}: {key} is one value, without keys of its own")
+    section[last] = _parse(text, f"--set {_short(override, bare=True)}")
 
 
-def _describe(field: Field) -> str:
-    kind = {int: "a whole number", float: "a number", bool: "True or False", str: "text", dict: "a mapping"}
-    return kind[field.kind] + (f", {field.allowed}" if field.allowed else "")
+def fields_of(field: FieldInfo) -> Mapping[str, FieldInfo]:
+    """Return what is declared inside a field: of sections and typed mappings their keys, nothing of values."""
+    kind = field.annotation
+    if field.discriminator:
+        return Section.model_fields
+    if is_typeddict(kind):
+        hints = get_type_hints(kind, include_extras=True)
+        return {key: FieldInfo.from_annotation(hint) for key, hint in hints.items()}
+    return kind.model_fields if isinstance(kind, type) and issubclass(kind, BaseModel) else {}
+
+
+def describe(field: FieldInfo) -> str:
+    """Return in words what a key may hold."""
+    kind: Any = field.annotation
+    limits = field.metadata
+    if get_origin(kind) in (Union, UnionType):  # of a key that may be missing: the other type is None
+        inner = FieldInfo.from_annotation(get_args(kind)[0])
+        kind, limits = inner.annotation, limits + inner.metadata
+    for limit in limits:
+        if isinstance(limit, Words):
+            return limit.text
+    if get_origin(kind) is Literal:
+        return "text, one of " + ", ".join(repr(value) for value in get_args(kind))
+    kinds = {int: "a whole number", float: "a number", bool: "True or False"}
+    words = kinds.get(kind, "a mapping of names to values")
+    low = next((limit.ge for limit in limits if isinstance(limit, Ge)), None)
+    high = next((limit.le for limit in limits if isinstance(limit, Le)), None)
+    return words if low is None else f"{words}, from {low:,} to {high:,}"
+
+
+def _problem(kind: str, location: Sequence[int | str], value: Any, given: Any) -> str:
+    """Return the line on one thing that pydantic found.
+
+    Args:
+        kind: pydantic's name of it.
+        location: where in the config; it also names the type of the environment and what is wrong inside a value.
+        value: what stands there.
+        given: the whole config.
+    """
+    keys, field, beside, rest = _find(location)
+    key = ".".join(_short(part, bare=True) for part in keys) or "the file"
+    if kind.startswith("union_tag"):
+        found = f"{_short(value['type'])} should be" if "type" in value else "missing, should be"
+        return f"{key}.type: {found} text, one of {', '.join(repr(name) for name in SECTIONS)}"
+    if kind == "invalid_key" and not rest:
+        return f"{key}: unknown key, keys should be text"
+    if field is None and keys:
+        return f"{key}: unknown key{_hint(keys, beside, given)}"
+    field = field or WHOLE
+    inside = ", ".join(fields_of(field))
+    if kind == "missing":
+        return f"{key}: missing, " + (f"it holds {inside}" if inside else f"should be {describe(field)}")
+    if inside:
+        return f"{key}: {_short(value)} should be a mapping of keys to values"
+    if rest:  # the whole value, not the part of it
+        for part in keys:
+            value = given = given[part]
+    return f"{key}: {_short(value)} should be {describe(field)}"
+
+
+def _find(location: Sequence[int | str]) -> tuple[list, FieldInfo | None, Mapping[str, FieldInfo], list]:
+    """Return the keys to a location, what is declared there and beside it, and what is left inside a value."""
+    keys: list[Any] = []
+    rest: list[Any] = list(location)
+    field: FieldInfo | None = None
+    beside = inside = fields_of(WHOLE)
+    while rest and inside:
+        keys.append(rest.pop(0))
+        beside, field = inside, inside.get(keys[-1])
+        inside = fields_of(field) if field else {}
+        if rest and field and field.discriminator:
+            inside = SECTIONS[rest.pop(0)].model_fields
+    return keys, field, beside, rest
+
+
+def _hint(keys: Sequence[Any], beside: Iterable[str], given: Any) -> str:
+    """Return what an unknown key may have been meant to be."""
+    of_type = ""
+    if keys[0] == "environment":
+        of_type = f" for type {given['environment']['type']}"
+        owners = [name for name, section in SECTIONS.items() if keys[-1] in section.model_fields]
+        if owners and len(keys) == 2:
+            return f"{of_type}, it belongs to {', '.join(owners)}"
+    near = difflib.get_close_matches(keys[-1], beside, 1)
+    return f"{of_type}, " + (f"did you mean {near[0]!r}?" if near else f"allowed are {', '.join(beside)}")
 
 
 def _short(value: object, bare: bool = False) -> str:
-    text = str(value) if bare else repr(value)
+    try:
+        text = str(value) if bare else repr(value)
+    except ValueError:  # Python writes no whole numbers of more than 4,300 digits
+        text = "a number of thousands of digits"
     return " ".join(text.split()) if len(text) <= 60 else " ".join(text[:57].split()) + "…"
 
 
-def _check_rules(config: dict) -> list[str]:
+def _check_rules(config: Config) -> list[str]:
     """Return what is wrong between keys that are fine on their own."""
     problems = []
-    transformer, environment = config["transformer"], config["environment"]
-    embed_dim, heads = transformer["embed_dim"], transformer["num_heads"]
+    transformer = config.transformer
+    embed_dim, heads = transformer.embed_dim, transformer.num_heads
     if embed_dim % heads:
         problems.append(f"transformer.embed_dim: {embed_dim} should be divisible by transformer.num_heads, {heads}")
     if embed_dim % 2:
         problems.append(f"transformer.embed_dim: {embed_dim} should be even")
-    samples, minibatches = config["n_workers"] * config["worker_steps"], config["n_mini_batch"]
+    if transformer.query_position and transformer.positional_encoding not in ("absolute", "learned"):
+        problems.append(
+            "transformer.query_position: True should come with 'absolute' or 'learned' positions, "
+            f"transformer.positional_encoding is {transformer.positional_encoding!r}"
+        )
+    samples, minibatches = config.n_workers * config.worker_steps, config.n_mini_batch
     if samples % minibatches:
         problems.append(f"n_mini_batch: {minibatches} should divide n_workers·worker_steps, {samples}")
-    elif samples == minibatches and config["normalize_advantages"]:
+    elif samples == minibatches and config.normalize_advantages:
         problems.append(f"n_mini_batch: {minibatches} leaves one sample, whose advantage cannot be normalised")
-    if environment["type"] in ("Minigrid", "Gymnasium") and not environment.get("name"):
-        problems.append(
-            f"environment.name: missing, should be the registered id of a {environment['type']} environment"
-        )
-    for key, low in (("start-seed", 0), ("num-seeds", 1)):
-        value = environment["reset_params"].get(key, low)
-        if type(value) is not int or not low <= value < 2**30:
-            problems.append(f"environment.reset_params.{key}: {_short(value)} should be a whole number, at least {low}")
     return problems
+
+
+if __name__ == "__main__":
+    run_module("run.reference", run_name="__main__")

@@ -7,6 +7,8 @@ import copy
 import math
 import os
 import signal
+import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +18,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from run.config import SCHEMA, check_config, load_config
+from environments.section import Section
+from run.config import SECTIONS, Config, check_config, load_config
+from run.reference import FILES
 from trainer import NonFinite, Options, PPOTrainer
 from utils import UserError
 
@@ -28,9 +32,9 @@ FULL = os.environ.get("FAULT_TESTS") == "full"
 # ---------------------------------------------------------------------------------------------------------- training
 
 
-def scaled_down(config: dict, **changes) -> dict:
+def scaled_down(checked: Config, **changes) -> Config:
     """A config as small as possible that was and still is allowed."""
-    config = copy.deepcopy(config)
+    config = checked.model_dump()
     transformer = config["transformer"]
     transformer["num_heads"] = min(transformer["num_heads"], 2)
     transformer["embed_dim"] = 32
@@ -46,10 +50,10 @@ def scaled_down(config: dict, **changes) -> dict:
     config["epochs"] = min(config["epochs"], 2)
     config["updates"] = 1
     config["video_interval"] = 0
-    return config | changes
+    return check_config(config | changes, "scaled down")
 
 
-def make_trainer(config: dict, folder: Path, processes: int) -> PPOTrainer:
+def make_trainer(config: Config, folder: Path, processes: int) -> PPOTrainer:
     (folder / "checkpoints" / "run").mkdir(parents=True, exist_ok=True)
     (folder / "models").mkdir(exist_ok=True)
     return PPOTrainer(config, "run", 1, Options(torch.device("cpu"), processes, folder=folder))
@@ -127,8 +131,8 @@ def test_episode_statistics_appear_with_the_first_episode(tmp_path):
 def test_command_count_is_as_shipped():
     """The length of an episode of Mortar Mayhem Grid follows from it."""
     config = load_config(SHIPPED[0].parent / "mortar_mayhem_grid.yaml")
-    assert config["environment"]["reset_params"]["command_count"] == [10]
-    assert config["environment"]["reset_params"]["explosion_delay"] == [6]
+    assert config.environment.options["command_count"] == [10]
+    assert config.environment.options["explosion_delay"] == [6]
 
 
 # ----------------------------------------------------------------------------------------------- what is to be noticed
@@ -162,9 +166,9 @@ def test_numbers_as_yaml_reads_them():
     assert yaml.safe_load("3e-4") == "3e-4"
     for text in ("3e-4", "3.0e-4", "0.0003", 3e-4):
         checked = check_config(with_value("learning_rate_schedule.initial", text), "")
-        assert checked["learning_rate_schedule"]["initial"] == 3e-4
+        assert checked.learning_rate_schedule.initial == 3e-4
     checked = check_config(with_value("gamma", 1), "")
-    assert checked["gamma"] == 1.0 and type(checked["gamma"]) is float
+    assert checked.gamma == 1.0 and type(checked.gamma) is float
 
 
 BAD = {
@@ -184,8 +188,8 @@ BAD = {
     "transformer.gtrxl": [0, "True", None],
     "transformer.gtrxl_bias": ["much", True, None],
     "environment.type": [None, "Poc", 3, ["PocMemoryEnv"], ""],
-    "environment.view_size": [4, 1, -3, "7"],
     "environment.reset_params": [None, [], 5, {"num-seeds": 0}, {"start-seed": -1}, {"num-seeds": True}],
+    "environment": [None, [], "PocMemoryEnv"],
     "learning_rate_schedule.max_decay_steps": [0, -1, 1.5],
     "learning_rate_schedule.power": [0, "fast"],
     "clip_range_schedule.initial": [-0.1, None],
@@ -205,18 +209,22 @@ def test_bad_value(key, value):
 def test_all_problems_are_said_at_once():
     config = good()
     config["epochz"] = config.pop("epochs")
+    del config["updates"]
     config["gamma"] = 2
     config["transformer"]["embed_dim"] = 0
-    del config["clip_range_schedule"]["power"], config["beta_schedule"]
+    del config["learning_rate_schedule"]["final"], config["transformer"]["memory_length"]
     config["transformer"]["colour"] = "red"
     lines = problems(config)
     starts = ["epochz: unknown key, did you mean 'epochs'?", "gamma: 2.0 should be a number, from 0 to 1",
-              "epochs: missing, should be a whole number, from 1 to 1,000",
+              "updates: missing, should be a whole number, from 1 to 1,000,000,000",
               "transformer.colour: unknown key, allowed are num_blocks", "transformer.embed_dim: 0 should be",
-              "beta_schedule: missing, it holds initial, final", "clip_range_schedule.power: missing"]  # fmt: skip
+              "transformer.memory_length: missing, should be", "learning_rate_schedule.final: missing"]  # fmt: skip
     assert len(lines) == len(starts)
     for start in starts:
         assert sum(line.startswith(start) for line in lines) == 1, (start, lines)
+    (line,) = problems({key: value for key, value in good().items() if key != "learning_rate_schedule"})
+    assert line == "learning_rate_schedule: missing, it holds initial, final, power, max_decay_steps"
+    assert len(problems({})) == sum(field.is_required() for field in Config.model_fields.values())
 
 
 def test_rules_between_keys():
@@ -224,8 +232,150 @@ def test_rules_between_keys():
     assert line == "transformer.embed_dim: 64 should be divisible by transformer.num_heads, 3"
     (line,) = problems(with_value("n_mini_batch", 3))
     assert line == "n_mini_batch: 3 should divide n_workers·worker_steps, 2048"
-    (line,) = problems(with_value("environment", {"type": "Minigrid"}))
-    assert line.startswith("environment.name: missing")
+    for encoding in ("", "relative"):
+        config = with_value("transformer.positional_encoding", encoding)
+        config["transformer"]["query_position"] = True
+        (line,) = problems(config)
+        assert line.startswith("transformer.query_position: True should come with") and repr(encoding) in line
+    config["transformer"]["positional_encoding"] = "absolute"
+    assert check_config(config, "").transformer.query_position is True
+
+
+# ------------------------------------------------------------------------------------------- sections of environments
+
+NEEDED = {"Minigrid": {"name": "MiniGrid-MemoryS9-v0"}, "Gymnasium": {"name": "CartPole-v1"}}
+BAD_SECTIONS = [
+    ("Minigrid", {"name": None}, "environment.name: None should be the registered id of a Minigrid environment"),
+    ("Gymnasium", {"name": ""}, "environment.name: '' should be the registered id of a Gymnasium environment"),
+    *[
+        (
+            "Minigrid",
+            {"view_size": size},
+            f"environment.view_size: {size!r} should be a whole number, odd, from 3 to 99",
+        )
+        for size in (4, 1, -3, "7", None, 101, True)
+    ],
+    ("Minigrid", {"tile_size": None}, "environment.tile_size: None should be a whole number, from 1 to 64"),
+    ("Minigrid", {"num_actions": 8}, "environment.num_actions: 8 should be a whole number, from 1 to 7"),
+    ("Minigrid", {"max_episode_steps": 1.5}, "environment.max_episode_steps: 1.5 should be a whole number, from 1 to"),
+    ("Minigrid", {"mission": "yes"}, "environment.mission: 'yes' should be True or False"),
+    ("CartPole", {"max_episode_steps": 0}, "environment.max_episode_steps: 0 should be a whole number, from 1 to"),
+    ("CartPole", {"view_size": 3}, "environment.view_size: unknown key for type CartPole, it belongs to Minigrid"),
+    (
+        "CartPole",
+        {"colour": 3},
+        "environment.colour: unknown key for type CartPole, allowed are type, reset_params",
+    ),
+    ("Gymnasium", {"argumets": {}}, "environment.argumets: unknown key for type Gymnasium, did you mean 'arguments'?"),
+    ("Gymnasium", {"arguments": {1: 2}}, "environment.arguments: {1: 2} should be a mapping of names to values"),
+    (
+        "Gymnasium",
+        {"hide": [1, "2:3", "x"]},
+        "environment.hide: [1, '2:3', 'x'] should be a list of indices",
+    ),
+    ("Gymnasium", {"hide": [True]}, "environment.hide: [True] should be a list of indices"),
+    ("Gymnasium", {"observe": "all"}, "environment.observe: 'all' should be a list of names"),
+    ("Gymnasium", {"observe": []}, "environment.observe: [] should be a list of names"),
+    ("Gymnasium", {"reward_scale": "nan"}, "environment.reward_scale: nan should be a number, from 1e-06"),
+    (
+        "PocMemoryEnv",
+        {"reset_params": {"command_count": [5]}},
+        "environment.reset_params.command_count: unknown key for type PocMemoryEnv, allowed are start-seed, num-seeds",
+    ),
+    ("MortarMayhem", {"reset_params": {4: 5}}, "environment.reset_params.4: unknown key, keys should be text"),
+]
+
+
+@pytest.mark.parametrize(("kind", "changes", "start"), BAD_SECTIONS, ids=lambda value: str(value)[:40])
+def test_bad_section(kind, changes, start):
+    (line,) = problems(with_value("environment", {"type": kind} | NEEDED.get(kind, {}) | changes))
+    assert line.startswith(start), line
+
+
+def test_sections_by_type():
+    """Each type takes the keys that it declares, says which it lacks and refuses those of all others."""
+    values = {"max_episode_steps": 7, "view_size": 5, "tile_size": 9, "num_actions": 2, "mission": True, "hide": [0],
+              "arguments": {"a": 1}, "observe": ["a"], "previous_action": True, "previous_reward": True,
+              "reward_scale": 0.5, "name": "CartPole-v1"}  # fmt: skip
+    declared = {key for section in SECTIONS.values() for key in section.model_fields}
+    assert values.keys() == declared - Section.model_fields.keys()
+    for kind, section in SECTIONS.items():
+        for key, value in values.items():
+            given = {"type": kind} | NEEDED.get(kind, {}) | {key: value}
+            if key in section.model_fields:
+                checked = check_config(with_value("environment", given), "").environment
+                assert type(checked) is section and getattr(checked, key) == value
+                continue
+            (line,) = problems(with_value("environment", given))
+            owners = [name for name, other in SECTIONS.items() if key in other.model_fields]
+            assert line == f"environment.{key}: unknown key for type {kind}, it belongs to {', '.join(owners)}"
+    for kind in NEEDED:
+        (line,) = problems(with_value("environment", {"type": kind}))
+        assert line == f"environment.name: missing, should be the registered id of a {kind} environment"
+    (line,) = problems(with_value("environment", {}))
+    assert line.startswith("environment.type: missing, should be text, one of 'PocMemoryEnv', 'CartPole'")
+
+
+def test_what_a_section_leaves_out():
+    """Optional keys are None to who reads them and are not stored; nothing can be changed."""
+    section = check_config(with_value("environment", {"type": "Minigrid", "name": "a"}), "").environment
+    assert section.view_size is None and "view_size" not in section.model_dump()
+    with pytest.raises(ValueError, match="frozen"):
+        section.view_size = 3
+
+
+def test_a_config_is_checked_without_a_simulator():
+    """Command lines answer at once, and processes of environments import what they play only."""
+    line = "import run.config, sys; print(sorted({'gymnasium', 'minigrid', 'memory_gym', 'pygame'} & {*sys.modules}))"
+    assert subprocess.check_output([sys.executable, "-c", line], cwd=SHIPPED[0].parents[1], text=True) == "[]\n"
+
+
+# -------------------------------------------------------------------------------------------------------------- --set
+
+
+def test_overrides():
+    path = SHIPPED[0].parent / "mortar_mayhem_grid.yaml"
+    config = load_config(
+        path,
+        ["transformer.num_blocks=2", "learning_rate_schedule.initial=3e-4", "clip_range_schedule.final=0.05",
+         "gamma=.5", "environment.reset_params.command_count=[5, 6]", "transformer.positional_encoding=", "gamma=0.9",
+         'transformer.positional_encoding=""'],
+    )  # fmt: skip
+    assert config.transformer.num_blocks == 2 and config.gamma == 0.9 and config.transformer.positional_encoding == ""
+    assert config.learning_rate_schedule.initial == 3e-4 and config.learning_rate_schedule.final == 1e-5
+    before = load_config(path)
+    assert config.clip_range_schedule == before.clip_range_schedule.model_copy(update={"final": 0.05})
+    assert config.environment.options == before.environment.options | {"command_count": [5, 6]}
+    assert load_config(path, ["environment={type: CartPole}"]).environment.max_episode_steps == 200
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("gamma", "--set gamma: should be key=value"),
+        ("=1", "--set =1: should be key=value"),
+        ("gamma=", "--set: gamma: None should be a number, from 0 to 1"),
+        ("gamma=[", "--set gamma=[: is not valid YAML"),
+        ("gamma=*a", "--set gamma=*a: is not valid YAML: aliases"),
+        ("gama=0.9", "--set: gama: unknown key, did you mean 'gamma'?"),
+        ("updates.a=1", "--set updates.a: updates is one value"),
+        ("transformer.num_blocks=two", "--set: transformer.num_blocks: 'two' should be a whole number"),
+        (
+            "transformer.num_heads=5",
+            "--set: transformer.embed_dim: 384 should be divisible by transformer.num_heads, 5",
+        ),
+        ("environment.type=CartPole", "--set: environment.name: unknown key for type CartPole"),
+        ("learning_rate_schedule={initial: 1}", "--set: learning_rate_schedule.final: missing"),
+        (".=1", "--set .=1: should be key=value"),
+        ("a" * 500 + "=1", "--set: aaaa"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_bad_override(override, said):
+    with pytest.raises(UserError) as caught:
+        load_config(SHIPPED[0].parent / "minigrid.yaml", ["updates=3", override])
+    line = str(caught.value).split("\n")[0]
+    assert line.startswith(said) and len(line) < 600, line
 
 
 @pytest.mark.parametrize(
@@ -275,9 +425,33 @@ def test_files_that_cannot_be_read(tmp_path):
 def test_a_checked_config_stays_as_it_is():
     for stem, text in TEXTS.items():
         config = check_config(yaml.safe_load(text), stem)
-        assert check_config(config, stem) == config
-        assert list(config) == list(SCHEMA)
-        assert yaml.safe_load(yaml.safe_dump(config)) == config
+        stored = config.model_dump()
+        assert check_config(stored, stem) == config
+        assert list(stored) == list(Config.model_fields)
+        assert yaml.safe_load(yaml.safe_dump(stored)) == stored
+
+
+@pytest.mark.parametrize("path", [*(SHIPPED[0].parents[1] / "models").glob("*.nn")], ids=lambda path: path.stem)
+def test_configs_stored_before_they_were_typed(path):
+    stored = torch.load(path, weights_only=True, map_location="cpu")["config"]
+    checked = check_config(stored, path.stem).model_dump()
+    for key, value in stored.items():
+        part = {inner: checked[key][inner] for inner in value} if isinstance(value, dict) else checked[key]
+        assert part == value, key
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_what_is_written_from_the_declarations(path):
+    assert path.read_text(encoding="utf-8") == FILES[path](), "to be written anew by `python -m run.config`"
+
+
+def test_configs_say_only_what_differs():
+    """Two tasks can be compared by eye; editors find the schema."""
+    for stem, text in TEXTS.items():
+        assert text.startswith("# yaml-language-server: $schema=schema.json\n"), stem
+        for key, value in yaml.safe_load(text).items():
+            field = Config.model_fields[key]
+            assert field.is_required() or value != field.default, (stem, key)
 
 
 # ----------------------------------------------------------------------------------------------- generated bad configs
@@ -293,7 +467,7 @@ JUNK = st.one_of(
     st.sampled_from(["3e-4", "1e2", "nan", "-inf", "", "True", "0x10", "1_000", "PocMemoryEnv", "absolute", "post"]),
     st.sampled_from([[], {}, [[]], {"a": {"b": {"c": []}}}, [1, 2], {1: 2}, {None: None}, b"bytes", ("a",)]),
     st.recursive(st.integers() | st.text(max_size=3), lambda inner: st.lists(inner, max_size=3), max_leaves=6),
-)  # fmt: skip
+).map(copy.deepcopy)  # fmt: skip
 
 
 def places(section: dict, path: tuple = ()) -> list[tuple]:
@@ -338,7 +512,7 @@ def mutated(draw) -> str:
         section = config
         for name in path:
             section = section[name]
-        deed = draw(st.sampled_from(("junk", "junk", "junk", "scale", "drop", "misspell", "add", "move")))
+        deed = draw(st.sampled_from(("junk", "junk", "junk", "scale", "drop", "misspell", "add", "move", "type")))
         if deed == "junk":
             section[key] = draw(JUNK)
         elif deed == "scale" and isinstance(section[key], (int, float)):
@@ -356,6 +530,10 @@ def mutated(draw) -> str:
             ] = draw(JUNK)
         elif deed == "move":
             config[key] = section.pop(key)
+        elif deed == "type" and isinstance(config.get("environment"), dict):  # a key of another type, or another type
+            kind, other = draw(st.sampled_from(sorted(SECTIONS))), draw(st.sampled_from(sorted(SECTIONS)))
+            foreign = draw(st.sampled_from(sorted(SECTIONS[other].model_fields)))
+            config["environment"] |= {"type": kind} if foreign == "type" else {foreign: draw(JUNK)}
     return yaml.dump(config)
 
 
@@ -382,7 +560,7 @@ def test_generated_configs(text, tmp_path_factory):
         assert len(set(lines)) == len(lines)
         count("refused by the check")
         return
-    assert check_config(config, "") == config
+    assert check_config(config.model_dump(), "") == config
     if not FULL and sum(OUTCOMES.get(key, 0) for key in ("trained", "refused at the start", "no numbers")) >= 8:
         count("accepted, not tried")
         return

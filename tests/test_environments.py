@@ -13,37 +13,30 @@ import pygame
 import pytest
 from gymnasium import spaces
 from minigrid.core.actions import Actions
+from pydantic import TypeAdapter
 
-from environments import memory_gym_env, minigrid_env
-from environments.cartpole_env import CartPole
-from environments.gymnasium_env import GymnasiumEnv
-from environments.memory_gym_env import MemoryGymEnv
-from environments.minigrid_env import MinigridEnv
-from environments.poc_memory_env import PocMemoryEnv
+from environments import MEMORY_GYM_TYPES, memory_gym_env, minigrid_env
+from environments.section import Environment
 
 pytestmark = pytest.mark.filterwarnings("error")
 
 ROOT = Path(__file__).resolve().parent.parent
 
-SINGLE_TYPES = {
-    "PocMemoryEnv": PocMemoryEnv,
-    "CartPole": CartPole,
-    "CartPoleMasked": CartPole,
-}
 MEMORY_S9 = {"type": "Minigrid", "name": "MiniGrid-MemoryS9-v0"}
 CASES = {
-    **{name: (cls, {"type": name}) for name, cls in SINGLE_TYPES.items()},
-    "Minigrid-Memory": (MinigridEnv, MEMORY_S9),
-    "Minigrid-DoorKey": (MinigridEnv, {"type": "Minigrid", "name": "MiniGrid-DoorKey-5x5-v0"}),
-    "Gymnasium": (GymnasiumEnv, {"type": "Gymnasium", "name": "MountainCar-v0", "max_episode_steps": 60}),
-    **{name: (MemoryGymEnv, {"type": name}) for name in memory_gym_env.MEMORY_GYM_TYPES},
-    "SearingSpotlights-bright": (
-        MemoryGymEnv,
-        {"type": "SearingSpotlights", "reset_params": {"light_dim_off_duration": 0}},
-    ),
+    **{name: {"type": name} for name in ("PocMemoryEnv", "CartPole", "CartPoleMasked", *MEMORY_GYM_TYPES)},
+    "Minigrid-Memory": MEMORY_S9,
+    "Minigrid-DoorKey": {"type": "Minigrid", "name": "MiniGrid-DoorKey-5x5-v0"},
+    "Gymnasium": {"type": "Gymnasium", "name": "MountainCar-v0", "max_episode_steps": 60},
+    "SearingSpotlights-bright": {"type": "SearingSpotlights", "reset_params": {"light_dim_off_duration": 0}},
 }
-every_environment = pytest.mark.parametrize(("cls", "environment"), CASES.values(), ids=CASES.keys())
-every_memory_gym_task = pytest.mark.parametrize("task", memory_gym_env.MEMORY_GYM_TYPES)
+every_environment = pytest.mark.parametrize("environment", CASES.values(), ids=CASES.keys())
+every_memory_gym_task = pytest.mark.parametrize("task", MEMORY_GYM_TYPES)
+
+
+def create(section, render_mode=None):
+    """Returns the environment of a config's section."""
+    return TypeAdapter(Environment).validate_python(section).create(render_mode)
 
 
 def digest(array):
@@ -75,8 +68,8 @@ def rollout(env, seed, actions, look=lambda env: None):
 
 
 @every_environment
-def test_episode_is_determined_by_its_seed_and_actions(cls, environment):
-    used, fresh = cls(environment), cls(environment)
+def test_episode_is_determined_by_its_seed_and_actions(environment):
+    used, fresh = create(environment), create(environment)
     for seed in range(3):
         rollout(used, seed, random_actions(used, 90, seed))
     actions = random_actions(fresh, 150, seed=9)
@@ -86,7 +79,7 @@ def test_episode_is_determined_by_its_seed_and_actions(cls, environment):
 
 
 @every_environment
-def test_rendering_changes_nothing(cls, environment):
+def test_rendering_changes_nothing(environment):
     pictures = []
 
     def look(env):
@@ -100,8 +93,8 @@ def test_rendering_changes_nothing(cls, environment):
         assert np.array_equal(env.render(), pictures[-1])
         env.agent_view()
 
-    watched, looked_at_once = (cls(environment, render_mode="rgb_array") for _ in range(2))
-    unwatched = cls(environment)
+    watched, looked_at_once = (create(environment, render_mode="rgb_array") for _ in range(2))
+    unwatched = create(environment)
     actions = random_actions(unwatched, 150, seed=1)
     for seed in (3, 4):
         history = rollout(unwatched, seed, actions)
@@ -115,8 +108,8 @@ def test_rendering_changes_nothing(cls, environment):
 
 
 @every_environment
-def test_infos_and_types(cls, environment):
-    env = cls(environment)
+def test_infos_and_types(environment):
+    env = create(environment)
     observation, info = env.reset(seed=1)
     assert info == {}
     rewards = []
@@ -132,16 +125,17 @@ def test_infos_and_types(cls, environment):
             break
         assert info == {}
     assert terminated or truncated
-    scale = 100 if cls is CartPole else 1
+    scale = 100 if environment["type"].startswith("CartPole") else 1
     assert info["reward"] == pytest.approx(scale * sum(rewards))
     assert info["length"] == len(rewards)
     assert {type(value) for key, value in info.items() if key != "length"} == {float}
 
 
-@pytest.mark.parametrize("name", [name for name, (cls, _) in CASES.items() if cls in (MinigridEnv, MemoryGymEnv)])
+@pytest.mark.parametrize(
+    "name", [name for name, each in CASES.items() if each["type"] in ("Minigrid", *MEMORY_GYM_TYPES)]
+)
 def test_pictures_are_channels_first_views_of_channels_last_memory(name):
-    cls, environment = CASES[name]
-    env = cls(environment, render_mode="rgb_array")
+    env = create(CASES[name], render_mode="rgb_array")
     env.reset(seed=0)
     for action in random_actions(env, 3):
         observation = env.step(action)[0]
@@ -158,7 +152,8 @@ LIMITS = [
     ("Minigrid-Memory", {"max_episode_steps": 20}, 20),
     ("Minigrid-DoorKey", {}, 64),
     ("Gymnasium", {}, 60),
-    ("Gymnasium", {"max_episode_steps": None}, 200),
+    ("CartPole", {"max_episode_steps": 500}, 500),
+    ("CartPoleMasked", {"max_episode_steps": 7}, 7),
     ("MortarMayhem", {}, 275),
     ("MortarMayhem-Grid", {}, 119),
     ("MortarMayhem-Grid", {"reset_params": {"start-seed": 0, "num-seeds": 9, "command_count": [5]}}, 59),
@@ -173,28 +168,19 @@ LIMITS = [
 
 @pytest.mark.parametrize(("name", "changes", "expected"), LIMITS)
 def test_max_episode_steps(name, changes, expected):
-    cls, environment = CASES[name]
-    env = cls(environment | changes)
+    env = create(CASES[name] | changes)
     assert env.max_episode_steps == expected
     assert type(env.max_episode_steps) is (int if expected else type(None))
 
 
 MEMORY_S9_IDS = {"name": "MiniGrid-MemoryS9-v0"}
 REFUSED = [
-    (PocMemoryEnv, "PocMemoryEnv", {"reset_params": {"max_steps": 3}}, ["max_steps: 3", "start-seed"]),
-    (PocMemoryEnv, "PocMemoryEnv", {"reset_params": [3]}, ["reset_params: [3]"]),
-    (CartPole, "CartPoleHidden", {}, ["CartPoleHidden", "CartPoleMasked"]),
-    (MinigridEnv, "Minigrid", {}, ["name: None"]),
-    (MinigridEnv, "Minigrid", {"name": "MiniGrid-MemoryS8-v0"}, ["MiniGrid-MemoryS8-v0", "MiniGrid-MemoryS9-v0"]),
-    (MinigridEnv, "Minigrid", {"name": "CartPole-v1"}, ["CartPole-v1"]),
-    (MinigridEnv, "Minigrid", MEMORY_S9_IDS | {"view_size": 4}, ["view_size: 4", "odd"]),
-    (MinigridEnv, "Minigrid", MEMORY_S9_IDS | {"tile_size": 8}, ["tile_size: 8", "24×24", "36×36"]),
-    (MinigridEnv, "Minigrid", MEMORY_S9_IDS | {"num_actions": 8}, ["num_actions: 8", "from 1 to 7"]),
-    (MinigridEnv, "Minigrid", MEMORY_S9_IDS | {"max_episode_steps": 1.5}, ["max_episode_steps: 1.5", "whole"]),
-    (GymnasiumEnv, "Gymnasium", {"name": "Acrobat-v1"}, ["Acrobat-v1", "Acrobot-v1"]),
-    (GymnasiumEnv, "Gymnasium", {"name": "Pendulum-v1"}, ["Pendulum-v1", "action space Box"]),
-    (GymnasiumEnv, "Gymnasium", MEMORY_S9_IDS, ["observation space Dict", "36×36"]),
-    (MemoryGymEnv, "MortarMayham", {}, ["MortarMayham", "MortarMayhem-Grid"]),
+    ("Minigrid", {"name": "MiniGrid-MemoryS8-v0"}, ["MiniGrid-MemoryS8-v0", "MiniGrid-MemoryS9-v0"]),
+    ("Minigrid", {"name": "CartPole-v1"}, ["CartPole-v1"]),
+    ("Minigrid", MEMORY_S9_IDS | {"tile_size": 8}, ["tile_size: 8", "24×24", "36×36"]),
+    ("Gymnasium", {"name": "Acrobat-v1"}, ["Acrobat-v1", "Acrobot-v1"]),
+    ("Gymnasium", {"name": "Pendulum-v1"}, ["Pendulum-v1", "action space Box"]),
+    ("Gymnasium", MEMORY_S9_IDS, ["observation space Dict", "36×36"]),
 ]
 REFUSED_OPTIONS = [
     ("MortarMayhem", {"comand_count": [5]}, ["comand_count: [5]", "nearest: command_count"]),
@@ -220,12 +206,12 @@ REFUSED_OPTIONS = [
 
 
 @pytest.mark.parametrize(
-    ("cls", "kind", "entries", "parts"),
-    REFUSED + [(MemoryGymEnv, kind, {"reset_params": options}, parts) for kind, options, parts in REFUSED_OPTIONS],
+    ("kind", "entries", "parts"),
+    REFUSED + [(kind, {"reset_params": options}, parts) for kind, options, parts in REFUSED_OPTIONS],
 )
-def test_bad_configuration_is_refused_in_one_line(cls, kind, entries, parts):
+def test_bad_configuration_is_refused_in_one_line(kind, entries, parts):
     with pytest.raises(ValueError) as error:
-        cls({"type": kind, **entries})
+        create({"type": kind, **entries})
     message = str(error.value)
     assert "\n" not in message
     for part in parts:
@@ -234,16 +220,15 @@ def test_bad_configuration_is_refused_in_one_line(cls, kind, entries, parts):
 
 def test_unknown_render_mode_is_refused():
     with pytest.raises(ValueError, match="'human'"):
-        PocMemoryEnv({"type": "PocMemoryEnv"}, render_mode="human")
+        create({"type": "PocMemoryEnv"}, render_mode="human")
 
 
 def test_nothing_is_printed_and_nothing_warns():
     """In a process of its own, where every warning is an error."""
-    lines = ["import numpy as np"]
-    for cls, environment in CASES.values():
+    lines = ["import numpy as np", "from pydantic import TypeAdapter", "from environments.section import Environment"]
+    for environment in CASES.values():
         lines += [
-            f"from {cls.__module__} import {cls.__name__}",
-            f"env = {cls.__name__}({environment!r}, render_mode='rgb_array')",
+            f"env = TypeAdapter(Environment).validate_python({environment!r}).create('rgb_array')",
             "env.reset(seed=0)",
             "env.step(np.zeros(env.action_space.shape or (1,), dtype=int))",
             "env.render()",
@@ -260,7 +245,7 @@ def test_nothing_is_printed_and_nothing_warns():
 
 @pytest.mark.parametrize("chosen_end", ["good", "bad"])
 def test_poc_memory_episode(chosen_end):
-    env = PocMemoryEnv({"type": "PocMemoryEnv"})
+    env = create({"type": "PocMemoryEnv"})
     starts, good_sides = set(), set()
     for seed in range(40):
         shown, _ = env.reset(seed=seed)
@@ -292,14 +277,14 @@ def test_poc_memory_episode(chosen_end):
 
 
 def test_poc_memory_time_limit_truncates():
-    env = PocMemoryEnv({"type": "PocMemoryEnv"})
+    env = create({"type": "PocMemoryEnv"})
     env.reset(seed=0)
     ends = [env.step(step % 2)[2:4] for step in range(32)]
     assert ends == [(False, False)] * 31 + [(False, True)]
 
 
 def test_poc_memory_end_reached_with_the_last_step_terminates():
-    env = PocMemoryEnv({"type": "PocMemoryEnv"})
+    env = create({"type": "PocMemoryEnv"})
     seed = next(seed for seed in range(100) if env.reset(seed=seed)[0][1] == np.float32(0.2))
     env.reset(seed=seed)
     ends = [env.step(action)[2:4] for action in [0, 0, *[0, 1] * 13, *[1] * 4]]
@@ -307,7 +292,7 @@ def test_poc_memory_end_reached_with_the_last_step_terminates():
 
 
 def test_poc_memory_picture_shows_goals_only_while_visible():
-    env = PocMemoryEnv({"type": "PocMemoryEnv"}, render_mode="rgb_array")
+    env = create({"type": "PocMemoryEnv"}, render_mode="rgb_array")
     observation, _ = env.reset(seed=0)
     shown = env.render()
     height, width, _ = shown.shape
@@ -326,7 +311,7 @@ def test_poc_memory_picture_shows_goals_only_while_visible():
 
 
 def test_cartpole_masks_velocities_and_scales_rewards():
-    masked, full = CartPole({"type": "CartPoleMasked"}), CartPole({"type": "CartPole"})
+    masked, full = create({"type": "CartPoleMasked"}), create({"type": "CartPole"})
     hidden, seen = masked.reset(seed=5)[0], full.reset(seed=5)[0]
     for step in range(1, 201):
         assert seen.all()
@@ -354,10 +339,10 @@ def test_cartpole_masks_velocities_and_scales_rewards():
 def test_minigrid_pictures_equal_plain_rendering(monkeypatch, name, entries, needed, kept):
     monkeypatch.setattr(minigrid_env, "MAX_KEPT_PICTURES", kept)
     monkeypatch.setattr(minigrid_env, "_kept_pictures", {})
-    env = MinigridEnv({"type": "Minigrid", "name": name, **entries})
+    env = create({"type": "Minigrid", "name": name, **entries})
     view_size, tile_size = (3, 28) if "Memory" in name else (entries.get("view_size", 7), entries.get("tile_size", 8))
     plain = gymnasium.make(name, agent_view_size=view_size).unwrapped
-    MinigridEnv({"type": "Minigrid", "name": name, "tile_size": 16, "view_size": view_size}).reset(seed=0)
+    create({"type": "Minigrid", "name": name, "tile_size": 16, "view_size": view_size}).reset(seed=0)
     happened = set()
     for seed in range(8):
         observation, _ = env.reset(seed=seed)
@@ -378,21 +363,21 @@ def test_minigrid_pictures_equal_plain_rendering(monkeypatch, name, entries, nee
 
 
 def test_minigrid_pictures_cannot_be_written_to():
-    env = MinigridEnv(MEMORY_S9)
+    env = create(MEMORY_S9)
     observation, _ = env.reset(seed=0)
     with pytest.raises(ValueError, match="read-only"):
         observation[:] = 0
 
 
 def test_minigrid_time_limit_truncates_and_leaves_the_reward():
-    env = MinigridEnv(MEMORY_S9)
+    env = create(MEMORY_S9)
     assert env.action_space == spaces.Discrete(3)
     env.reset(seed=0)
     ends = [env.step(Actions.left)[2:] for _ in range(96)]
     assert ends[:95] == [(False, False, {})] * 95
     assert ends[95] == (False, True, {"reward": 0.0, "length": 96, "success": 0.0})
 
-    env = MinigridEnv({"type": "Minigrid", "name": "MiniGrid-Empty-5x5-v0"})
+    env = create({"type": "Minigrid", "name": "MiniGrid-Empty-5x5-v0"})
     env.reset(seed=0)
     for action in (Actions.forward, Actions.forward, Actions.right, Actions.forward, Actions.forward):
         _, reward, terminated, truncated, info = env.step(action)
@@ -421,7 +406,7 @@ for task, actions in json.loads(sys.stdin.read()).items():
 
 
 def test_pixels_rewards_and_ends_are_those_of_memory_gym():
-    envs = {task: MemoryGymEnv({"type": task}) for task in memory_gym_env.MEMORY_GYM_TYPES}
+    envs = {task: create({"type": task}) for task in MEMORY_GYM_TYPES}
     actions = {task: random_actions(env, 250, seed=4) for task, env in envs.items()}
     finished = subprocess.run(
         [sys.executable, "-c", PLAIN_MEMORY_GYM],
@@ -451,7 +436,7 @@ def test_pixels_are_copied_as_surfarray_does():
 
 
 def test_memory_gym_picture_is_upright():
-    env = MemoryGymEnv({"type": "SearingSpotlights"}, render_mode="rgb_array")
+    env = create({"type": "SearingSpotlights"}, render_mode="rgb_array")
     observation, _ = env.reset(seed=0)
     health_bar = np.array([0, 255, 0])
     assert (observation[:, :4, :40] == health_bar[:, None, None]).all()  # left half of the top rows
@@ -474,7 +459,7 @@ def test_memory_gym_environments_do_not_disturb_each_other(task):
         return histories
 
     def make():
-        return MemoryGymEnv({"type": task}, render_mode="rgb_array")
+        return create({"type": task}, render_mode="rgb_array")
 
     first, second = make(), make()
     together = play([first, second], 30)
@@ -491,14 +476,14 @@ def test_memory_gym_leaves_the_video_driver_alone(driver, monkeypatch):
     monkeypatch.setenv("SDL_VIDEODRIVER", driver or "")
     if driver is None:
         monkeypatch.delenv("SDL_VIDEODRIVER")
-    MemoryGymEnv({"type": "MortarMayhem"})
+    create({"type": "MortarMayhem"})
     assert os.environ.get("SDL_VIDEODRIVER") == driver
 
 
 def test_memory_gym_keeps_no_reference_to_the_action():
-    actions = random_actions(MemoryGymEnv({"type": "SearingSpotlights"}), 20)
+    actions = random_actions(create({"type": "SearingSpotlights"}), 20)
     reused = np.zeros(2, dtype=np.int64)
-    env, other = (MemoryGymEnv({"type": "SearingSpotlights"}) for _ in range(2))
+    env, other = (create({"type": "SearingSpotlights"}) for _ in range(2))
     env.reset(seed=0)
     other.reset(seed=0)
     for action in actions:
@@ -509,7 +494,7 @@ def test_memory_gym_keeps_no_reference_to_the_action():
 
 
 def test_memory_gym_understands_an_array_of_one_action():
-    env = MemoryGymEnv({"type": "MysteryPath-Grid"})
+    env = create({"type": "MysteryPath-Grid"})
     start = env.reset(seed=0)[0]
     turned = env.step(np.array([1]))[0]
     env.reset(seed=0)
@@ -518,14 +503,14 @@ def test_memory_gym_understands_an_array_of_one_action():
 
 
 def test_memory_gym_time_limit_is_part_of_the_task():
-    env = MemoryGymEnv({"type": "MysteryPath-Grid", "reset_params": {"max_steps": 12}})
+    env = create({"type": "MysteryPath-Grid", "reset_params": {"max_steps": 12}})
     env.reset(seed=0)
     ends = [env.step(0)[2:4] for _ in range(12)]
     assert ends == [(False, False)] * 11 + [(True, False)]
 
 
 def test_memory_gym_uses_the_options_at_every_reset():
-    env = MemoryGymEnv({"type": "MysteryPath-Grid", "reset_params": {"num-seeds": 5, "show_goal": True}})
+    env = create({"type": "MysteryPath-Grid", "reset_params": {"num-seeds": 5, "show_goal": True}})
     green = np.array([0, 255, 0])[:, None, None]
     for seed in range(3):
         assert (env.reset(seed=seed)[0] == green).all(axis=0).any()
@@ -560,7 +545,7 @@ def test_mortar_mayhem_success(task, reward_command_success, failing_command, fa
         "explosion_delay": [18],
         "explosion_duration": [8],
     }
-    env = MemoryGymEnv({"type": task, "reset_params": options})
+    env = create({"type": task, "reset_params": options})
     for seed in range(3):
         env.reset(seed=seed)
         ended, total = False, 0.0
@@ -612,7 +597,7 @@ def make_dummy(monkeypatch, shape, dtype=np.uint8, action_space=None, **entries)
         kwargs={"shape": shape, "dtype": dtype, "action_space": action_space or spaces.Discrete(3)},
     )
     monkeypatch.setitem(gymnasium.registry, "Dummy-v0", spec)
-    return GymnasiumEnv({"type": "Gymnasium", "name": "Dummy-v0", **entries}, render_mode="rgb_array")
+    return create({"type": "Gymnasium", "name": "Dummy-v0", **entries}, render_mode="rgb_array")
 
 
 @pytest.mark.parametrize("channels_first", [False, True])
@@ -650,7 +635,7 @@ def test_gymnasium_vectors_infos_and_limit(monkeypatch, dtype):
 
 
 def test_gymnasium_does_not_warn_of_old_versions():
-    assert GymnasiumEnv({"type": "Gymnasium", "name": "CartPole-v0"}).max_episode_steps == 200
+    assert create({"type": "Gymnasium", "name": "CartPole-v0"}).max_episode_steps == 200
 
 
 def test_gymnasium_time_limit_truncates(monkeypatch):
