@@ -10,6 +10,7 @@ Options:
     --model=<file>    A file of models/.
     --episodes=<n>    How many [default: 1].
     --seed=<n>        Skip that many of the unseen seeds [default: 0].
+    --max-steps=<n>   Cut episodes; at 10,000 where the task has no limit.
     --deterministic   Take the most probable actions instead of drawing them.
     --video=<file>    Write all episodes to this .mp4 or .gif.
     --window          Open a window, beside --video too; Esc ends, space pauses.
@@ -17,7 +18,6 @@ Options:
     --device=<name>   cpu, cuda or cuda:N; by default cuda where there is one.
     --cpu             The same as --device=cpu.
     -h --help         Show this.
-
 Example:
     python enjoy.py --model=models/poc_memory_env.nn --video=episode.mp4
 """
@@ -27,7 +27,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from run.cli import arguments_of, choose_device, command_line, output_file, use_cores, whole_number
+from environments.numbers import episode_means
+from run.cli import arguments_of, choose_device, command_line, output_file, step_limit, use_cores, whole_number
 from utils import UserError
 
 WIDTH = 720
@@ -38,6 +39,7 @@ def main() -> None:
     arguments = arguments_of(__doc__)
     episodes = whole_number(arguments, "--episodes", 1)
     seed, fps = whole_number(arguments, "--seed", 0, 2**30), whole_number(arguments, "--fps", 1, 120)
+    max_steps = whole_number(arguments, "--max-steps", 1, 10**9)
     if arguments["--window"] and not has_display():
         raise UserError("--window: there is no display; write a video instead: --video=episode.mp4")
     from play.agent import first_unseen_seed, load_for_play
@@ -47,9 +49,10 @@ def main() -> None:
     device = choose_device(arguments)
     use_cores(device)
     model, config, task, _ = load_for_play(Path(arguments["--model"]), device)
-    first = first_unseen_seed(config["environment"]) + seed
+    first = first_unseen_seed(config.environment) + seed
     window = open_window(arguments["--window"], wanted=video is None)
-    player = Player(model, config, task, arguments["--deterministic"], render=bool(window or video))
+    limit = step_limit(max_steps, task)
+    player = Player(model, config, task, arguments["--deterministic"], render=bool(window or video), max_steps=limit)
     results: list[dict[str, float]] = []
     pictures = play(player, range(first, first + episodes), fps, window, results)
     try:
@@ -94,10 +97,12 @@ def play(player, seeds: range, fps: int, window, results: list[dict[str, float]]
 
 
 def describe_means(results: list[dict[str, float]]) -> list[str]:
-    """Return the mean of each number that all episodes report, in words."""
-    names = [name for name in ("reward", "length", "success", *results[0]) if all(name in r for r in results)]
-    means = {name: sum(result[name] for result in results) / len(results) for name in names}
-    return [f"{name.replace('_', ' ')} {mean:.2f}" for name, mean in means.items()]
+    """Return the mean of each number in words, with how many episodes report it where some do not."""
+    words = []
+    for name, found in episode_means(results).items():
+        words.append(f"{name.replace('_', ' ')} {found.mean:.2f}" + (f" ({found.note})" if found.note else ""))
+    cut = sum("cut" in result for result in results)
+    return words + ([f"{cut:,} of {len(results):,} episodes cut"] if cut else [])
 
 
 def has_display() -> bool:

@@ -1,24 +1,25 @@
 """Evaluate models on episodes that training has not seen.
 
 Usage:
-    evaluate.py <models>... [options]
-    evaluate.py -h | --help
+    evaluate.py <models>... [--reference=<curves>]... [options]
 
 Models are files or folders of them. Those whose configs agree are runs of one
 group; those of one run with different steps form its learning curve.
-
 Options:
-    --seeds=<n>         Environment seeds that each model plays [default: 50].
-    --repetitions=<n>   How often it plays each of them [default: 5].
-    --seed=<n>          Skip n unseen seeds; seeds actions [default: 0].
-    --deterministic     Take the most probable actions instead of drawing them.
-    --metric=<name>     What is plotted: reward, success, … [default: reward].
-    --plot=<file>       Learning curves as .png, .pdf or .svg.
-    --output=<file>     Write <file>.json with everything and <file>.csv.
-    --processes=<n>     Step the environments, by default on half of the cores.
-    --device=<name>     cpu, cuda or cuda:N; by default cuda where there is one.
-    --cpu               The same as --device=cpu.
-    -h --help           Show this.
+    --seeds=<n>           Environment seeds that each model plays [default: 50].
+    --repetitions=<n>     How often it plays each of them [default: 5].
+    --seed=<n>            Skip n unseen seeds; seeds actions [default: 0].
+    --deterministic       Take the most probable actions, draw none.
+    --max-steps=<n>       Cut episodes; at 10,000 where the task has no limit.
+    --aggregate=<what>    runs: average each first; episodes [default: runs].
+    --metric=<name>       What is plotted: reward, success, … [default: reward].
+    --plot=<file>         Learning curves as .png, .pdf or .svg.
+    --reference=<curves>  Published ones beside them: <file>.csv:<task>/<run>,…
+    --output=<file>       Write <file>.json with everything and <file>.csv.
+    --processes=<n>       Step the environments; by default half the cores.
+    --device=<name>       cpu, cuda or cuda:N; by default cuda if there is one.
+    --cpu                 The same as --device=cpu.
+    -h --help             Show this.
 Example: python evaluate.py models/*.nn --output=results --plot=curves.pdf
 """
 
@@ -26,7 +27,16 @@ import sys
 import time
 from pathlib import Path
 
-from run.cli import arguments_of, choose_device, command_line, cores, output_file, whole_number
+from run.cli import (
+    arguments_of,
+    choose_device,
+    command_line,
+    cores,
+    one_of,
+    output_file,
+    step_limit,
+    whole_number,
+)
 from utils import UserError
 
 
@@ -36,23 +46,30 @@ def main() -> None:
     numbers = [whole_number(arguments, name, 1, 10**6) for name in ("--seeds", "--repetitions")]
     seed = whole_number(arguments, "--seed", 0, 2**30)
     processes = whole_number(arguments, "--processes", 1, 4096) or cores() - max(1, cores() // 2) or 1
-
+    max_steps = whole_number(arguments, "--max-steps", 1, 10**9)
     figure = output_file(arguments, "--plot", (".png", ".pdf", ".svg"))
     output = output_file(arguments, "--output", ("",))
     device = choose_device(arguments)
     import torch
 
     from play import results
+    from play.reference import read_references
 
+    aggregate = one_of(arguments, "--aggregate", results.AGGREGATES)
+    if arguments["--reference"] and figure is None:
+        raise UserError("--reference: is for a figure; name one with --plot=<file>")
+    references = read_references(arguments["--reference"], arguments["--metric"])
     # The environments need the other cores. Must not depend on --processes: it decides how sums are rounded.
     torch.set_num_threads(max(1, cores() // 2))
-    evaluated, protocol = evaluate(arguments, *numbers, seed, processes, device)
-    groups = results.group_runs(evaluated)
+    evaluated, protocol = evaluate(arguments, *numbers, seed, max_steps, processes, device)
+    groups = results.group_runs(evaluated, aggregate)
     print("\n".join(results.table(groups)), flush=True)
-    write_results(groups, protocol, output, figure, arguments["--metric"])
+    write_results(groups, protocol, output, figure, arguments["--metric"], references)
 
 
-def evaluate(arguments: dict, seeds: int, repetitions: int, seed: int, processes: int, device) -> tuple[list, dict]:
+def evaluate(
+    arguments: dict, seeds: int, repetitions: int, seed: int, max_steps: int | None, processes: int, device
+) -> tuple[list, dict]:
     """Play all models on the same seeds; return what they did and how they were evaluated."""
     from run.checkpoint import provenance
     from play.agent import first_unseen_seed, load_for_play, play_episodes
@@ -60,16 +77,17 @@ def evaluate(arguments: dict, seeds: int, repetitions: int, seed: int, processes
     from play.watch import task_name
 
     models = [(path, *load_for_play(path, device)) for path in find_models(arguments["<models>"])]
-    first = seed + max(first_unseen_seed(config["environment"]) for _, _, config, _, _ in models)
+    first = seed + max(first_unseen_seed(config.environment) for _, _, config, _, _ in models)
     table = list(range(first, first + seeds))
     evaluated = []
     for number, (path, model, config, task, run) in enumerate(models, start=1):
+        limit = step_limit(max_steps, task)
         with Progress(f"{number}/{len(models)} {path.name}", seeds * repetitions) as progress:
             episodes = play_episodes(
                 model, config, task, table, repetitions, action_seed=seed, deterministic=arguments["--deterministic"],
-                processes=processes, progress=progress.count,
+                processes=processes, progress=progress.count, max_steps=limit,
             )  # fmt: skip
-        evaluated.append(Evaluated(str(path), task_name(config["environment"]), config, run, episodes))
+        evaluated.append(Evaluated(str(path), task_name(config.environment), config.model_dump(), run, episodes, limit))
     return evaluated, {
         "command": ["python", *sys.argv],
         "seeds": table,
@@ -112,7 +130,9 @@ class Progress:
             print(f"{self.name}: {self.total:,} episodes in {seconds:.1f} s", file=sys.stderr, flush=True)
 
 
-def write_results(groups: list, protocol: dict, output: Path | None, figure: Path | None, metric: str) -> None:
+def write_results(
+    groups: list, protocol: dict, output: Path | None, figure: Path | None, metric: str, references: list
+) -> None:
     """Write the files that were asked for and name them.
 
     Args:
@@ -121,6 +141,7 @@ def write_results(groups: list, protocol: dict, output: Path | None, figure: Pat
         output: .json and .csv, without suffix, or None.
         figure: or None.
         metric: what the figure shows; UserError where no group reports it.
+        references: published curves that it shows too.
     """
     from run.checkpoint import write_file
     from play.results import plot, to_csv, to_json
@@ -135,7 +156,7 @@ def write_results(groups: list, protocol: dict, output: Path | None, figure: Pat
         known = list(dict.fromkeys(name for group in groups for point in group.points for name in point.statistics))
         if metric not in known:
             raise UserError(f"--metric: {metric!r} is not reported; allowed here are {', '.join(known)}")
-        write_file(figure, plot(groups, metric, figure.suffix))
+        write_file(figure, plot(groups, metric, figure.suffix, references))
         files[figure] = None
     if files:
         print(f"wrote {', '.join(map(str, files))}", file=sys.stderr)

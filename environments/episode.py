@@ -8,6 +8,8 @@ from typing import Any
 import gymnasium
 import numpy as np
 
+from environments.numbers import task_numbers as task_numbers
+
 # The smallest picture that passes the encoder's three convolutions.
 SMALLEST_PICTURE = 36
 
@@ -45,6 +47,10 @@ class EpisodeEnv(gymnasium.Env):
         self._episode_reward = 0.0
         self._episode_length = 0
 
+    def numbers_so_far(self) -> dict[str, float]:
+        """Returns reward, in the environment's own unit, and length of the running episode."""
+        return {"reward": self._episode_reward, "length": self._episode_length}
+
     def _count_step(self, reward: float, ended: bool, numbers: dict[str, float]) -> Info:
         """Counts one step and returns its info, which is empty unless the episode has ended.
 
@@ -57,7 +63,7 @@ class EpisodeEnv(gymnasium.Env):
         self._episode_length += 1
         if not ended:
             return {}
-        return {**numbers, "reward": self._episode_reward, "length": self._episode_length}
+        return {**numbers, **self.numbers_so_far()}
 
     def render(self) -> np.ndarray:
         """Returns the global view of the current state as a picture.
@@ -154,11 +160,6 @@ def picture_space(channels: int, height: int, width: int) -> gymnasium.spaces.Bo
 def discrete(action: Any) -> int:
     """Returns a single action as an int, whether it comes as an int or as an array of shape (1,)."""
     return int(np.asarray(action).item())
-
-
-def task_numbers(info: Info) -> dict[str, float]:
-    """Returns the single numbers of an info dictionary as floats and drops the rest."""
-    return {key: float(value) for key, value in info.items() if isinstance(value, int | float | np.number | np.bool_)}
 
 
 def suggest(name: Any, known: Iterable[str]) -> str:

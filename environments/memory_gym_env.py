@@ -24,6 +24,7 @@ from environments.episode import (
     task_numbers,
 )
 from environments.section import MemoryGymSection
+from environments.numbers import COUNTED
 
 # The lowest and highest allowed values of reset options, of each element where the option is a list. Memory Gym checks
 # only two of them itself; other values fail in the middle of an episode or make no sense. Scales below 0.1 draw
@@ -192,7 +193,8 @@ class MemoryGymEnv(EpisodeEnv):
             Observation (a picture of shape (3, 84, 84)), reward, terminated, truncated and info.
         """
         pixels, reward, terminated, truncated, task_info = self._step_task(action)
-        numbers = task_numbers(task_info)
+        # Memory Gym counts reward and length too.
+        numbers = task_numbers({key: value for key, value in task_info.items() if key not in COUNTED})
         if terminated and self._type in ("MortarMayhem", "MortarMayhem-Grid"):
             numbers.update(self._mortar_mayhem_results())
         info = self._count_step(float(reward), terminated or truncated, numbers)

@@ -3,25 +3,34 @@
 import csv
 import io
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rliable.library import get_interval_estimates
-from rliable.metrics import aggregate_iqm
+from rliable.metrics import aggregate_iqm, aggregate_mean
 
+from environments.numbers import count_missing_success, metrics_of
+from play.reference import Reference
 from utils import UserError
 
 # Bootstrap resamples behind each confidence interval.
 RESAMPLES = 2000
+# What --aggregate allows: runs are averaged before they are aggregated, or all episodes are pooled.
+AGGREGATES = ("runs", "episodes")
 # What has nothing to do with what a run learns; runs that agree in all the rest differ in their seed only.
 BOOKKEEPING = ("updates", "checkpoint_interval", "model_interval", "video_interval", "histogram_interval")
-STATISTICS = ("iqm", "low", "high", "mean", "std")
+STATISTICS = ("mean", "low", "high", "iqm", "std")
 # Okabe and Ito 2008: told apart by colour-blind eyes. The yellow one is left out: it is too bright for paper.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-LINES, MARKERS = ("-", "--", "-.", ":"), "os^Dv"
+# Dashed lines are those of others.
+LINES, MARKERS, DASHED = ("-", "-.", ":"), "os^Dv", "--"
+# With references this many times as long as our own curves, steps are drawn on a logarithmic scale.
+LOGARITHMIC = 4
 
 
 @dataclass
@@ -31,9 +40,10 @@ class Evaluated:
     Attributes:
         path: its file.
         environment: name of its task.
-        config: its config.
+        config: its config as plain values.
         run: what is known about its training: run_id, seed, steps, …
-        episodes: of `play.play_episodes`.
+        episodes: of `play_episodes`.
+        max_steps: after how many steps episodes were cut, None where they were not.
     """
 
     path: str
@@ -41,24 +51,19 @@ class Evaluated:
     config: dict
     run: dict
     episodes: list[dict[str, float]]
+    max_steps: int | None = None
 
     @property
-    def metrics(self) -> list[str]:
-        """What all of its episodes report, reward, success and length first."""
-        names = [name for name in self.episodes[0] if all(name in episode for episode in self.episodes)]
-        names = [name for name in names if name not in ("seed", "repetition")]
-        first = [name for name in ("reward", "success", "length") if name in names]
-        return first + [name for name in names if name not in first]
+    def cut(self) -> int:
+        """How many episodes were cut."""
+        return sum(episode.get("cut", 0) > 0 for episode in self.episodes)
 
     def scores(self, metric: str) -> np.ndarray:
-        """Return (seeds, repetitions) of a metric."""
-        repetitions = 1 + max(episode["repetition"] for episode in self.episodes)
-        return np.array([episode[metric] for episode in self.episodes]).reshape(-1, repetitions)
-
-    @cached_property
-    def statistics(self) -> dict[str, dict[str, float]]:
-        """Of each metric over all episodes; environment seeds are resampled: how sure it is for this model."""
-        return {metric: summarise(self.scores(metric)) for metric in self.metrics}
+        """Return (seeds, repetitions) of a metric: NaN where an episode lacks it, but 0 for success."""
+        missing = 0.0 if metric == "success" else math.nan
+        repetitions = 1 + int(max(episode["repetition"] for episode in self.episodes))
+        scores = np.array([episode.get(metric, missing) for episode in self.episodes], np.float64)
+        return np.where(np.isfinite(scores), scores, missing).reshape(-1, repetitions)
 
 
 @dataclass
@@ -68,21 +73,42 @@ class Point:
     Attributes:
         steps: environment steps of training.
         models: one per run.
+        aggregate: one of `AGGREGATES`.
     """
 
     steps: int
     models: list[Evaluated]
+    aggregate: str = "runs"
+
+    @cached_property
+    def singles(self) -> list["Point"]:
+        """Each model on its own."""
+        return [Point(self.steps, [model], self.aggregate) for model in self.models]
+
+    @property
+    def episodes(self) -> list[dict[str, float]]:
+        """Those of all runs."""
+        return [episode for model in self.models for episode in model.episodes]
+
+    @property
+    def over(self) -> str:
+        """What the statistics are over, in words."""
+        if self.aggregate == "episodes":
+            return f"over {len(self.episodes):,} episodes"
+        if len(self.models) > 1:
+            return f"over {len(self.models)} runs"
+        return f"over {len({episode['seed'] for episode in self.episodes}):,} seeds"
 
     @cached_property
     def statistics(self) -> dict[str, dict[str, float]]:
-        """Of each metric over all episodes of all runs; runs are resampled: how sure it is for the method.
-
-        Where there is only one run, they are those of its model.
-        """
-        if len(self.models) == 1:
-            return self.models[0].statistics
-        metrics = [name for name in self.models[0].metrics if all(name in model.metrics for model in self.models)]
-        return {name: summarise(np.stack([model.scores(name).flatten() for model in self.models])) for name in metrics}
+        """Of each metric: `summarise`, and how many `episodes` report it, `of` how many."""
+        found = {}
+        for metric in metrics_of(self.episodes):
+            scores = np.stack([model.scores(metric) for model in self.models])
+            reported = int((~np.isnan(scores)).sum())
+            if reported:
+                found[metric] = summarise(scores, self.aggregate) | {"episodes": reported, "of": scores.size}
+        return found
 
 
 @dataclass
@@ -92,10 +118,12 @@ class Group:
     Attributes:
         name: for tables and legends.
         points: its learning curve, in order of steps.
+        aggregate: one of `AGGREGATES`.
     """
 
     name: str
     points: list[Point] = field(default_factory=list)
+    aggregate: str = "runs"
 
     @property
     def runs(self) -> list[str]:
@@ -103,35 +131,77 @@ class Group:
         return list(dict.fromkeys(model.run["run_id"] for point in self.points for model in point.models))
 
 
-def summarise(scores: np.ndarray) -> dict[str, float]:
-    """Return interquartile mean, its 95 % confidence interval, mean and standard deviation of all scores.
+def summarise(scores: np.ndarray, aggregate: str = "runs") -> dict[str, float]:
+    """Return mean, 95 % confidence interval, interquartile mean (IQM) and standard deviation.
 
-    The interval is rliable's bootstrap (Agarwal et al. 2021). What is resampled are whole rows, since the scores within
-    a row belong to the same seed or run and are not independent.
+    With "runs", every run's episodes are averaged, and mean, IQM and deviation are over runs; the interval is of the
+    mean. Where there is one run, its mean is the IQM too, and interval and deviation are over its environment seeds.
+    With "episodes", all are over the episodes of all runs, and the interval is of the IQM; where episodes succeed or
+    fail it says little: the IQM of 80 % is 1.
 
     Args:
-        scores: (rows, episodes of each).
+        scores: (runs, seeds, repetitions); NaN, which is left out, where an episode does not report the metric.
+        aggregate: one of `AGGREGATES`.
+
+    Returns:
+        By `STATISTICS`; what would need a second run or seed is NaN.
     """
-    np.random.seed(0)  # rliable draws from NumPy's global generator, whatever random_state it is given
-    _, intervals = get_interval_estimates(
-        {"": np.arange(len(scores))[:, None]},
-        lambda rows: np.array([aggregate_iqm(scores[rows[:, 0]])]),
-        reps=RESAMPLES,
-    )
-    low, high = intervals[""][:, 0]
-    numbers = (aggregate_iqm(scores), low, high, scores.mean(), scores.std())
+    several = len(scores) > 1
+    rows = scores.reshape(len(scores), -1) if several else scores[0]
+    rows = rows[~np.isnan(rows).all(axis=1)]
+    with np.errstate(over="ignore", invalid="ignore"):  # a task may report 1e308
+        if aggregate == "episodes":
+            episodes = rows[~np.isnan(rows)]
+            low, high = interval(rows, lambda chosen: aggregate_iqm(chosen[~np.isnan(chosen)]))
+            numbers = (episodes.mean(), low, high, aggregate_iqm(episodes), episodes.std())
+        else:
+            averages = np.nanmean(rows, axis=1)
+            std = averages.std() if len(averages) > 1 else math.nan
+            if several:
+                runs = averages[:, None]
+                numbers = (aggregate_mean(runs), *interval(runs, aggregate_mean), aggregate_iqm(runs), std)
+            else:
+                mean = np.nanmean(rows)
+                numbers = (mean, *interval(rows, np.nanmean), mean, std)
     return {name: float(number) for name, number in zip(STATISTICS, numbers, strict=True)}
 
 
-def group_runs(models: list[Evaluated]) -> list[Group]:
+def interval(rows: np.ndarray, statistic: Callable[[np.ndarray], float]) -> tuple[float, float]:
+    """Return the 95 % interval of a statistic: rliable's stratified bootstrap (Agarwal et al. 2021).
+
+    Whole rows are resampled: the scores within one belong to the same seed or run and are not independent.
+
+    Args:
+        rows: (runs or seeds, scores of each); of a single row nothing can be said, the interval is NaN.
+        statistic: of rows.
+    """
+    if len(rows) < 2:
+        return math.nan, math.nan
+    np.random.seed(0)  # rliable draws from NumPy's global generator, whatever random_state it is given
+    indices = {"": np.arange(len(rows))[:, None]}
+    _, intervals = get_interval_estimates(
+        indices, lambda chosen: np.array([statistic(rows[chosen[:, 0]])]), reps=RESAMPLES
+    )
+    low, high = intervals[""][:, 0]
+    return low, high
+
+
+def group_runs(models: list[Evaluated], aggregate: str = "runs") -> list[Group]:
     """Put runs whose configs agree, but for bookkeeping, into groups, and their models into points by steps.
 
-    A model that was given twice, by its run, seed and steps, counts once.
+    A model that was given twice, by its run, seed and steps, counts once. Where any model of a task reports success,
+    episodes that do not are completed by a success of 0.
+
+    Args:
+        models: all that were evaluated, on the same seeds.
+        aggregate: one of `AGGREGATES`.
     """
+    for task in {model.environment for model in models}:
+        count_missing_success([e for model in models if model.environment == task for e in model.episodes])
     groups: dict[str, dict[int, dict[tuple, Evaluated]]] = {}
     for model in models:
         relevant = {key: value for key, value in model.config.items() if key not in BOOKKEEPING}
-        points = groups.setdefault(json.dumps(relevant, sort_keys=True), {})
+        points = groups.setdefault(json.dumps(relevant, sort_keys=True, default=str), {})
         runs = points.setdefault(model.run["steps"], {})
         runs.setdefault((model.run["run_id"], model.run["seed"]), model)
     result = []
@@ -141,8 +211,8 @@ def group_runs(models: list[Evaluated]) -> list[Group]:
         if len({run for runs in points.values() for run in runs}) > 1:
             name = name.rstrip("0123456789").rstrip("-_.") or name
         taken = sum(name == other.name.split(" #")[0] for other in result)
-        ordered = [Point(steps, list(points[steps].values())) for steps in sorted(points)]
-        result.append(Group(f"{name} #{taken + 1}" if taken else name, ordered))
+        ordered = [Point(steps, list(points[steps].values()), aggregate) for steps in sorted(points)]
+        result.append(Group(f"{name} #{taken + 1}" if taken else name, ordered, aggregate))
     return result
 
 
@@ -150,48 +220,77 @@ def table(groups: list[Group]) -> Iterator[str]:
     """Yield the lines of a table of 80 columns: every model, and every group of several runs."""
     for group in groups:
         for point in group.points:
-            for model in point.models:
-                yield from _rows(model.path, Point(point.steps, [model]))
+            for single in point.singles:
+                yield from _rows(single.models[0].path, single)
             if len(point.models) > 1:
                 yield from _rows(f"{group.name}: {len(point.models)} runs", point)
 
 
 def _rows(title: str, point: Point) -> Iterator[str]:
-    episodes = sum(len(model.episodes) for model in point.models)
-    yield f"{title} ({point.models[0].environment}), {point.steps:,} steps, {episodes} episodes"
-    yield f"    {'':<20}{'IQM':>10}  {'95 % interval':^22}{'mean':>10}{'std':>10}"
+    yield f"{title} ({point.models[0].environment}), {point.steps:,} steps, {len(point.episodes):,} episodes"
+    cut = sum(model.cut for model in point.models)
+    if cut:
+        limit = max(model.max_steps or 0 for model in point.models)
+        yield f"    {cut:,} of {len(point.episodes):,} episodes cut after {limit:,} steps"
+    first, last = ("IQM", "mean") if point.aggregate == "episodes" else ("mean", "IQM")
+    yield f"    {point.over:<20}{first:>10}  {'95 % interval':^22}{last:>10}{'std':>10}"
     for metric, found in point.statistics.items():
-        interval = f"[{found['low']:.3f}, {found['high']:.3f}]"
-        yield f"    {metric[:20]:<20}{found['iqm']:>10.3f}  {interval:^22}{found['mean']:>10.3f}{found['std']:>10.3f}"
+        numbers = {name: f"{found[name]:.3f}" if math.isfinite(found[name]) else "–" for name in STATISTICS}
+        bounds = f"[{numbers['low']}, {numbers['high']}]"
+        left, right = numbers[first.lower()], numbers[last.lower()]
+        yield f"    {metric[:20]:<20}{left:>10}  {bounds:^22}{right:>10}{numbers['std']:>10}"
+        if found["episodes"] < found["of"]:
+            yield f"    {'':<20}  in {found['episodes']:,} of {found['of']:,} episodes"
 
 
 def to_json(groups: list[Group], protocol: dict) -> bytes:
-    """Return everything: protocol, groups with their statistics, and every episode of every model."""
-    content = protocol | {"groups": [], "models": []}
+    """Return everything: protocol, groups with their statistics, and every episode of every model.
+
+    What is not finite becomes null: JSON has no word for it.
+    """
+    content = protocol | {"aggregate": groups[0].aggregate, "interval_of": interval_of(groups[0].aggregate)}
+    content |= {"groups": [], "models": []}
     for group in groups:
         points = [
             {"steps": point.steps, "models": [model.path for model in point.models], "statistics": point.statistics}
             for point in group.points
         ]
         content["groups"].append({"name": group.name, "runs": group.runs, "points": points})
-        content["models"] += [
-            {"path": model.path, "group": group.name, "environment": model.environment, "run": model.run}
-            | {"statistics": model.statistics, "episodes": model.episodes, "config": model.config}
-            for point in group.points
-            for model in point.models
-        ]
-    return (json.dumps(content, indent=1) + "\n").encode()
+        for single in (single for point in group.points for single in point.singles):
+            model = single.models[0]
+            content["models"].append(
+                {"path": model.path, "group": group.name, "environment": model.environment, "run": model.run}
+                | {"max_steps": model.max_steps, "cut": model.cut, "statistics": single.statistics}
+                | {"episodes": model.episodes, "config": model.config}
+            )
+    return (json.dumps(_finite(content), indent=1, allow_nan=False, default=str) + "\n").encode()
+
+
+def interval_of(aggregate: str) -> str:
+    """Return which statistic the confidence interval belongs to."""
+    return "iqm" if aggregate == "episodes" else "mean"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def to_csv(groups: list[Group]) -> bytes:
-    """Return a row per model: what it is, then the statistics of each metric."""
+    """Return a row per model: what it is, then of each metric the statistics and how many episodes report it."""
     rows = []
-    for group, point, model in ((g, p, m) for g in groups for p in g.points for m in p.models):
+    for group, point in ((g, single) for g in groups for p in g.points for single in p.singles):
+        model = point.models[0]
         row = {"model": model.path, "group": group.name, "environment": model.environment}
         row |= {"run_id": model.run["run_id"], "seed": model.run["seed"], "steps": point.steps}
-        row["episodes"] = len(model.episodes)
-        for metric, found in model.statistics.items():
-            row |= {f"{metric}_{name}": number for name, number in found.items()}
+        row |= {"aggregate": group.aggregate, "interval_of": interval_of(group.aggregate)}
+        row |= {"episodes": len(model.episodes), "cut": model.cut}
+        for metric, found in point.statistics.items():
+            row |= {f"{metric}_{name}": found[name] if math.isfinite(found[name]) else "" for name in STATISTICS}
+            row[f"{metric}_episodes"] = found["episodes"]
         rows.append(row)
     stream = io.StringIO()
     writer = csv.DictWriter(stream, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
@@ -200,30 +299,41 @@ def to_csv(groups: list[Group]) -> bytes:
     return stream.getvalue().encode()
 
 
-def plot(groups: list[Group], metric: str, suffix: str) -> bytes:
-    """Return a figure of the learning curves: interquartile mean with its confidence band over environment steps.
+def plot(groups: list[Group], metric: str, suffix: str, references: list[Reference] = ()) -> bytes:
+    """Return a figure of the learning curves over environment steps.
+
+    Lines are means over runs with their confidence band; under --aggregate=episodes, interquartile means with theirs.
+    Published curves are dashed; their band is the standard deviation of the runs.
 
     Args:
         groups: one line each.
         metric: what is drawn; groups that do not report it are left out.
         suffix: .png, .pdf or .svg.
+        references: published curves of the same metric.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    statistic = interval_of(groups[0].aggregate)
     style = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "fixed"}
     with matplotlib.rc_context(style):
         figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
         for index, group in enumerate(groups):
             _plot_group(axes, group, metric, index)
+        for index, reference in enumerate(references, start=len(groups)):
+            _plot_reference(axes, reference, statistic, COLOURS[index % len(COLOURS)])
+        _scale_steps(axes, groups, references)
         axes.set_xlabel("environment steps")
-        axes.set_ylabel(f"{metric.replace('_', ' ')} (IQM, 95 % interval)")
+        axes.set_ylabel(f"{metric.replace('_', ' ')} ({statistic.replace('iqm', 'IQM')}, 95 % interval)")
         axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
         axes.grid(axis="y", color="0.9", linewidth=0.8)
         axes.set_axisbelow(True)
-        axes.legend(frameon=False, handlelength=3.5)
+        if references:  # their curves leave less room
+            figure.legend(loc="outside upper center", ncols=2, fontsize=8, frameon=False, handlelength=3)
+        else:
+            axes.legend(frameon=False, handlelength=3.5)
         stream = io.BytesIO()
         figure.savefig(stream, format=suffix[1:].lower(), dpi=200)
         pyplot.close(figure)
@@ -237,18 +347,41 @@ def _plot_group(axes, group: Group, metric: str, index: int) -> None:
         return
     steps = [point.steps for point in points]
     found = [point.statistics[metric] for point in points]
-    iqm, low, high = ([numbers[name] for numbers in found] for name in ("iqm", "low", "high"))
+    line, low, high = ([numbers[name] for numbers in found] for name in (interval_of(group.aggregate), "low", "high"))
     colour = COLOURS[index % len(COLOURS)]
     runs = max(len(point.models) for point in points)
     label = f"{group.name} ({runs} runs)" if runs > 1 else group.name
     look = {"color": colour, "marker": MARKERS[index % len(MARKERS)], "markersize": 5, "markeredgecolor": "white"}
     look |= {"linestyle": LINES[index % len(LINES)], "linewidth": 1.8, "label": label}
     if len(points) == 1:
-        below, above = iqm[0] - low[0], high[0] - iqm[0]
-        axes.errorbar(steps, iqm, yerr=[[max(0, below)], [max(0, above)]], capsize=4, **look)
+        errors = [[max(0.0, line[0] - low[0])], [max(0.0, high[0] - line[0])]]
+        axes.errorbar(steps, line, yerr=errors if math.isfinite(low[0]) else None, capsize=4, **look)
         return
-    axes.plot(steps, iqm, **look)
+    axes.plot(steps, line, **look)
     axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
+
+
+def _plot_reference(axes, reference: Reference, statistic: str, colour: str) -> None:
+    """Draw a published curve; its deviation is one of means and no band around an interquartile mean."""
+    line = reference.iqm if statistic == "iqm" else reference.mean
+    band = "" if statistic == "iqm" else " ± std"
+    label = f"{reference.name} (published, {reference.runs} runs{band})"
+    look = {"color": colour, "linestyle": DASHED, "linewidth": 1.5, "marker": ".", "markersize": 4, "label": label}
+    axes.plot(reference.steps, line, **look)
+    if band:
+        low = np.subtract(reference.mean, reference.std)
+        high = np.add(reference.mean, reference.std)
+        axes.fill_between(reference.steps, low, high, color=colour, alpha=0.1, linewidth=0)
+
+
+def _scale_steps(axes, groups: list[Group], references: list[Reference]) -> None:
+    """Make steps logarithmic, linear around 0, where published curves would squeeze our own."""
+    own = [point.steps for group in groups for point in group.points if point.steps > 0]
+    others = [steps for reference in references for steps in reference.steps]
+    if own and others and max(others) > LOGARITHMIC * max(own):
+        axes.set_xscale("symlog", linthresh=min(own), linscale=0.5)
+        axes.set_xlim(left=0)
+        axes.set_xticks([0, *10 ** np.arange(math.ceil(math.log10(min(own))), math.log10(max(others)))])
 
 
 def find_models(names: list[str]) -> list[Path]:

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.tensorboard.summary import Summary
 
+from environments.numbers import episode_numbers
 from model import ActorCriticModel, Prediction
 from play.agent import Agent, first_unseen_seed
 from utils import Task, checked_step, create_env
@@ -67,12 +68,20 @@ class Player:
         task: what the environment is like.
         deterministic: whether the most probable actions are taken instead of drawn ones.
         render: whether moments have pictures.
+        max_steps: after how many steps an episode is cut, None where only its end ends it.
     """
 
     def __init__(
-        self, model: ActorCriticModel, config: dict, task: Task, deterministic: bool = False, render: bool = True
+        self,
+        model: ActorCriticModel,
+        config: dict,
+        task: Task,
+        deterministic: bool = False,
+        render: bool = True,
+        max_steps: int | None = None,
     ) -> None:
         self.model, self.config, self.task, self.deterministic, self.render = model, config, task, deterministic, render
+        self.max_steps = math.inf if max_steps is None else max_steps
         self.env = create_env(config["environment"], "rgb_array" if render else None)
         self.arrays = SharedArrays(1, task, multiprocessing.get_context("spawn"))
 
@@ -89,8 +98,8 @@ class Player:
         agent = Agent(self.model, self.config, self.task, 1, self.deterministic)
         agent.generator.manual_seed(seed)
         observation, _ = self.env.reset(seed=seed)
-        total, ended = 0.0, False
-        while not ended:
+        total, ended, step = 0.0, False, -1
+        while not ended and step + 1 < self.max_steps:
             self.arrays.show(0, observation)
             agent.advance()
             prediction, actions = agent.act(self.arrays, slice(0, 1))
@@ -101,7 +110,8 @@ class Player:
             observation, reward, terminated, truncated, info = checked_step(self.env, actions[0], self.task)
             total, ended = total + float(reward), terminated or truncated
             agent.count_step(slice(0, 1), np.array([ended]))
-        numbers = {name: float(value) for name, value in info.items() if isinstance(value, (int, float, np.number))}
+        cut = {} if ended else self.env.numbers_so_far() | {"cut": 1.0}
+        numbers = episode_numbers(info) | cut
         yield Moment(step + 1, *self._pictures(), None, moment.value, total, attention, numbers)
 
     def _pictures(self) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -283,8 +293,9 @@ def describe(result: dict[str, float]) -> list[str]:
     words = [f"reward {result['reward']:.2f}", f"length {result['length']:.0f}"]
     if "success" in result:
         words.append(f"success {'yes' if result['success'] else 'no'}")
-    others = [name for name in result if name not in ("reward", "length", "success")]
-    return words + [f"{name.replace('_', ' ')} {result[name]:.2f}" for name in others]
+    others = [name for name in result if name not in ("reward", "length", "success", "cut")]
+    words += [f"{name.replace('_', ' ')} {result[name]:.2f}" for name in others]
+    return words + ([f"cut after {result['length']:,.0f} steps"] if "cut" in result else [])
 
 
 def resized(picture: np.ndarray, size: tuple[int, int]) -> Image.Image:

@@ -11,6 +11,9 @@ from docopt import DocoptExit, docopt
 from kernels.allocator import keep_memory
 from utils import UserError
 
+# Where nothing else ends an episode, watching and evaluating cut it after this many steps.
+MAX_STEPS = 10_000
+
 
 def command_line(main: Callable[[], None]) -> None:
     """Run a command line: exit code 2 and one line per problem for what the user can put right, no traceback."""
@@ -50,6 +53,16 @@ def one_of(arguments: dict, name: str, allowed: tuple[str, ...]) -> str:
     if arguments[name] not in allowed:
         raise UserError(f"{name}: {arguments[name]!r} should be one of {', '.join(allowed)}")
     return arguments[name]
+
+
+def step_limit(max_steps: int | None, task) -> int | None:
+    """Return after how many steps an episode is cut, None where it is not.
+
+    Args:
+        max_steps: of --max-steps, None where it was not given.
+        task: a `Task`; where it has no longest episode, `MAX_STEPS` hold by default.
+    """
+    return MAX_STEPS if max_steps is None and task.max_episode_steps is None else max_steps
 
 
 def output_file(arguments: dict, name: str, suffixes: tuple[str, ...]) -> Path | None:

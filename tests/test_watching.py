@@ -1,7 +1,5 @@
 """Watching and evaluating: the same policy as in training, the right pictures, files, numbers and command lines."""
 
-import csv
-import json
 import os
 import subprocess
 import sys
@@ -12,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageSequence
-from scipy.stats import trim_mean
 
 import enjoy
 import evaluate
@@ -22,7 +19,6 @@ from run.cli import command_line
 from run.config import load_config
 from model import ActorCriticModel
 from play.agent import Agent, first_unseen_seed, load_for_play, play_episodes
-from play.results import Evaluated, group_runs, plot, summarise
 from utils import inspect_environment
 from play.watch import SUMMARY_STEPS, SUMMARY_WIDTH, Painter, Player, draw_episode, episode_summary, write_video
 
@@ -272,53 +268,6 @@ def test_summary_is_an_animated_picture_and_the_same_each_time():
     assert frames[0].shape[:2] == (value.image.height, SUMMARY_WIDTH)
 
 
-# -------------------------------------------------------------------------------------------------------------- numbers
-
-
-def test_statistics_against_a_computation_by_hand():
-    """The interquartile mean drops a quarter at each end; the interval holds it and is the same each time."""
-    scores = np.array([[0.0, 1.0], [2.0, 3.0], [4.0, 5.0], [6.0, 100.0]])
-    found = summarise(scores)
-    assert found["iqm"] == pytest.approx((2 + 3 + 4 + 5) / 4)
-    assert found["mean"] == pytest.approx(scores.mean()) and found["std"] == pytest.approx(scores.std())
-    assert found["low"] < found["iqm"] < found["high"]
-    assert summarise(scores) == found
-    # Rows are resampled whole: repeating the same scores within a row makes nothing surer.
-    repeated = summarise(np.repeat(scores, 5, axis=1))
-    assert repeated["high"] - repeated["low"] == pytest.approx(found["high"] - found["low"])
-
-
-def evaluated(run_id: str, seed: int, steps: int, config: dict, reward: float = 0.0) -> Evaluated:
-    """Return a model that did something made up."""
-    episodes = [{"seed": s, "repetition": r, "reward": reward + s} for s in range(4) for r in range(2)]
-    run = {"run_id": run_id, "seed": seed, "steps": steps}
-    return Evaluated(f"{run_id}-{steps}.nn", "Task", config, run, episodes)
-
-
-def test_runs_with_equal_configs_form_a_group():
-    """Seeds of one config are one line, other configs other lines, and a model that comes twice counts once."""
-    config, longer, other = {"gamma": 0.9, "updates": 5}, {"gamma": 0.9, "updates": 9}, {"gamma": 0.8, "updates": 5}
-    models = [evaluated(f"poc-{seed}", seed, steps, config, seed) for seed in (1, 2) for steps in (200, 100)]
-    models += [evaluated("poc-2", 2, 200, longer), evaluated("poc-9", 9, 100, longer), evaluated("poc-5", 5, 10, other)]
-    first, second = group_runs(models)
-    assert (first.name, first.runs, second.name) == ("poc", ["poc-1", "poc-2", "poc-9"], "poc-5")
-    assert [(point.steps, len(point.models)) for point in first.points] == [(100, 3), (200, 2)]
-    statistics = first.points[1].statistics["reward"]
-    assert statistics["iqm"] == trim_mean([s + run for run in (1, 2) for s in range(4) for _ in range(2)], 0.25)
-    # Two runs resampled: both the worse one, or both the better one, are within the interval's ends.
-    assert statistics["low"] == pytest.approx(2.5) and statistics["high"] == pytest.approx(3.5)
-
-
-@pytest.mark.parametrize("suffix", [".png", ".pdf", ".svg"])
-def test_plot_is_readable(suffix):
-    """The figure of two groups, one of them with a single point, is a file of its format."""
-    models = [evaluated("a", 1, steps, {"gamma": 0.9}) for steps in (0, 5, 10)] + [evaluated("b", 1, 5, {"gamma": 0.8})]
-    data = plot(group_runs(models), "reward", suffix)
-    assert data[:8] in (b"\x89PNG\r\n\x1a\n", b"%PDF-1.4", b"<?xml ve")
-    if suffix == ".png":
-        assert imageio.v2.imread(data).shape[:2] == (800, 1280)
-
-
 # -------------------------------------------------------------------------------------------------------- command lines
 
 
@@ -373,53 +322,6 @@ def test_escape_closes_the_window(monkeypatch):
     assert window.show(picture, 100)
     pygame.event.post(pygame.event.Event(pygame.KEYDOWN, key=pygame.K_ESCAPE))
     assert not window.show(picture, 100)
-
-
-def test_means_are_of_what_all_episodes_report():
-    """A number that some episodes lack has no mean."""
-    results = [{"length": 3.0, "reward": 1.0, "extra": 1.0}, {"length": 5.0, "reward": 0.0}]
-    assert enjoy.describe_means(results) == ["reward 0.50", "length 4.00"]
-
-
-def test_evaluate_writes_what_it_found(tmp_path):
-    """Every flag; folders and files; JSON with every episode, CSV with a row per model, statistics as by hand."""
-    (tmp_path / "run-1").mkdir()
-    for steps in (100, 200):
-        write_model(tmp_path / "run-1" / f"model-{steps:012d}.nn", run_id="run-1", steps=steps)
-    write_model(tmp_path / "two.nn", run_id="run-2", seed=2, steps=200)
-    done = command("evaluate.py", "run-1", "two.nn", "two.nn", "--seeds=6", "--repetitions=2", "--seed=3",
-                   "--processes=2", "--device=cpu", "--metric=length", "--plot=curve.png", "--output=numbers",
-                   folder=tmp_path)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "run: 2 runs" in done.stdout and max(map(len, done.stdout.splitlines())) <= 80
-    assert "3/3 two.nn: 12 episodes" in done.stderr
-    content = json.loads((tmp_path / "numbers.json").read_text())
-    assert content["seeds"] == list(range(100_003, 100_009)) and content["versions"]["torch"] == torch.__version__
-    assert [model["path"] for model in content["models"]] == [
-        "run-1/model-000000000100.nn", "run-1/model-000000000200.nn", "two.nn"
-    ]  # fmt: skip
-    assert [(group["name"], len(group["points"])) for group in content["groups"]] == [("run", 2)]
-    with open(tmp_path / "numbers.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    for row, model in zip(rows, content["models"], strict=True):
-        assert {episode["seed"] for episode in model["episodes"]} == set(content["seeds"])
-        lengths = [episode["length"] for episode in model["episodes"]]
-        assert float(row["length_iqm"]) == pytest.approx(trim_mean(lengths, 0.25))
-        assert model["statistics"]["length"]["mean"] == pytest.approx(np.mean(lengths))
-        assert (row["model"], int(row["steps"]), row["episodes"]) == (model["path"], model["run"]["steps"], "12")
-    assert imageio.v2.imread(tmp_path / "curve.png").std() > 0
-
-
-def test_evaluate_deterministic_does_not_depend_on_processes(model_file, tmp_path):
-    """Whatever --processes, the same numbers; --deterministic repeats every episode."""
-    arguments = (model_file, "--seeds=5", "--repetitions=2", "--cpu", "--deterministic")
-    contents = []
-    for processes in (1, 2):
-        done = command("evaluate.py", *arguments, f"--processes={processes}", f"--output={processes}", folder=tmp_path)
-        assert done.returncode == 0, done.stderr
-        contents.append(json.loads((tmp_path / f"{processes}.json").read_text())["models"][0]["episodes"])
-    assert contents[0] == contents[1]
-    assert all(a["length"] == b["length"] for a, b in zip(contents[0][::2], contents[0][1::2], strict=True))
 
 
 MISTAKES = [

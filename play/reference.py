@@ -1,0 +1,84 @@
+"""Learning curves that others have published, to be drawn beside one's own."""
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils import UserError
+
+COLUMNS = ("task", "run", "metric", "steps", "mean", "std_over_runs", "iqm_over_episodes", "runs")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One published curve.
+
+    Attributes:
+        name: task/run.
+        steps: environment steps of training, in order.
+        mean: over runs at these steps.
+        std: of the runs.
+        iqm: over the episodes of all runs.
+        runs: how many runs.
+    """
+
+    name: str
+    steps: list[float]
+    mean: list[float]
+    std: list[float]
+    iqm: list[float]
+    runs: int
+
+
+def read_references(texts: list[str], metric: str) -> list[Reference]:
+    """Return the curves that --reference names, each `<file>:<task>/<run>`, several of them separated by commas.
+
+    Args:
+        texts: one per --reference; behind a comma, a curve without a file is of the same file.
+        metric: what they have to be of.
+
+    Raises:
+        UserError: if there is no such file or curve, or it is of something else.
+    """
+    references = []
+    for text in texts:
+        file = ""
+        for part in text.split(","):
+            before, _, name = part.strip().rpartition(":")
+            file = before or file
+            if not file or not name:
+                raise UserError(f"--reference: {part!r} should be <file>:<task>/<run>")
+            references.append(_curve(Path(file), name, metric))
+    return references
+
+
+def _curve(path: Path, name: str, metric: str) -> Reference:
+    rows = _read(path)
+    named = [row for row in rows if f"{row['task']}/{row['run']}" == name]
+    if not named:
+        known = dict.fromkeys(f"{row['task']}/{row['run']}" for row in rows)
+        raise UserError(f"--reference: {path} has no {name!r}; there are {', '.join(known)}")
+    chosen = [row for row in named if row["metric"] == metric]
+    if not chosen:
+        known = " and ".join(dict.fromkeys(row["metric"] for row in named))
+        raise UserError(f"--reference: {name} in {path} is of {known}; --metric is {metric}")
+    try:
+        numbers = sorted([float(row[column]) for column in COLUMNS[3:]] for row in chosen)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--reference: {path}: {name}: the columns from steps on should be numbers: {error}") from error
+    steps, mean, std, iqm, runs = map(list, zip(*numbers, strict=True))
+    return Reference(name, steps, mean, std, iqm, int(runs[0]))
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a file; UserError where it is not one of published curves."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        others = ", ".join(sorted(map(str, path.parent.glob("*.csv"))))
+        reason = getattr(error, "strerror", None) or "not a CSV file"
+        raise UserError(f"--reference: {path}: {reason}" + (f"; there are {others}" if others else "")) from error
+    if not rows or any(column not in rows[0] for column in COLUMNS):
+        raise UserError(f"--reference: {path}: should have the columns {', '.join(COLUMNS)}")
+    return rows
