@@ -256,8 +256,8 @@ def use_textbook_formulation(trainer) -> None:
     """
     import torch
 
-    from transformer import Attention
     from kernels.windows import MASKED
+    from transformer import Attention
 
     class TextbookAttention(Attention):
         """Multi-head attention that projects every memory item of every sample."""

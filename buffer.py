@@ -189,7 +189,9 @@ class Buffer:
         rollout = (self.actions, self.log_probs, self.values, self.advantages)
         actions, log_probs, values, plain = (tensor.flatten(0, 1)[index] for tensor in rollout)
         groups, step = self.group(samples), self.timeline.to_device(self.step.flat[samples])
-        return Minibatch(samples, *self.observe(samples), groups, step, actions, masks, log_probs, values, values + plain, advantages)
+        return Minibatch(
+            samples, *self.observe(samples), groups, step, actions, masks, log_probs, values, values + plain, advantages
+        )
 
     def observe(self, samples: np.ndarray) -> tuple[Tensor, int, Tensor, Tensor | None]:
         """Return what `samples` (N,) of this process observed, as `ObservationStore.gather` does."""

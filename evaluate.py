@@ -71,10 +71,10 @@ def evaluate(
     arguments: dict, seeds: int, repetitions: int, seed: int, max_steps: int | None, processes: int, device
 ) -> tuple[list, dict]:
     """Play all models on the same seeds; return what they did and how they were evaluated."""
-    from run.checkpoint import provenance
     from play.agent import first_unseen_seed, load_for_play, play_episodes
     from play.results import Evaluated, find_models
     from play.watch import task_name
+    from run.checkpoint import provenance
 
     models = [(path, *load_for_play(path, device)) for path in find_models(arguments["<models>"])]
     first = seed + max(first_unseen_seed(config.environment) for _, _, config, _, _ in models)
@@ -143,8 +143,8 @@ def write_results(
         metric: what the figure shows; UserError where no group reports it.
         references: published curves that it shows too.
     """
-    from run.checkpoint import write_file
     from play.results import plot, to_csv, to_json
+    from run.checkpoint import write_file
 
     files = {}
     if output is not None:

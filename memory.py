@@ -39,7 +39,9 @@ class Timeline:
         device: where it lives.
     """
 
-    def __init__(self, model: ActorCriticModel, config: "TransformerConfig", n_workers: int, steps: int, device: torch.device) -> None:
+    def __init__(
+        self, model: ActorCriticModel, config: "TransformerConfig", n_workers: int, steps: int, device: torch.device
+    ) -> None:
         self.transformer, self.length, self.device = model.transformer, config.memory_length, device
         columns = self.length + steps
         self.items = torch.zeros(config.num_blocks, n_workers, columns, config.embed_dim, device=device)

@@ -1,34 +1,38 @@
 """Train an agent with PPO and Transformer-XL memory.
 
 Usage:
-    train.py [--config=<file>] [--run-id=<id>] [--seed=<n>] [options]
+    train.py [--config=<file>] [--run-id=<id>] [--seed=<n>] [--set=<key>]...
+             [--init-from=<model>] [options]
     train.py --resume=<id> [options]
     train.py -h | --help
 
 Options:
-    --config=<file>     A config [default: configs/poc_memory_env.yaml].
-    --run-id=<id>       Name of the run; by default the config's, or numbered.
-    --seed=<n>          Everything random derives from it; by default drawn.
-    --overwrite         Replace an earlier run of the same id.
-    --resume=<id>       Continue an interrupted run as if nothing had happened.
-    --updates=<n>       Stop after that many updates instead of the config's.
-    --device=<name>     cpu, cuda or cuda:N; by default cuda where there is one.
-    --cpu               The same as --device=cpu.
-    --processes=<n>     Processes for the environments, by default one per core.
-    --precision=<name>  float32, or bf16 matrix products [default: float32].
-    --compile           Compile the model first (torch.compile).
-    -h --help           Show this.
+    --config=<file>      A config [default: configs/poc_memory_env.yaml].
+    --set=<key>          Another value for a key of it, as in
+                         --set transformer.num_blocks=2; may be repeated.
+    --run-id=<id>        Name of the run; by default the config's, or numbered.
+    --seed=<n>           Everything random derives from it; by default drawn.
+    --init-from=<model>  Start from a model's weights.
+    --overwrite          Replace an earlier run of the same id.
+    --resume=<id>        Continue an interrupted run as if nothing had happened.
+    --updates=<n>        Stop after that many updates instead of the config's.
+    --device=<name>      cpu, cuda or cuda:N; by default cuda if there is one.
+    --cpu                The same as --device=cpu.
+    --processes=<n>      Processes for environments, by default one per core.
+    --precision=<name>   float32, or bf16 matrix products [default: float32].
+    --compile            Compile the model first (torch.compile).
+    -h --help            Show this.
 
 Example: python train.py --config configs/minigrid.yaml --run-id=my-run
 """
 
 import secrets
-import shutil
 import sys
 from pathlib import Path
 
-from run.cli import arguments_of, check_writable, choose_device, command_line, cores, one_of, use_cores, whole_number
-from run.config import load_config
+from run.cli import arguments_of, choose_device, command_line, cores, one_of, use_cores, whole_number
+from run.config import Config, load_config
+from run.folders import check_run_id, free_run_id, make_folder, make_room, run_paths
 from utils import UserError
 
 
@@ -36,20 +40,26 @@ def main() -> None:
     """Parse the command line, train, and say how to watch the result."""
     arguments = arguments_of(__doc__)
     config, run_id, seed, checkpoint = new_run(arguments) if arguments["--resume"] is None else resumed_run(arguments)
-    config["updates"] = whole_number(arguments, "--updates", 1) or config["updates"]
+    config = config.model_copy(update={"updates": whole_number(arguments, "--updates", 1) or config.updates})
+    if checkpoint is not None and checkpoint["update"] >= config.updates:
+        print(
+            f"{run_id} has had its {config.updates:,} updates, nothing is left to do; --updates=<n> trains for longer"
+        )
+        return
     # Imports PyTorch, which neither --help nor the worker processes, which import this file, should have to.
-    from trainer import EnvironmentFailure, Interrupted, NonFinite, Options, PPOTrainer, Unwritable
+    from run.lifecycle import Interrupted, NonFinite, Unwritable
+    from trainer import Options, PPOTrainer
+    from worker import EnvironmentFailure
 
     device = choose_device(arguments)
     use_cores(device)
     processes = whole_number(arguments, "--processes", 1, 4096) or cores()
     precision = one_of(arguments, "--precision", ("float32", "bf16"))
-    options = Options(device, processes, precision=precision, compile=arguments["--compile"])
+    options = Options(device, processes, precision=precision, compile=arguments["--compile"], film=film(config))
     trainer = PPOTrainer(config, run_id, seed, options, checkpoint)
-    if checkpoint is None:
-        make_room(trainer.checkpoints, arguments["--overwrite"])
-    print(f"run {run_id}, seed {seed}, {config['environment']['type']} on {trainer.run['device']}, "
-          f"{config['updates']} updates of {trainer.samples:,} steps", file=sys.stderr)  # fmt: skip
+    prepare(trainer, arguments)
+    print(f"run {run_id}, seed {seed}, {config.environment.type} on {trainer.run['device']}, "
+          f"{config.updates} updates of {trainer.samples:,} steps", file=sys.stderr)  # fmt: skip
     try:
         trainer.train()
     except Interrupted:
@@ -58,13 +68,42 @@ def main() -> None:
     except (EnvironmentFailure, NonFinite, Unwritable) as error:
         print(f"{error}\nto go on from the last checkpoint: python train.py --resume={run_id}", file=sys.stderr)
         sys.exit(1)
-    print(f"The model is {trainer.model_path}. To watch it: python enjoy.py --model={trainer.model_path}\n"
+    model = trainer.keeper.model_path
+    print(f"The model is {model}. To watch it: python enjoy.py --model={model}\n"
           "The curves: tensorboard --logdir=summaries", file=sys.stderr)  # fmt: skip
 
 
-def new_run(arguments: dict) -> tuple[dict, str, int, None]:
+def film(config: Config):
+    """Return what draws episodes for TensorBoard, None where the config wants none: it takes seconds to import."""
+    if not config.video_interval:
+        return None
+    from play.watch import episode_summary
+
+    return episode_summary
+
+
+def prepare(trainer, arguments: dict) -> None:
+    """Try what a trainer's run will need only later, say what its user should know, and make room for its files."""
+    from run.checkpoint import load_model
+    from run.lifecycle import start_from
+
+    if trainer.options.film is not None:
+        from play.watch import check_drawing
+
+        check_drawing(trainer.model, trainer.config, trainer.task)
+    for notice in trainer.notices:
+        print(notice, file=sys.stderr)
+    if arguments["--resume"] is not None:
+        return
+    if arguments["--init-from"] is not None:
+        path = Path(arguments["--init-from"])
+        start_from(trainer, load_model(path, trainer.device)[0], path)
+    make_room(trainer.keeper.checkpoints, arguments["--overwrite"])
+
+
+def new_run(arguments: dict) -> tuple[Config, str, int, None]:
     """Return config, id and seed of a new run, whose folders exist and can be written to; UserError otherwise."""
-    config = load_config(arguments["--config"])
+    config = load_config(arguments["--config"], arguments["--set"])
     run_id = arguments["--run-id"] or Path(arguments["--config"]).stem
     if not arguments["--run-id"] and not arguments["--overwrite"]:
         run_id = free_run_id(run_id)
@@ -82,32 +121,7 @@ def new_run(arguments: dict) -> tuple[dict, str, int, None]:
     return config, run_id, seed, None
 
 
-def run_paths(run_id: str) -> tuple[Path, Path]:
-    """Return where a run's model and its checkpoints go."""
-    return Path("models") / f"{run_id}.nn", Path("checkpoints") / run_id
-
-
-def free_run_id(name: str) -> str:
-    """Return the first of name, name-2, name-3, … that no run has."""
-    run_id, number = name, 2
-    while any(path.exists() for path in run_paths(run_id)):
-        run_id, number = f"{name}-{number}", number + 1
-    return run_id
-
-
-def make_room(checkpoints: Path, overwrite: bool) -> None:
-    """Create the run's folder, once nothing can go wrong any more; if to `overwrite`, in place of an earlier run's."""
-    if overwrite:
-        shutil.rmtree(checkpoints, ignore_errors=True)
-    try:
-        checkpoints.mkdir()
-    except FileExistsError as error:
-        raise UserError(f"{checkpoints}: another run took this id just now; choose another --run-id") from error
-    except OSError as error:
-        raise UserError(f"{checkpoints}: cannot be created: {error.strerror}") from error
-
-
-def resumed_run(arguments: dict) -> tuple[dict, str, int, dict]:
+def resumed_run(arguments: dict) -> tuple[Config, str, int, dict]:
     """Return config, id, seed and newest checkpoint of an interrupted run."""
     from run.checkpoint import load_newest, stored_config
 
@@ -122,21 +136,6 @@ def resumed_run(arguments: dict) -> tuple[dict, str, int, dict]:
         raise UserError(f"{path}: holds no run")
     print(f"continuing {run_id} behind update {checkpoint['update']} from {path}", file=sys.stderr)
     return stored_config(checkpoint, path), run_id, checkpoint["seed"], checkpoint
-
-
-def check_run_id(run_id: str) -> None:
-    """Raise UserError unless a run id can be the name of a file."""
-    if not run_id or run_id.startswith((".", "-")) or not all(c.isalnum() or c in "._-" for c in run_id):
-        raise UserError(f"--run-id: {run_id!r} should be letters, digits, '.', '_' and '-'")
-
-
-def make_folder(folder: Path) -> None:
-    """Create a folder where there is none; UserError where nothing can be written to it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written to: {error.strerror}") from error
-    check_writable(folder, f"{folder}:")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """PPO with episodic Transformer-XL memory: sample → advantages → epochs of minibatches → log."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.tensorboard.summary import Summary
 
 from auxiliary import Novelty, auxiliary_tasks
 from buffer import Buffer, Minibatch
@@ -25,7 +26,7 @@ from run.config import Config
 from run.lifecycle import Keeper, StopRequest, check_finite, check_task
 from run.logger import Logger
 from run.world import World
-from utils import derived_seed, inspect_environment, polynomial_decay, training_seed
+from utils import Task, derived_seed, inspect_environment, polynomial_decay, training_seed
 from worker import Workers
 
 # Multiply-adds of a typical product, N·D², from which on a second thread pays.
@@ -54,6 +55,7 @@ class Options:
         compile: whether to compile the model with torch.compile.
         folder: where the folders models, checkpoints and summaries lie.
         world: all processes that train together.
+        film: returns an episode as an animated picture for TensorBoard, where videos are wanted.
     """
 
     device: torch.device
@@ -63,6 +65,7 @@ class Options:
     compile: bool = False
     folder: Path = Path(".")
     world: World = World()
+    film: Callable[[ActorCriticModel, Config, Task, str], Summary] | None = None
 
 
 def ppo_loss(
@@ -114,7 +117,7 @@ class PPOTrainer:
     ) -> None:
         self.config, self.seed, self.options, self.device = config, seed, options, options.device
         self.world, self.stop = options.world, StopRequest()
-        self.task = inspect_environment(config.environment)
+        self.task, self.notices = inspect_environment(config.environment)
         check_task(config, self.task)
         torch.manual_seed(seed)
         self.model = ActorCriticModel(config, self.task).to(self.device)

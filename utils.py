@@ -63,8 +63,8 @@ class Task:
         return len(self.branches) or self.continuous
 
 
-def inspect_environment(section: Section) -> Task:
-    """Create an environment, play one step of it and return what it is like.
+def inspect_environment(section: Section) -> tuple[Task, list[str]]:
+    """Create an environment, play one step of it; return what it is like, and what its user should know.
 
     Raises:
         UserError: if it cannot be created or breaks the contract, naming how.
@@ -81,7 +81,7 @@ def inspect_environment(section: Section) -> Task:
         task = Task(**vars(task) | {"masked": mask is not None})
         action = np.zeros(task.continuous, np.float32) if task.continuous else first_allowed(task, mask)
         checked_step(env, action, task)
-        return task
+        return task, [f"environment: {notice}" for notice in getattr(env, "notices", list)()]
     except UserError:
         raise
     except Exception as error:
@@ -107,8 +107,8 @@ def declared_task(env: Any) -> Task:
         fine &= len(vector.shape) == 1 and vector.dtype == np.float32
     if not fine:
         raise UserError(
-            f"{name}: observation_space is {space}, should be uint8 (C, H, W) of at least 3×3, float32 (n,), or both in "
-            "a Dict as frame and vector"
+            f"{name}: observation_space is {space}, should be uint8 (C, H, W) of at least 3×3, float32 (n,), or "
+            "both in a Dict as frame and vector"
         )
     continuous = actions.shape[0] if not hasattr(actions, "n") and not hasattr(actions, "nvec") else 0
     branches = () if continuous else tuple(np.ravel(getattr(actions, "nvec", getattr(actions, "n", None))).tolist())
@@ -126,7 +126,9 @@ def first_allowed(task: Task, mask: np.ndarray | None) -> np.ndarray:
 def check_observation(env: object, observation: Any, task: Task) -> None:
     """Raise UserError if an observation is not what the environment declares."""
     both = task.frame is not None and task.vector
-    parts = observation if both and isinstance(observation, dict) else {"frame" if task.frame else "vector": observation}
+    parts = (
+        observation if both and isinstance(observation, dict) else {"frame" if task.frame else "vector": observation}
+    )
     for name, shape, dtype in (("frame", task.frame, np.uint8), ("vector", (task.vector,), np.float32)):
         if shape is None or shape == (0,):
             continue

@@ -159,6 +159,7 @@ class EnvironmentRunner:
         arrays: shared with the trainer.
         episode_seed: (environment, episode) → reset seed.
         first: number of the run's environment that has index 0 here.
+        max_steps: after how many steps an episode is cut and its report marked so, None where only its end ends it.
         indices: of the environments that this process steps.
     """
 
@@ -169,9 +170,11 @@ class EnvironmentRunner:
         arrays: SharedArrays,
         episode_seed: Callable[[int, int], int],
         first: int,
+        max_steps: int | None,
         indices: list[int],
     ) -> None:
         self.task, self.arrays, self.episode_seed, self.first = task, arrays, episode_seed, first
+        self.max_steps = max_steps
         self.envs = {index: create_env(section) for index in indices}
         self.episode = dict.fromkeys(indices, 0)
         self.steps = dict.fromkeys(indices, 0)
@@ -227,6 +230,8 @@ class EnvironmentRunner:
         observation, arrays.rewards[index], terminated, truncated, info = checked_step(
             self.envs[index], arrays.actions[index].copy(), self.task
         )
+        cut = self.steps[index] == self.max_steps and not (terminated or truncated)
+        truncated |= cut
         arrays.terminated[index], arrays.truncated[index] = terminated, truncated and not terminated
         if not (terminated or truncated):
             limit = self.task.max_episode_steps
@@ -236,9 +241,10 @@ class EnvironmentRunner:
             return []
         if arrays.truncated[index]:
             arrays.show(index, observation, final=True)
+        report = self.envs[index].numbers_so_far() | {"cut": 1.0} if cut else episode_numbers(info)
         self.episode[index] += 1
         self.reset(index)
-        return [(index, episode_numbers(info))]
+        return [(index, report)]
 
     def where(self) -> str:
         """Name the environment, the episode and the step at work."""
@@ -309,6 +315,7 @@ class Workers:
         processes: number of processes, at most `n_workers`.
         groups: number of groups of neighbouring environments that are stepped independently.
         first: number of the run's environment that has index 0 here.
+        max_steps: after how many steps an episode is cut, None where only its end ends it.
     """
 
     def __init__(
@@ -320,6 +327,7 @@ class Workers:
         processes: int,
         groups: int = 1,
         first: int = 0,
+        max_steps: int | None = None,
     ) -> None:
         methods = multiprocessing.get_all_start_methods()
         # Neither copies the trainer's threads or CUDA context; the fork server imports the environments only once.
@@ -330,7 +338,7 @@ class Workers:
         edges = [n_workers * group // groups for group in range(groups + 1)]
         self.groups = [range(low, high) for low, high in zip(edges, edges[1:], strict=False) if low < high]
         self.episodes = [Episode() for _ in range(n_workers)]
-        self.make_runner = partial(EnvironmentRunner, section, task, self.arrays, episode_seed, first)
+        self.make_runner = partial(EnvironmentRunner, section, task, self.arrays, episode_seed, first, max_steps)
         count = min(processes, n_workers)
         self.processes = [Process(list(range(first, n_workers, count))) for first in range(count)]
         self.restarts, self.first = 0, first

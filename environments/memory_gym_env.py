@@ -23,8 +23,8 @@ from environments.episode import (
     suggest,
     task_numbers,
 )
-from environments.section import MemoryGymSection
 from environments.numbers import COUNTED
+from environments.section import MemoryGymSection
 
 # The lowest and highest allowed values of reset options, of each element where the option is a list. Memory Gym checks
 # only two of them itself; other values fail in the middle of an episode or make no sense. Scales below 0.1 draw

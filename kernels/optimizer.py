@@ -14,25 +14,28 @@ class Optimizer:
     hundred parameters; these took a sixth of a small model's minibatch.
 
     Args:
-        model: on its device already; its parameters must not be replaced from now on.
+        modules: on their device already, by what precedes the names of their parameters; these must not be replaced
+            from now on.
         max_grad_norm: longest gradient that is not shortened.
     """
 
-    def __init__(self, model: nn.Module, max_grad_norm: float) -> None:
+    def __init__(self, modules: dict[str, nn.Module], max_grad_norm: float) -> None:
         self.max_grad_norm = max_grad_norm
         owners: dict[str, list[nn.Parameter]] = {}
-        for name, parameter in model.named_parameters():
-            owners.setdefault(module_of(name), []).append(parameter)
+        for prefix, module in modules.items():
+            for name, parameter in module.named_parameters():
+                owners.setdefault(module_of(prefix + name), []).append(parameter)
         self.modules = list(owners)
+        self.parameters = [parameter for parameters in owners.values() for parameter in parameters]
         self.sizes = [sum(map(padded_size, parameters)) for parameters in owners.values()]
-        self.weights = next(model.parameters()).new_zeros(sum(self.sizes))
-        self.weights.grad = torch.zeros_like(self.weights)
+        self.weights = self.parameters[0].new_zeros(sum(self.sizes))
+        self.gradient = self.weights.grad = torch.zeros_like(self.weights)
         offset = 0
-        for parameter in (parameter for parameters in owners.values() for parameter in parameters):
+        for parameter in self.parameters:
             place = parameter.shape, parameter.stride(), offset  # convolutions keep their channels last
             self.weights.as_strided(*place).copy_(parameter.detach())
             parameter.data = self.weights.as_strided(*place)
-            parameter.grad = self.weights.grad.as_strided(*place)
+            parameter.grad = self.gradient.as_strided(*place)
             offset += padded_size(parameter)
         self.adamw = torch.optim.AdamW([self.weights], fused=True)
 
@@ -42,11 +45,11 @@ class Optimizer:
 
     def clear(self) -> None:
         """Forget the gradient."""
-        self.weights.grad.zero_()
+        self.gradient.zero_()
 
     def step(self) -> Tensor:
         """Take one step down the clipped gradient; return its norms before, of each module and of all."""
-        gradient = self.weights.grad
+        gradient = self.gradient
         norms = torch.stack([part.norm() for part in gradient.split(self.sizes)])
         total = norms.norm()
         gradient *= (self.max_grad_norm / (total + 1e-6)).clamp(max=1.0)
@@ -70,6 +73,8 @@ def module_of(name: str) -> str:
     parts = name.split(".")
     if parts[0] == "transformer":
         return f"block{parts[2]}" if parts[1] == "blocks" else parts[1]
+    if parts[0] == "auxiliary":
+        return parts[1]
     return parts[0].split("_")[0]
 
 

@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from memory import Timeline, make_store, policy_step
+from environments.section import Section
+from memory import ObservationStore, Timeline, policy_step
+from model import ActorCriticModel, Prediction, action_noise
 from run.checkpoint import load_model
-from model import ActorCriticModel, Prediction
+from run.config import Config
 from utils import Task, UserError, inspect_environment, seed_range
 from worker import EnvironmentFailure, SharedArrays, Workers
 
@@ -35,14 +37,14 @@ class Agent:
         deterministic: whether it takes the most probable actions instead of drawing them.
     """
 
-    def __init__(self, model: ActorCriticModel, config: dict, task: Task, count: int, deterministic: bool) -> None:
+    def __init__(self, model: ActorCriticModel, config: Config, task: Task, count: int, deterministic: bool) -> None:
         device = next(model.parameters()).device
-        transformer = config["transformer"]
-        self.model, self.deterministic = model, deterministic
-        self.rollout = max(transformer["memory_length"], SHORTEST_ROLLOUT)
+        transformer = config.transformer
+        self.model, self.task, self.deterministic, self.count = model, task, deterministic, count
+        self.rollout = max(transformer.memory_length, SHORTEST_ROLLOUT)
         self.timeline = Timeline(model, transformer, count, self.rollout, device)
         self.capacity = max(OBSERVATIONS_KEPT, count)
-        self.store = make_store(task, transformer["embed_dim"], self.capacity, device)
+        self.store = ObservationStore(task, transformer.embed_dim, self.capacity, device)
         self.generator = torch.Generator(device)
         self.step = np.zeros(count, dtype=np.int64)  # episode step of each environment
         self.t = -1
@@ -53,13 +55,16 @@ class Agent:
         if self.t == self.rollout:
             self.timeline.roll(self.rollout)
             self.t = 0
+        self.noise = action_noise(self.task, (self.count,), self.generator)
 
     def act(self, arrays: SharedArrays, rows: slice) -> tuple[Prediction, np.ndarray]:
         """Look at what n neighbouring environments show; return the prediction and the actions (n, branches)."""
-        if len(self.store) + rows.stop - rows.start > self.capacity:
+        if max(len(self.store), self.store.count) + rows.stop - rows.start > self.capacity:
             self.store.clear()
-        prediction, _ = policy_step(self.model, self.timeline, self.store, arrays, rows, self.t, self.step[rows])
-        actions = prediction.mode() if self.deterministic else prediction.sample(self.generator)
+        step = self.step[rows]
+        prediction, _ = policy_step(self.model, self.model, self.timeline, self.store, arrays, rows, self.t, step)
+        policy = prediction.policy
+        actions = policy.mode() if self.deterministic else policy.sample(self.noise[rows])
         return prediction, actions.cpu().numpy()
 
     def count_step(self, rows: slice, ended: np.ndarray) -> None:
@@ -67,29 +72,29 @@ class Agent:
         self.step[rows] = np.where(ended, 0, self.step[rows] + 1)
 
 
-def first_unseen_seed(environment: dict) -> int:
+def first_unseen_seed(environment: Section) -> int:
     """Return the first episode seed that training cannot have drawn."""
     start, count = seed_range(environment)
     return start + count
 
 
-def load_for_play(path: Path, device: torch.device) -> tuple[ActorCriticModel, dict, Task, dict]:
+def load_for_play(path: Path, device: torch.device) -> tuple[ActorCriticModel, Config, Task, dict]:
     """Read a model as `load_model` does and check that its environment is still what it was trained on.
 
     Raises:
         UserError: if the file is not a model, or the environment cannot be created or has changed.
     """
     model, config, task, run = load_model(path, device)
-    found = inspect_environment(config["environment"])
+    found, _ = inspect_environment(config.environment)
     if found != task:
-        kind = config["environment"]["type"]
+        kind = config.environment.type
         raise UserError(f"{path}: was trained where {kind} was {task}; what is installed here is {found}")
     return model.eval(), config, task, run
 
 
 def play_episodes(
     model: ActorCriticModel,
-    config: dict,
+    config: Config,
     task: Task,
     seeds: list[int],
     repetitions: int = 1,
@@ -97,6 +102,7 @@ def play_episodes(
     action_seed: int = 0,
     deterministic: bool = False,
     processes: int = 1,
+    max_steps: int | None = None,
     progress: Callable[[int], None] = lambda count: None,
 ) -> list[dict[str, float]]:
     """Play an episode per seed and repetition, many at once.
@@ -113,11 +119,12 @@ def play_episodes(
         action_seed: all actions are drawn from it.
         deterministic: whether the most probable actions are taken instead.
         processes: number of processes that step the environments.
+        max_steps: after how many steps an episode is cut, None where only its end ends it.
         progress: called with the number of episodes that have just ended.
 
     Returns:
-        Per episode its `seed`, its `repetition` (from 0) and what the environment reports of it (reward, length, …),
-        ordered by seed and repetition as given.
+        Per episode its `seed`, its `repetition` (from 0) and what the environment reports of it (reward, length, …);
+        `cut` is 1 where it was cut. They are ordered by seed and repetition as given.
 
     Raises:
         UserError, EnvironmentFailure: if an environment breaks its contract or fails.
@@ -128,7 +135,9 @@ def play_episodes(
     agent = Agent(model, config, task, count, deterministic)
     agent.generator.manual_seed(action_seed)
     episode_seed = partial(planned_seed, [[seed for seed, _ in episodes] for episodes in plan])
-    workers = Workers(config["environment"], task, count, episode_seed, processes, groups=2 if count > 1 else 1)
+    workers = Workers(
+        config.environment, task, count, episode_seed, processes, groups=2 if count > 1 else 1, max_steps=max_steps
+    )
     try:
         found = _play(agent, workers, [len(episodes) for episodes in plan], progress)
     finally:

@@ -15,9 +15,11 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.utils.tensorboard.summary import Summary
 
 from environments.numbers import episode_numbers
+from environments.section import Section
 from model import ActorCriticModel, Prediction
 from play.agent import Agent, first_unseen_seed
-from utils import Task, checked_step, create_env
+from run.config import Config
+from utils import Task, UserError, checked_step, create_env, reason_of
 from worker import SharedArrays
 
 # TensorBoard's episode: how many steps at most, how wide, how fast.
@@ -74,7 +76,7 @@ class Player:
     def __init__(
         self,
         model: ActorCriticModel,
-        config: dict,
+        config: Config,
         task: Task,
         deterministic: bool = False,
         render: bool = True,
@@ -82,7 +84,7 @@ class Player:
     ) -> None:
         self.model, self.config, self.task, self.deterministic, self.render = model, config, task, deterministic, render
         self.max_steps = math.inf if max_steps is None else max_steps
-        self.env = create_env(config["environment"], "rgb_array" if render else None)
+        self.env = create_env(config.environment, "rgb_array" if render else None)
         self.arrays = SharedArrays(1, task, multiprocessing.get_context("spawn"))
 
     def close(self) -> None:
@@ -97,10 +99,10 @@ class Player:
         """
         agent = Agent(self.model, self.config, self.task, 1, self.deterministic)
         agent.generator.manual_seed(seed)
-        observation, _ = self.env.reset(seed=seed)
+        observation, info = self.env.reset(seed=seed)
         total, ended, step = 0.0, False, -1
         while not ended and step + 1 < self.max_steps:
-            self.arrays.show(0, observation)
+            self.arrays.show(0, observation, info.get("action_mask"))
             agent.advance()
             prediction, actions = agent.act(self.arrays, slice(0, 1))
             step = int(agent.step[0])
@@ -310,16 +312,16 @@ def draw_episode(player: Player, seed: int, width: int, fps: int) -> Iterator[tu
     painter = None
     for moment in player.play(seed):
         if painter is None:
-            title = f"{task_name(player.config['environment'])}, seed {seed}"
-            painter = Painter(title, moment, width, player.config["transformer"]["memory_length"])
+            title = f"{task_name(player.config.environment)}, seed {seed}"
+            painter = Painter(title, moment, width, player.config.transformer.memory_length)
         picture = painter.draw(moment)
         for _ in range(1 if moment.result is None else math.ceil(HOLD_SECONDS * fps)):
             yield picture, moment
 
 
-def task_name(environment: dict) -> str:
+def task_name(section: Section) -> str:
     """Return what a person calls the task of a config's `environment` section."""
-    return environment.get("name") or environment["type"]
+    return getattr(section, "name", None) or section.type
 
 
 def write_video(path: Path, pictures: Iterable[Image.Image], fps: int) -> None:
@@ -356,7 +358,22 @@ def encode_gif(pictures: Iterable[Image.Image], fps: int) -> bytes:
     return stream.getvalue()
 
 
-def episode_summary(model: ActorCriticModel, config: dict, task: Task, tag: str) -> Summary:
+def check_drawing(model: ActorCriticModel, config: Config, task: Task) -> None:
+    """Draw the first step of an episode; UserError, in one line, where the environment cannot be drawn."""
+    try:
+        player = Player(model, config, task)
+        try:
+            next(draw_episode(player, first_unseen_seed(config.environment), SUMMARY_WIDTH, SUMMARY_FPS))
+        finally:
+            player.close()
+    except UserError:
+        raise
+    except Exception as error:  # whatever an environment's own drawing does
+        name = task_name(config.environment)
+        raise UserError(f"video_interval: {name} cannot be drawn ({reason_of(error)}); allowed is 0") from error
+
+
+def episode_summary(model: ActorCriticModel, config: Config, task: Task, tag: str) -> Summary:
     """Play an episode, the same unseen one at each call, and return it as an animated picture for TensorBoard.
 
     Args:
@@ -367,7 +384,7 @@ def episode_summary(model: ActorCriticModel, config: dict, task: Task, tag: str)
     """
     player = Player(model, config, task)
     try:
-        seed = first_unseen_seed(config["environment"])
+        seed = first_unseen_seed(config.environment)
         pictures = []
         for picture, moment in draw_episode(player, seed, SUMMARY_WIDTH, SUMMARY_FPS):
             if moment.step > SUMMARY_STEPS:

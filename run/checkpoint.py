@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 import xxhash
 
-from run.config import check_config
 from model import ActorCriticModel
+from run.config import Config, check_config
 from utils import Task, UserError, reason_of
 
 FORMAT = "ppo-transformer-xl"
@@ -104,22 +104,22 @@ def load(path: Path, kind: str) -> dict:
     return content
 
 
-def save_model(path: Path, model: ActorCriticModel, config: dict, task: Task, run: dict) -> None:
+def save_model(path: Path, model: ActorCriticModel, config: Config, run: dict) -> None:
     """Write a trained model with everything that is needed to use it.
 
     Args:
         path: the file.
         model: the model.
         config: its config.
-        task: its task.
         run: seed, steps, versions and whatever else is worth knowing about the training.
     """
-    shape = {"observation_shape": list(task.observation_shape), "branches": list(task.branches)}
-    shape["max_episode_steps"] = task.max_episode_steps
-    save(path, "model", {"config": config, "task": shape, "run": run, "weights": model.state_dict()})
+    task = vars(model.task) | {"branches": list(model.task.branches)}
+    task["frame"] = model.task.frame and list(model.task.frame)
+    weights = model.state_dict()
+    save(path, "model", {"config": config.model_dump(), "task": task, "run": run, "weights": weights})
 
 
-def load_model(path: Path, device: torch.device) -> tuple[ActorCriticModel, dict, Task, dict]:
+def load_model(path: Path, device: torch.device) -> tuple[ActorCriticModel, Config, Task, dict]:
     """Read a model.
 
     Returns:
@@ -131,13 +131,9 @@ def load_model(path: Path, device: torch.device) -> tuple[ActorCriticModel, dict
     content = load(path, "model")
     try:
         config = stored_config(content, path)
-        task = Task(
-            tuple(content["task"]["observation_shape"]),
-            tuple(content["task"]["branches"]),
-            content["task"]["max_episode_steps"],
-        )
-        model = ActorCriticModel(config, task.observation_shape, task.branches, task.max_episode_steps)
-        model.load_state_dict(content["weights"])
+        task = stored_task(content["task"])
+        model = ActorCriticModel(config, task)
+        model.load_state_dict(without_auxiliary(content["weights"])[0])
         return model.to(device), config, task, dict(content["run"])
     except UserError:
         raise
@@ -145,7 +141,30 @@ def load_model(path: Path, device: torch.device) -> tuple[ActorCriticModel, dict
         raise UserError(f"{path}: does not hold a model ({reason_of(error)})") from error
 
 
-def stored_config(content: dict, path: Path) -> dict:
+def stored_task(stored: dict) -> Task:
+    """Return the task that a model file describes; older ones show a frame (C, H, W) or a vector (n,)."""
+    if "observation_shape" in stored:
+        shape = tuple(stored["observation_shape"])
+        frame, vector = (shape, 0) if len(shape) == 3 else (None, shape[0])
+        return Task(frame, vector, tuple(stored["branches"]), 0, stored["max_episode_steps"])
+    frame = stored["frame"] and tuple(stored["frame"])
+    return Task(**stored | {"frame": frame, "branches": tuple(stored["branches"])})
+
+
+def without_auxiliary(weights: dict) -> tuple[dict, dict]:
+    """Divide the weights of older files, where auxiliary heads lie within the model; return the model's and theirs."""
+    heads = {"decoder.": "reconstruction.", "recall.": "recall.", "prediction.": "prediction."}
+    rest, auxiliary = {}, {}
+    for name, weight in weights.items():
+        old = next((prefix for prefix in heads if name.startswith(prefix)), None)
+        if old is None:
+            rest[name] = weight
+        else:
+            auxiliary[heads[old] + name.removeprefix(old)] = weight
+    return rest, auxiliary
+
+
+def stored_config(content: dict, path: Path) -> Config:
     """Return the config that a file holds, checked; UserError of one line: a file is wrong or right."""
     try:
         return check_config(content.get("config"), str(path))
@@ -185,7 +204,7 @@ def save_checkpoint(folder: Path, update: int, state: dict) -> Path:
 
 def provenance(device: torch.device) -> dict[str, str]:
     """Return the git commit, the versions of what matters to the numbers, and the device."""
-    packages = ("torch", "numpy", "gymnasium", "minigrid", "memory-gym", "pygame")
+    packages = ("torch", "numpy", "gymnasium", "minigrid", "memory-gym", "pygame-ce")
     versions = {"python": platform.python_version()}
     for package in packages:
         try:
@@ -198,7 +217,16 @@ def provenance(device: torch.device) -> dict[str, str]:
 
 def _git_commit() -> str:
     """Return the checkout's commit, marked where files were changed since; "unknown" outside of one."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parents[1]),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+        "--exclude=*",
+    ]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip() or "unknown"
     except (OSError, subprocess.SubprocessError):

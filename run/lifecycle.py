@@ -1,4 +1,4 @@
-"""What keeps a run: requests to stop, the state that a checkpoint holds, what is due at intervals, what is not finite."""
+"""What keeps a run: requests to stop, the state of a checkpoint, what is due at intervals, what is not finite."""
 
 import copy
 import re
@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from run.checkpoint import list_checkpoints, save_checkpoint, save_model
+from model import ActorCriticModel
+from run.checkpoint import list_checkpoints, save_checkpoint, save_model, without_auxiliary
 from run.config import Config
 from run.logger import Logger
 from utils import Task, UserError, reason_of
@@ -76,7 +77,7 @@ class Keeper:
     """
 
     def __init__(self, trainer: "PPOTrainer", folder: Path, checkpoint: dict | None) -> None:
-        self.trainer = trainer
+        self.trainer, self.cannot_film = trainer, False
         self.checkpoints = folder / "checkpoints" / trainer.run["run_id"]
         self.model_path = folder / "models" / f"{trainer.run['run_id']}.nn"
         if checkpoint is not None:
@@ -126,10 +127,23 @@ class Keeper:
         if config.histogram_interval and update % config.histogram_interval == 0:
             logger.histograms(steps, trainer.model)
         if config.video_interval and update % config.video_interval == 0:
-            trainer.film(logger)
+            self._film(logger, steps)
         if update % config.checkpoint_interval == 0:  # last: a resumed run repeats nothing in front of it
             logger.flush()
             self.try_checkpoint()
+
+    def _film(self, logger: Logger, steps: int) -> None:
+        """Log an episode as a video; where that fails, say so once and go on."""
+        trainer = self.trainer
+        if trainer.options.film is None or self.cannot_film:
+            return
+        try:
+            logger.video(steps, trainer.options.film(trainer.model, trainer.config, trainer.task, "episode"))
+        except OSError:  # the disk is full
+            raise
+        except Exception as error:  # whatever an environment's own drawing does
+            self.cannot_film = True
+            print(f"\nno more videos: drawing an episode failed ({reason_of(error)})", file=sys.stderr)
 
     def save_model(self, path: Path) -> None:
         """Write the model as it is now."""
@@ -230,6 +244,18 @@ def restore(trainer: "PPOTrainer", state: dict[str, Any]) -> None:
         Episode(episode["number"], actions_of(episode["actions"], trainer), bytes.fromhex(episode["digest"]))
         for episode in state["episodes"]
     ]
+
+
+def start_from(trainer: "PPOTrainer", model: ActorCriticModel, path: Path) -> None:
+    """Give a new run the weights of a model; UserError, which calls it by its path, where it has others."""
+    own, given = trainer.model.state_dict(), model.state_dict()
+    shapes = [{name: tuple(weight.shape) for name, weight in weights.items()} for weights in (own, given)]
+    for name in dict.fromkeys([*shapes[0], *shapes[1]]):
+        here, there = (shape.get(name, "not there") for shape in shapes)
+        if here != there:
+            raise UserError(f"--init-from: {path}: {name} is {there}, this config has it {here}")
+    trainer.model.load_state_dict(given)
+    trainer.keeper.remember()
 
 
 def actions_of(stored: Any, trainer: "PPOTrainer") -> bytearray:

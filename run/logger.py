@@ -9,10 +9,10 @@ from pathlib import Path
 import yaml
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
+from torch.utils.tensorboard.summary import Summary, hparams
 from tqdm import tqdm
 
-from utils import Task
+from run.config import Config
 
 
 class Logger:
@@ -25,22 +25,24 @@ class Logger:
         steps: environment steps done already; what was logged beyond them by an interrupted run is dropped.
     """
 
-    def __init__(self, folder: Path, config: dict, run: dict, steps: int) -> None:
-        self.updates, self.started, self.first = config["updates"], time.perf_counter(), None
+    def __init__(self, folder: Path, config: Config, run: dict, steps: int) -> None:
+        self.updates, self.started, self.first = config.updates, time.perf_counter(), None
         resumed = "summaries" in run
         run.setdefault("summaries", f"{run['run_id']}/{datetime.now():%Y%m%d-%H%M%S-%f}")
         self.writer = SummaryWriter(folder / run["summaries"], purge_step=steps + 1 if resumed else None)
         if not resumed:
-            self.writer.add_text("config", f"```\n{yaml.safe_dump(config, sort_keys=False)}```")
+            self.writer.add_text("config", f"```\n{yaml.safe_dump(config.model_dump(), sort_keys=False)}```")
             self.writer.add_text("run", "\n".join(f"- {key}: {value}" for key, value in run.items()))
-            for summary in hparams(flatten(config) | {"seed": run["seed"]}, {"episode/reward_mean": 0})[:2]:
+            for summary in hparams(flatten(config.model_dump()) | {"seed": run["seed"]}, {"episode/reward_mean": 0})[
+                :2
+            ]:
                 self.writer.file_writer.add_summary(summary)
         # The thread that writes hands its errors on to whoever logs next; they need not be shown as well.
         threading.excepthook = lambda error: None if error.exc_type is OSError else sys.__excepthook__(*error[:3])
         self.bar = None
         if sys.stderr.isatty():
             layout = "{desc} {percentage:3.0f}%|{bar}| {n}/{total} {elapsed}<{remaining}"
-            done = steps // (config["n_workers"] * config["worker_steps"])
+            done = steps // (config.n_workers * config.worker_steps)
             self.bar = tqdm(total=self.updates, initial=done, desc=run["run_id"][:16], bar_format=layout,
                             dynamic_ncols=True)  # fmt: skip
 
@@ -53,6 +55,7 @@ class Logger:
         for name in ("reward", "success", "length"):
             if f"episode/{name}_mean" in scalars:
                 shown.append(f"{name} {scalars[f'episode/{name}_mean']:.2f}")
+        shown = shown or ["no episode has ended yet"]
         shown.append(f"{scalars['performance/update_steps_per_second']:,.0f} steps/s")
         if self.bar is not None:
             self.bar.set_description_str(" ".join(word for word in shown if "length" not in word), refresh=False)
@@ -69,11 +72,9 @@ class Logger:
         for name, parameter in model.named_parameters():
             self.writer.add_histogram(f"weights/{name}", parameter.detach().cpu(), steps)
 
-    def video(self, steps: int, model: nn.Module, config: dict, task: Task) -> None:
-        """Log one episode with its attention as a video."""
-        from play.watch import episode_summary
-
-        self.writer.file_writer.add_summary(episode_summary(model, config, task, "episode"), steps)
+    def video(self, steps: int, episode: Summary) -> None:
+        """Log an episode as an animated picture."""
+        self.writer.file_writer.add_summary(episode, steps)
 
     def flush(self) -> None:
         """Let the system have all that was logged."""

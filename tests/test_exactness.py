@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import buffer
-from kernels import products
 import transformer
 from buffer import FrameStore, Timeline, generalised_advantages, group_queries, make_store, policy_step
-from run.config import check_config
+from kernels import products
+from kernels.windows import MASKED, Windows
 from model import FrameCrossEntropy, Prediction
+from run.config import check_config
 from trainer import LOSS_PARTS, Options, PPOTrainer
 from utils import Task, create_env, training_seed
-from kernels.windows import MASKED, Windows
 from worker import SharedArrays
 
 CPU = torch.device("cpu")

@@ -28,12 +28,12 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from run import checkpoint
 import train
 import utils
 from buffer import Timeline
-from run.cli import command_line
 from model import ActorCriticModel
+from run import checkpoint
+from run.cli import command_line
 from trainer import PPOTrainer
 from utils import Task, UserError
 from worker import MAX_RESTARTS

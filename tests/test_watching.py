@@ -14,13 +14,13 @@ from PIL import Image, ImageSequence
 import enjoy
 import evaluate
 from buffer import Timeline
+from model import ActorCriticModel
+from play.agent import Agent, first_unseen_seed, load_for_play, play_episodes
+from play.watch import SUMMARY_STEPS, SUMMARY_WIDTH, Painter, Player, draw_episode, episode_summary, write_video
 from run.checkpoint import save_model
 from run.cli import command_line
 from run.config import load_config
-from model import ActorCriticModel
-from play.agent import Agent, first_unseen_seed, load_for_play, play_episodes
 from utils import inspect_environment
-from play.watch import SUMMARY_STEPS, SUMMARY_WIDTH, Painter, Player, draw_episode, episode_summary, write_video
 
 ROOT = Path(__file__).parent.parent
 ENDLESS = "endless_mystery_path"
