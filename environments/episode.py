@@ -1,7 +1,6 @@
 """What all environments share: counting an episode and rendering on request."""
 
 import difflib
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,13 +8,13 @@ import gymnasium
 import numpy as np
 
 from environments.numbers import task_numbers as task_numbers
-
-# The smallest picture that passes the encoder's three convolutions.
-SMALLEST_PICTURE = 36
+from environments.spaces import SMALLEST_PICTURE, as_picture, frame_picture
 
 Info = dict[str, Any]
+# A frame or a vector; both are under the keys "frame" and "vector"
+Observation = np.ndarray | dict[str, np.ndarray]
 # Observation, reward, terminated, truncated, info
-Step = tuple[np.ndarray, float, bool, bool, Info]
+Step = tuple[Observation, float, bool, bool, Info]
 
 
 class EpisodeEnv(gymnasium.Env):
@@ -23,10 +22,12 @@ class EpisodeEnv(gymnasium.Env):
 
     Attributes:
         max_episode_steps: the longest episode, None where episodes have no limit.
+        vector_names: what each entry of the observed vector is; empty where the environment does not say.
     """
 
     metadata = {"render_modes": ["rgb_array"]}
     max_episode_steps: int | None
+    vector_names: tuple[str, ...] = ()
 
     def __init__(self, render_mode: str | None = None):
         """
@@ -39,7 +40,7 @@ class EpisodeEnv(gymnasium.Env):
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"render_mode: {render_mode!r} is not known; allowed: None, 'rgb_array'")
         self.render_mode = render_mode
-        self._observation: np.ndarray | None = None
+        self._observation: Observation | None = None
         self._start_episode()
 
     def _start_episode(self) -> None:
@@ -78,7 +79,7 @@ class EpisodeEnv(gymnasium.Env):
         return self._draw()
 
     def agent_view(self) -> np.ndarray | None:
-        """Returns what the agent sees as a picture, None where it sees numbers.
+        """Returns the frame that the agent sees as a picture, None where it sees numbers only.
 
         Returns:
             Picture of shape (height, width, 3), uint8, or None.
@@ -87,9 +88,12 @@ class EpisodeEnv(gymnasium.Env):
             RuntimeError: if the environment was made without a render mode or has not been reset yet.
         """
         self._check_rendering()
-        if self._observation.ndim != 3 or self._observation.shape[0] != 3:
-            return None
-        return np.array(self._observation.transpose(1, 2, 0), order="C")
+        frame = self._observation["frame"] if isinstance(self._observation, dict) else self._observation
+        return frame_picture(frame) if frame.ndim == 3 else None
+
+    def notices(self) -> list[str]:
+        """Returns what someone who trains on this environment had better know, a line each."""
+        return []
 
     def _check_rendering(self) -> None:
         if self.render_mode is None:
@@ -107,36 +111,13 @@ class WrappedEnv(EpisodeEnv):
     _env: gymnasium.Env | None = None
 
     def _draw(self) -> np.ndarray:
-        return self._env.render()
+        return as_picture(self._env.render(), self._env.spec.id)
 
     def close(self) -> None:
         """Closes the environment; closing it again does nothing."""
         environment, self._env = self._env, None
         if environment is not None:
             environment.close()
-
-
-def make_registered(name: Any, **arguments: Any) -> gymnasium.Env:
-    """Makes a registered environment without Gymnasium's checker and warnings.
-
-    Args:
-        name: the registered id.
-        arguments: passed on to gymnasium.make.
-
-    Raises:
-        ValueError: if there is no such environment, or if it cannot be made.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            # Not every environment takes a render mode, None included.
-            arguments = {key: value for key, value in arguments.items() if key != "render_mode" or value is not None}
-            return gymnasium.make(name, disable_env_checker=True, **arguments)
-    except gymnasium.error.UnregisteredEnv as error:
-        nearest = suggest(name, gymnasium.registry)
-        raise ValueError(f"name: {name!r} is not a registered environment{nearest}") from error
-    except Exception as error:
-        raise ValueError(f"name: {name!r} cannot be made: {one_line(error)}") from error
 
 
 def check_picture_size(height: int, width: int, named: str) -> None:
