@@ -1,6 +1,6 @@
 """Any registered environment, whatever it shows and however it is acted in."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import gymnasium
@@ -51,15 +51,10 @@ class GymnasiumEnv(WrappedEnv):
         self.action_space = self._actor.space
         self._masks = action_masks_of(self._env)
         self.observation_space = self._declare()
-
-    @property
-    def vector_names(self) -> tuple[str, ...]:
-        """What each entry of the vector is, such as `position[0]`, `suit=2`, `previous_action=1`, `previous_reward`."""
-        actions = self._actor.names("previous_action") if self._previous_action else []
-        return (*self._observer.names(), *actions, *["previous_reward"] * self._previous_reward)
+        self.vector_names = self._named()
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, Info]:
-        """Starts an episode.
+        """Start an episode.
 
         Args:
             seed: determines the episode.
@@ -91,7 +86,7 @@ class GymnasiumEnv(WrappedEnv):
         return self._observe(result[0]), self._mask(result[1])
 
     def step(self, action: np.ndarray | int) -> Step:
-        """Takes an action.
+        """Take an action.
 
         Args:
             action: shape (branches,), int64, or (n,), float32, where actions are numbers; or an int for one branch.
@@ -132,7 +127,7 @@ class GymnasiumEnv(WrappedEnv):
         )
 
     def _declare(self) -> gymnasium.Space:
-        """Returns the space of what `_observe` returns."""
+        """Return the space of what `_observe` returns."""
         size = self._observer.size + self._actor.size * self._previous_action + int(self._previous_reward)
         self._vector_size = size
         vector = spaces.Box(-np.inf, np.inf, (size,), np.float32)
@@ -140,6 +135,11 @@ class GymnasiumEnv(WrappedEnv):
             return vector
         frame = picture_space(*self._observer.frame_shape)
         return spaces.Dict(frame=frame, vector=vector) if size else frame
+
+    def _named(self) -> tuple[str, ...]:
+        """Return what each entry of the vector is: `position[0]`, `suit=2`, `previous_action=1`, `previous_reward`."""
+        actions = self._actor.names("previous_action") if self._previous_action else []
+        return (*self._observer.names(), *actions, *["previous_reward"] * self._previous_reward)
 
     def _observe(self, observation: Any) -> Observation:
         try:
@@ -179,7 +179,7 @@ class GymnasiumEnv(WrappedEnv):
         return result
 
     def _mask(self, info: Mapping | None, ended: bool = False) -> Info:
-        """Returns an info with the allowed actions, if the environment says which; at the end it need not."""
+        """Return an info with the allowed actions, if the environment says which; at the end it need not."""
         if not self._actor.branches:
             return {}
         mask = (info or {}).get("action_mask")
@@ -195,7 +195,7 @@ class GymnasiumEnv(WrappedEnv):
             raise self._broken(str(error)) from error
 
     def _number(self, reward: Any) -> float:
-        """Returns a reward as a float, whether it is a number or an array of one."""
+        """Return a reward as a float, whether it is a number or an array of one."""
         try:
             return float(reward.item() if hasattr(reward, "item") else reward + 0.0)
         except (TypeError, ValueError, RuntimeError):
@@ -218,8 +218,8 @@ class GymnasiumEnv(WrappedEnv):
         return vector_picture(self._observation) if view is None else view
 
 
-def action_masks_of(env: gymnasium.Env) -> Any:
-    """Returns the method `action_masks` of an environment or of a wrapper around it, None if there is none."""
+def action_masks_of(env: Any) -> Callable | None:
+    """Return the method `action_masks` of an environment or of a wrapper around it, None if there is none."""
     while True:
         if callable(getattr(type(env), "action_masks", None)):
             return env.action_masks
@@ -229,7 +229,7 @@ def action_masks_of(env: gymnasium.Env) -> Any:
 
 
 def raised_in(error: Exception) -> str:
-    """Returns the name of the module in which an error was raised."""
+    """Return the name of the module in which an error was raised."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

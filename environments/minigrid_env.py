@@ -72,7 +72,8 @@ class MinigridEnv(WrappedEnv):
         )
         if not isinstance(self._env.unwrapped, MiniGridEnv):
             raise ValueError(f"name: {self._name!r} is not a MiniGrid environment")
-        available = int(self._env.action_space.n)
+        self._grid: Any = self._env.unwrapped
+        available = int(self._grid.action_space.n)
         if (section.num_actions or 0) > available:
             raise ValueError(f"num_actions: {num_actions} is not allowed; expected no more than {available}")
         self.action_space = gymnasium.spaces.Discrete(min(num_actions, available))
@@ -80,13 +81,13 @@ class MinigridEnv(WrappedEnv):
         self.observation_space: gymnasium.Space = picture_space(3, side, side)
         self._vocabulary: dict[str, int] | None = None
         if section.mission:
-            self._vocabulary = vocabulary_of(self._env.unwrapped.observation_space["mission"])
+            self._vocabulary = vocabulary_of(self._grid.observation_space["mission"])
             self.vector_names = tuple(f"mission[{word}]" for word in (*self._vocabulary, "other words"))
             vector = gymnasium.spaces.Box(0, np.inf, (len(self.vector_names),), np.float32)
             self.observation_space = gymnasium.spaces.Dict(frame=self.observation_space, vector=vector)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, Info]:
-        """Starts an episode.
+        """Start an episode.
 
         Args:
             seed: determines the episode.
@@ -101,7 +102,7 @@ class MinigridEnv(WrappedEnv):
         return self._observe(observation), {}
 
     def step(self, action: np.ndarray | int) -> Step:
-        """Takes one of MiniGrid's actions.
+        """Take one of MiniGrid's actions.
 
         Args:
             action: shape (1,), or an int.
@@ -115,7 +116,7 @@ class MinigridEnv(WrappedEnv):
         return self._observe(observation), reward, bool(terminated), bool(truncated), info
 
     def notices(self) -> list[str]:
-        """Returns a line if the mission changes from episode to episode and the agent is not told."""
+        """Return a line if the mission changes from episode to episode and the agent is not told."""
         if self._vocabulary is not None or not self._mission_changes():
             return []
         return [
@@ -146,7 +147,7 @@ class MinigridEnv(WrappedEnv):
         if key not in _kept_pictures:
             if len(_kept_pictures) >= MAX_KEPT_PICTURES:
                 del _kept_pictures[next(iter(_kept_pictures))]
-            picture = self._env.unwrapped.get_frame(tile_size=self._tile_size, agent_pov=True)
+            picture = self._grid.get_frame(tile_size=self._tile_size, agent_pov=True)
             picture = np.array(picture, dtype=np.uint8, order="C")
             # Everyone who sees this view gets the same array.
             picture.setflags(write=False)
@@ -155,12 +156,12 @@ class MinigridEnv(WrappedEnv):
 
 
 def words_of(mission: str) -> list[str]:
-    """Returns the words of a mission in lower case, without punctuation."""
+    """Return the words of a mission in lower case, without punctuation."""
     return re.findall(r"\w+", mission.lower())
 
 
-def vocabulary_of(space: gymnasium.Space) -> dict[str, int]:
-    """Returns the words that a task's missions may have, in alphabetical order, and their numbers.
+def vocabulary_of(space: Any) -> dict[str, int]:
+    """Return the words that a task's missions may have, in alphabetical order, and their numbers.
 
     Args:
         space: the task's mission space.
@@ -174,7 +175,7 @@ def vocabulary_of(space: gymnasium.Space) -> dict[str, int]:
 
 
 def bag_of_words(mission: str, vocabulary: dict[str, int]) -> np.ndarray:
-    """Returns how often each word of the vocabulary is in a mission, and at last how many words are not in it.
+    """Return how often each word of the vocabulary is in a mission, and at last how many words are not in it.
 
     Args:
         mission: the sentence.

@@ -28,7 +28,7 @@ PLACES = {
 
 
 def make_registered(name: Any, arguments: dict[str, Any] | None = None, **own: Any) -> gymnasium.Env:
-    """Makes a registered environment without Gymnasium's checker and warnings.
+    """Make a registered environment without Gymnasium's checker and warnings.
 
     Args:
         name: the registered id.
@@ -62,9 +62,10 @@ def make_registered(name: Any, arguments: dict[str, Any] | None = None, **own: A
 
 
 def make_with_render_mode(name: str, arguments: dict[str, Any]) -> gymnasium.Env:
-    """Makes an environment, whether or not its constructor takes or needs a render mode."""
+    """Make an environment, whether or not its constructor takes or needs a render mode."""
     render_mode = arguments.pop("render_mode", None)
-    given, left_out = {"render_mode": render_mode}, {}
+    given: dict[str, Any] = {"render_mode": render_mode}
+    left_out: dict[str, Any] = {}
     first, second = (left_out, given) if render_mode is None else (given, left_out)
     try:
         return gymnasium.make(name, disable_env_checker=True, **arguments, **first)
@@ -75,17 +76,17 @@ def make_with_render_mode(name: str, arguments: dict[str, Any]) -> gymnasium.Env
 
 
 def cause(error: Exception) -> str:
-    """Returns what an error says, without what Gymnasium adds to it: all arguments."""
+    """Return what an error says, without what Gymnasium adds to it: all arguments."""
     return str(error).split(" was raised from the environment creator")[0]
 
 
 def provider(name: str) -> tuple[str, str, str] | None:
-    """Returns pattern, module and package of where an id comes from, None if that is not known."""
+    """Return pattern, module and package of where an id comes from, None if that is not known."""
     return next((entry for entry in PROVIDERS if re.match(entry[0], name)), None)
 
 
 def hint(name: str) -> str:
-    """Returns the end of an error message on an id that is not registered: what to write instead."""
+    """Return the end of an error message on an id that is not registered: what to write instead."""
     module, _, plain = name.rpartition(":")
     known = provider(plain)
     if known is not None:
@@ -100,7 +101,7 @@ def hint(name: str) -> str:
 
 
 def nearest(module: str, name: str, ids: Iterable[str]) -> str:
-    """Returns the end of an error message: the nearest ids of a module, which has to be imported for them."""
+    """Return the end of an error message: the nearest ids of a module, which has to be imported for them."""
     ids = list(ids)
     if not ids:
         return f"; {module} registers none"
@@ -108,7 +109,7 @@ def nearest(module: str, name: str, ids: Iterable[str]) -> str:
 
 
 def ids_of(module: str) -> list[str]:
-    """Returns the ids whose environments are made by a module or one inside it."""
+    """Return the ids whose environments are made by a module or one inside it."""
     made_by = {
         key: spec.entry_point if isinstance(spec.entry_point, str) else getattr(spec.entry_point, "__module__", "")
         for key, spec in gymnasium.registry.items()
@@ -117,7 +118,7 @@ def ids_of(module: str) -> list[str]:
 
 
 def missing_module(error: ModuleNotFoundError) -> str:
-    """Returns the end of an error message on a module that is not there: how to get it."""
+    """Return the end of an error message on a module that is not there: how to get it."""
     name = error.name or getattr(error.__cause__, "name", None) or "?"
     packages = {module: package for _, module, package in PROVIDERS} | {"mujoco": '"gymnasium[mujoco]"'}
     package = packages.get(name.split(".")[0])
@@ -127,7 +128,7 @@ def missing_module(error: ModuleNotFoundError) -> str:
 
 
 def failure(name: str, arguments: dict[str, Any], error: Exception) -> str:
-    """Returns why an environment cannot be made: an argument that it does not take or lacks, or what it says itself.
+    """Return why an environment cannot be made: an argument that it does not take or lacks, or what it says itself.
 
     Args:
         name: the registered id.
@@ -147,11 +148,11 @@ def failure(name: str, arguments: dict[str, Any], error: Exception) -> str:
 
 
 def constructor_arguments(name: str) -> dict[str, bool] | None:
-    """Returns what a constructor takes and whether it has to be given, None if that cannot be told."""
+    """Return what a constructor takes and whether it has to be given, None if that cannot be told."""
     spec = gymnasium.registry.get(name.rpartition(":")[2])
     if spec is None or spec.entry_point is None:
         return None
-    creator = spec.entry_point
+    creator: Any = spec.entry_point
     if isinstance(creator, str):
         creator = gymnasium.envs.registration.load_env_creator(creator)
     takes: dict[str, bool] = {}

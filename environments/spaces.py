@@ -59,8 +59,8 @@ def short(space: Any) -> str:
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 
-def pixel_scale(space: spaces.Box) -> float | None:
-    """Return what the values of a Box have to be multiplied by to be those of pixels, None if they are no pixels."""
+def pixel_scale(space: Any) -> float | None:
+    """Return what turns the values of a Box into those of pixels, a factor; None if they are no pixels."""
     if space.dtype == np.uint8:
         return 1.0
     if not np.all(space.low == 0):
@@ -96,7 +96,7 @@ class FramePart:
         shape: (channels, height, width) of the frame.
     """
 
-    def __init__(self, space: spaces.Box, name: str) -> None:
+    def __init__(self, space: Any, name: str) -> None:
         """
         Args:
             space: of the pictures.
@@ -346,7 +346,7 @@ class Actor:
         else:
             self.branches = tuple(count for part in self._leaves for count in branch_sizes(part))
             self.size = sum(self.branches)
-            self.space = spaces.MultiDiscrete(self.branches)
+            self.space = spaces.MultiDiscrete(np.array(self.branches, dtype=np.int64))
             if isinstance(space, spaces.Discrete):
                 self.space = spaces.Discrete(self.branches[0])
         if self.size == 0:

@@ -1,15 +1,20 @@
 """Tests of observations and actions of any kind: what is shown arrives, what is done is allowed, errors are clear."""
 
+import re
+from pathlib import Path
+
 import gymnasium
 import numpy as np
 import pytest
 import torch
+import yaml
 from gymnasium import spaces
+from pydantic import TypeAdapter
 
 from environments import BrokenContract
 from environments.gymnasium_env import GymnasiumEnv
 from environments.minigrid_env import MinigridEnv
-from environments.section import GymnasiumSection, MinigridSection
+from environments.section import Environment, GymnasiumSection, MinigridSection
 from environments.spaces import Actor, Observer, as_picture, frame_picture, hidden_entries
 
 PIXELS = {"low": 0, "high": 255, "dtype": np.uint8}
@@ -479,3 +484,25 @@ def test_popgym():
         assert env.render().dtype == np.uint8
     with pytest.raises(ValueError, match="popgym:popgym-VelocityOnlyCartpoleEasy-v0"):
         GymnasiumEnv(section("popgym:popgym-VelocityOnlyCartPoleEasy-v0"))
+
+
+def documented_sections():
+    text = (Path(__file__).resolve().parent.parent / "docs" / "environments.md").read_text(encoding="utf-8")
+    sections = [yaml.safe_load(block)["environment"] for block in re.findall(r"```yaml\n(.*?)```", text, re.S)]
+    own = ("my_package.my_module:MyEnv-v0", "Recall")
+    return [entries for entries in sections if entries.get("name", entries["type"]) not in own]
+
+
+@pytest.mark.parametrize("entries", documented_sections(), ids=lambda entries: entries.get("name", entries["type"]))
+def test_documented_sections(entries):
+    declared = TypeAdapter(Environment).validate_python(entries)
+    try:
+        env = declared.create()
+    except (ModuleNotFoundError, ValueError) as error:
+        if isinstance(error, ValueError) and "not installed" not in str(error):
+            raise
+        pytest.skip(str(error))
+    env.reset(seed=0)
+    env.action_space.seed(0)
+    assert env.observation_space.contains(env.step(env.action_space.sample())[0])
+    env.close()
