@@ -4,7 +4,7 @@ import contextlib
 import io
 import itertools
 import re
-from typing import Any
+from typing import Any, cast
 
 import gymnasium
 import minigrid  # noqa: F401  (registers its environments)
@@ -72,7 +72,7 @@ class MinigridEnv(WrappedEnv):
         )
         if not isinstance(self._env.unwrapped, MiniGridEnv):
             raise ValueError(f"name: {self._name!r} is not a MiniGrid environment")
-        self._grid: Any = self._env.unwrapped
+        self._grid = cast(Any, self._env.unwrapped)
         available = int(self._grid.action_space.n)
         if (section.num_actions or 0) > available:
             raise ValueError(f"num_actions: {num_actions} is not allowed; expected no more than {available}")
