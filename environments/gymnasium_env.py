@@ -8,7 +8,8 @@ import numpy as np
 from gymnasium import spaces
 
 from environments import BrokenContract
-from environments.episode import Info, Observation, Step, WrappedEnv, picture_space, task_numbers
+from environments.episode import Info, Observation, Step, WrappedEnv, picture_space
+from environments.numbers import task_numbers
 from environments.registered import make_registered
 from environments.section import GymnasiumSection
 from environments.spaces import Actor, Observer, as_picture, hidden_entries, short, shorten, vector_picture
@@ -103,7 +104,8 @@ class GymnasiumEnv(WrappedEnv):
         if not (own_info is None or isinstance(own_info, Mapping)):
             raise self._broken(f"the info is {shorten(own_info)}, should be a dict")
         ended = terminated or truncated
-        numbers = task_numbers(own_info or {}) if ended else {}
+        numbers = task_numbers(own_info) if ended else {}
+        numbers.pop("action_mask", None)  # a mask of one action looks like a number
         if "is_success" in numbers:
             numbers["success"] = numbers.pop("is_success")
         info = self._count_step(reward, ended, numbers) | self._mask(own_info, ended)
