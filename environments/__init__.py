@@ -25,3 +25,7 @@ os.environ.setdefault("SDL_AUDIODRIVER", "dummy")
 if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
 warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
+
+
+class BrokenContract(ValueError):
+    """What an environment returned breaks the Gymnasium API or the spaces that it declares; one line says how."""

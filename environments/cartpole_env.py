@@ -5,7 +5,8 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from environments.episode import Info, Step, WrappedEnv, discrete, make_registered
+from environments.episode import Info, Step, WrappedEnv, discrete
+from environments.registered import make_registered
 from environments.section import CartPoleSection
 
 REWARD_SCALE = 100.0

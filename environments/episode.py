@@ -1,7 +1,6 @@
 """What all environments share: counting an episode and rendering on request."""
 
 import difflib
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,13 +8,13 @@ import gymnasium
 import numpy as np
 
 from environments.numbers import task_numbers as task_numbers
-
-# The smallest picture that passes the encoder's three convolutions.
-SMALLEST_PICTURE = 36
+from environments.spaces import SMALLEST_PICTURE, as_picture, frame_picture
 
 Info = dict[str, Any]
+# A frame or a vector, an array; both are a dict of two arrays, "frame" and "vector"
+Observation = Any
 # Observation, reward, terminated, truncated, info
-Step = tuple[np.ndarray, float, bool, bool, Info]
+Step = tuple[Observation, float, bool, bool, Info]
 
 
 class EpisodeEnv(gymnasium.Env):
@@ -23,10 +22,12 @@ class EpisodeEnv(gymnasium.Env):
 
     Attributes:
         max_episode_steps: the longest episode, None where episodes have no limit.
+        vector_names: what each entry of the observed vector is; empty where the environment does not say.
     """
 
     metadata = {"render_modes": ["rgb_array"]}
     max_episode_steps: int | None
+    vector_names: tuple[str, ...] = ()
 
     def __init__(self, render_mode: str | None = None):
         """
@@ -39,20 +40,20 @@ class EpisodeEnv(gymnasium.Env):
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"render_mode: {render_mode!r} is not known; allowed: None, 'rgb_array'")
         self.render_mode = render_mode
-        self._observation: np.ndarray | None = None
+        self._observation: Observation | None = None
         self._start_episode()
 
     def _start_episode(self) -> None:
-        """Sets the counters of the episode back; belongs into every reset."""
+        """Set the counters of the episode back; belongs into every reset."""
         self._episode_reward = 0.0
         self._episode_length = 0
 
     def numbers_so_far(self) -> dict[str, float]:
-        """Returns reward, in the environment's own unit, and length of the running episode."""
+        """Return reward, in the environment's own unit, and length of the running episode."""
         return {"reward": self._episode_reward, "length": self._episode_length}
 
     def _count_step(self, reward: float, ended: bool, numbers: dict[str, float]) -> Info:
-        """Counts one step and returns its info, which is empty unless the episode has ended.
+        """Count one step and return its info, which is empty unless the episode has ended.
 
         Args:
             reward: the step's reward, in the environment's own unit.
@@ -66,7 +67,7 @@ class EpisodeEnv(gymnasium.Env):
         return {**numbers, **self.numbers_so_far()}
 
     def render(self) -> np.ndarray:
-        """Returns the global view of the current state as a picture.
+        """Return the global view of the current state as a picture.
 
         Returns:
             Picture of shape (height, width, 3), uint8.
@@ -78,7 +79,7 @@ class EpisodeEnv(gymnasium.Env):
         return self._draw()
 
     def agent_view(self) -> np.ndarray | None:
-        """Returns what the agent sees as a picture, None where it sees numbers.
+        """Return the frame that the agent sees as a picture, None where it sees numbers only.
 
         Returns:
             Picture of shape (height, width, 3), uint8, or None.
@@ -87,9 +88,12 @@ class EpisodeEnv(gymnasium.Env):
             RuntimeError: if the environment was made without a render mode or has not been reset yet.
         """
         self._check_rendering()
-        if self._observation.ndim != 3 or self._observation.shape[0] != 3:
-            return None
-        return np.array(self._observation.transpose(1, 2, 0), order="C")
+        frame = self._observation["frame"] if isinstance(self._observation, dict) else self._observation
+        return frame_picture(frame) if frame.ndim == 3 else None
+
+    def notices(self) -> list[str]:
+        """Return what someone who trains on this environment had better know, a line each."""
+        return []
 
     def _check_rendering(self) -> None:
         if self.render_mode is None:
@@ -107,40 +111,17 @@ class WrappedEnv(EpisodeEnv):
     _env: gymnasium.Env | None = None
 
     def _draw(self) -> np.ndarray:
-        return self._env.render()
+        return as_picture(self._env.render(), self._env.spec.id)
 
     def close(self) -> None:
-        """Closes the environment; closing it again does nothing."""
+        """Close the environment; closing it again does nothing."""
         environment, self._env = self._env, None
         if environment is not None:
             environment.close()
 
 
-def make_registered(name: Any, **arguments: Any) -> gymnasium.Env:
-    """Makes a registered environment without Gymnasium's checker and warnings.
-
-    Args:
-        name: the registered id.
-        arguments: passed on to gymnasium.make.
-
-    Raises:
-        ValueError: if there is no such environment, or if it cannot be made.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            # Not every environment takes a render mode, None included.
-            arguments = {key: value for key, value in arguments.items() if key != "render_mode" or value is not None}
-            return gymnasium.make(name, disable_env_checker=True, **arguments)
-    except gymnasium.error.UnregisteredEnv as error:
-        nearest = suggest(name, gymnasium.registry)
-        raise ValueError(f"name: {name!r} is not a registered environment{nearest}") from error
-    except Exception as error:
-        raise ValueError(f"name: {name!r} cannot be made: {one_line(error)}") from error
-
-
 def check_picture_size(height: int, width: int, named: str) -> None:
-    """Raises a ValueError if pictures are too small for the encoder.
+    """Raise a ValueError if pictures are too small for the encoder.
 
     Args:
         height: rows of the picture.
@@ -153,17 +134,17 @@ def check_picture_size(height: int, width: int, named: str) -> None:
 
 
 def picture_space(channels: int, height: int, width: int) -> gymnasium.spaces.Box:
-    """Returns the space of uint8 pictures of shape (channels, height, width)."""
+    """Return the space of uint8 pictures of shape (channels, height, width)."""
     return gymnasium.spaces.Box(0, 255, (channels, height, width), np.uint8)
 
 
 def discrete(action: Any) -> int:
-    """Returns a single action as an int, whether it comes as an int or as an array of shape (1,)."""
+    """Return a single action as an int, whether it comes as an int or as an array of shape (1,)."""
     return int(np.asarray(action).item())
 
 
 def suggest(name: Any, known: Iterable[str]) -> str:
-    """Returns the end of an error message: the known names that are nearest to the given one.
+    """Return the end of an error message: the known names that are nearest to the given one.
 
     Args:
         name: the name that is not known.
@@ -173,5 +154,5 @@ def suggest(name: Any, known: Iterable[str]) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """Returns kind and message of an error in one line."""
+    """Return kind and message of an error in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())

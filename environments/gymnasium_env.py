@@ -1,24 +1,20 @@
-"""Any registered environment with vectors or pictures as observations and discrete actions."""
+"""Any registered environment, whatever it shows and however it is acted in."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from environments.episode import (
-    SMALLEST_PICTURE,
-    Info,
-    Step,
-    WrappedEnv,
-    discrete,
-    make_registered,
-    picture_space,
-    task_numbers,
-)
+from environments import BrokenContract
+from environments.episode import Info, Observation, Step, WrappedEnv, picture_space
+from environments.numbers import task_numbers
+from environments.registered import make_registered
 from environments.section import GymnasiumSection
+from environments.spaces import Actor, Observer, as_picture, hidden_entries, short, shorten, vector_picture
 
-PICTURE_CHANNELS = (1, 3, 4)
+OLD_API = "that is the API of gym, which Gymnasium has replaced: see https://gymnasium.farama.org on migrating from gym"
 
 
 class GymnasiumEnv(WrappedEnv):
@@ -27,106 +23,216 @@ class GymnasiumEnv(WrappedEnv):
     def __init__(self, section: GymnasiumSection, render_mode: str | None = None):
         """
         Args:
-            section: of the config.
+            section: of the config; docs/environments.md has an example of each key.
             render_mode: "rgb_array", or None if nothing is to be looked at.
 
         Raises:
             ValueError: if there is no such environment, or if its spaces or another entry are not supported.
         """
         super().__init__(render_mode)
-        name = section.name
-        self._env = make_registered(name, render_mode=render_mode, max_episode_steps=section.max_episode_steps)
-        if render_mode is not None and render_mode not in self._env.metadata.get("render_modes", ()):
-            raise ValueError(f"render_mode: {name!r} cannot render pictures ({render_mode!r})")
+        self._name = section.name
+        self._env = self._make(section)
         self.max_episode_steps = self._env.spec.max_episode_steps
+        self._reward_scale = section.reward_scale
+        self._previous_action, self._previous_reward = section.previous_action, section.previous_reward
+        self._last: tuple[Any, float] = (None, 0.0)
 
-        observed = self._env.observation_space
-        self._channels_last = is_channels_last_picture(observed)
-        if self._channels_last:
-            height, width, channels = observed.shape
-            self.observation_space = picture_space(channels, height, width)
-        elif is_channels_first_picture(observed):
-            self.observation_space = picture_space(*observed.shape)
-        elif isinstance(observed, spaces.Box) and len(observed.shape) == 1:
-            self.observation_space = spaces.Box(-np.inf, np.inf, observed.shape, np.float32)
-        else:
+        try:
+            self._observer = Observer(self._env.observation_space, section.observe)
+            self._hidden = hidden_entries(section.hide, self._observer.size)
+        except ValueError as error:
+            described = short(self._env.observation_space)
+            raise ValueError(f"name: {self._name!r} has the observation space {described}; {error}") from error
+        try:
+            self._actor = Actor(self._env.action_space)
+        except ValueError as error:
             raise ValueError(
-                f"name: {name!r} has the observation space {one_line_space(observed)}; supported are vectors and uint8 "
-                f"pictures of at least {SMALLEST_PICTURE}×{SMALLEST_PICTURE} with {PICTURE_CHANNELS} channels"
-            )
+                f"name: {self._name!r} has the action space {short(self._env.action_space)}; {error}"
+            ) from error
+        self.action_space = self._actor.space
+        self._masks = action_masks_of(self._env)
+        self.observation_space = self._declare()
+        self.vector_names = self._named()
 
-        acted = self._env.action_space
-        if isinstance(acted, spaces.Discrete):
-            self.action_space = spaces.Discrete(int(acted.n))
-        elif isinstance(acted, spaces.MultiDiscrete) and acted.nvec.ndim == 1:
-            self.action_space = spaces.MultiDiscrete(acted.nvec)
-        else:
-            raise ValueError(
-                f"name: {name!r} has the action space {one_line_space(acted)}; supported are Discrete and MultiDiscrete"
-            )
-        # Actions count from 0 here; the environment's own may count from elsewhere.
-        self._first_action = getattr(acted, "start", 0)
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, Info]:
-        """Starts an episode.
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, Info]:
+        """Start an episode.
 
         Args:
             seed: determines the episode.
-            options: passed on to the environment.
+            options: passed on to the section.
 
         Returns:
-            The observation, shape (n,) or (channels, height, width), and an empty info.
+            The observation: shape (n,) or (channels, height, width), or a dict with a `vector` and a `frame` of these
+            shapes; and an info, which is empty or has the `action_mask`.
+
+        Raises:
+            BrokenContract: if the environment returns something else than the Gymnasium API says.
         """
-        observation, _ = self._env.reset(seed=seed, options=options)
+        try:
+            result = self._env.reset(seed=seed, options=options)
+        except TypeError as error:
+            if "unexpected keyword argument 'seed'" in str(error) or "unexpected keyword argument 'options'" in str(
+                error
+            ):
+                raise self._broken(f"reset takes no seed or no options ({error}): {OLD_API}") from error
+            raise
+        if not (
+            isinstance(result, tuple) and len(result) == 2 and (result[1] is None or isinstance(result[1], Mapping))
+        ):
+            raise self._broken(
+                f"reset returned {shorten(result)}, should be a tuple of observation and info: {OLD_API}"
+            )
         self._start_episode()
-        return self._observe(observation), {}
+        self._last = (None, 0.0)
+        return self._observe(result[0]), self._mask(result[1])
 
     def step(self, action: np.ndarray | int) -> Step:
-        """Takes an action.
+        """Take an action.
 
         Args:
-            action: shape (branches,), or an int where there is only one branch.
+            action: shape (branches,), int64, or (n,), float32, where actions are numbers; or an int for one branch.
 
         Returns:
-            Observation of shape (n,) or (channels, height, width), reward, terminated, truncated and info.
+            Observation as of `reset`, reward, terminated, truncated and info, with the `action_mask` if there is one.
+
+        Raises:
+            BrokenContract: if the environment returns something else than the Gymnasium API says.
         """
-        if isinstance(self.action_space, spaces.Discrete):
-            action = discrete(action) + int(self._first_action)
-        else:
-            action = np.array(action, dtype=self.action_space.dtype) + self._first_action
-        observation, reward, terminated, truncated, own_info = self._env.step(action)
-        terminated, truncated = bool(terminated), bool(truncated)
-        numbers = task_numbers(own_info) if terminated or truncated else {}
+        observation, own_reward, terminated, truncated, own_info = self._step(self._actor.action(action))
+        reward = self._number(own_reward)
+        terminated, truncated = self._flag("terminated", terminated), self._flag("truncated", truncated)
+        if not (own_info is None or isinstance(own_info, Mapping)):
+            raise self._broken(f"the info is {shorten(own_info)}, should be a dict")
+        ended = terminated or truncated
+        numbers = task_numbers(own_info) if ended else {}
+        numbers.pop("action_mask", None)  # a mask of one action looks like a number
         if "is_success" in numbers:
             numbers["success"] = numbers.pop("is_success")
-        info = self._count_step(float(reward), terminated or truncated, numbers)
-        return self._observe(observation), float(reward), terminated, truncated, info
+        info = self._count_step(reward, ended, numbers) | self._mask(own_info, ended)
+        self._last = action, reward * self._reward_scale
+        return self._observe(observation), reward * self._reward_scale, terminated, truncated, info
 
-    def _observe(self, observation: np.ndarray) -> np.ndarray:
-        # Always a copy: environments may write their next observation into the same array.
-        if self.observation_space.dtype == np.float32:
-            self._observation = np.array(observation, dtype=np.float32)
-        else:
-            picture = observation if self._channels_last else observation.transpose(1, 2, 0)
-            self._observation = np.array(picture, order="C").transpose(2, 0, 1)
+    def _make(self, section: GymnasiumSection) -> gymnasium.Env:
+        env = make_registered(
+            self._name,
+            section.arguments,
+            render_mode=self.render_mode,
+            max_episode_steps=section.max_episode_steps,
+        )
+        self._draws = self.render_mode in (env.metadata or {}).get("render_modes", ())
+        if self.render_mode is None or self._draws:
+            return env
+        # It draws nothing, and may do anything when it is told to.
+        env.close()
+        return make_registered(
+            self._name, section.arguments, render_mode=None, max_episode_steps=section.max_episode_steps
+        )
+
+    def _declare(self) -> gymnasium.Space:
+        """Return the space of what `_observe` returns."""
+        size = self._observer.size + self._actor.size * self._previous_action + int(self._previous_reward)
+        self._vector_size = size
+        vector = spaces.Box(-np.inf, np.inf, (size,), np.float32)
+        if self._observer.frame_shape is None:
+            return vector
+        frame = picture_space(*self._observer.frame_shape)
+        return spaces.Dict(frame=frame, vector=vector) if size else frame
+
+    def _named(self) -> tuple[str, ...]:
+        """Return what each entry of the vector is: `position[0]`, `suit=2`, `previous_action=1`, `previous_reward`."""
+        actions = self._actor.names("previous_action") if self._previous_action else []
+        return (*self._observer.names(), *actions, *["previous_reward"] * self._previous_reward)
+
+    def _observe(self, observation: Any) -> Observation:
+        try:
+            frame = self._observer.frame(observation) if self._observer.frame_shape else None
+            vector = self._vector(observation) if self._vector_size else None
+        except BrokenContract as error:
+            raise self._broken(str(error)) from error
+        both = {"frame": frame, "vector": vector}
+        self._observation = vector if frame is None else frame if vector is None else both
         return self._observation
 
+    def _vector(self, observation: Any) -> np.ndarray:
+        vector = np.zeros(self._vector_size, dtype=np.float32)
+        size = self._observer.size
+        self._observer.write_vector(observation, vector[:size])
+        vector[self._hidden] = 0.0
+        action, reward = self._last
+        if self._previous_action and action is not None:
+            self._actor.features(action, vector[size : size + self._actor.size])
+        if self._previous_reward:
+            vector[-1] = reward
+        return vector
 
-def is_channels_last_picture(space: gymnasium.Space) -> bool:
-    """Tells whether a space holds uint8 pictures of shape (height, width, channels) that are large enough."""
-    return is_picture(space) and space.shape[2] in PICTURE_CHANNELS and min(space.shape[:2]) >= SMALLEST_PICTURE
+    def _step(self, action: Any) -> tuple:
+        try:
+            result = self._env.step(action)
+        except ValueError as error:
+            # Gymnasium's own wrappers take the five values apart before they get here.
+            if "values to unpack (expected 5" in str(error) and raised_in(error).startswith("gymnasium."):
+                raise self._broken(f"step returned other than 5 values ({error}): {OLD_API}") from error
+            raise
+        if not isinstance(result, tuple) or len(result) != 5:
+            raise self._broken(
+                f"step returned {len(result) if isinstance(result, tuple) else shorten(result)} values, should be 5: "
+                f"observation, reward, terminated, truncated, info: {OLD_API}"
+            )
+        return result
+
+    def _mask(self, info: Mapping | None, ended: bool = False) -> Info:
+        """Return an info with the allowed actions, if the environment says which; at the end it need not."""
+        if not self._actor.branches:
+            return {}
+        mask = (info or {}).get("action_mask")
+        if mask is None and self._masks is not None:
+            mask = self._masks()
+        if mask is None:
+            return {}
+        try:
+            return {"action_mask": self._actor.mask(mask)}
+        except BrokenContract as error:
+            if ended:
+                return {}
+            raise self._broken(str(error)) from error
+
+    def _number(self, reward: Any) -> float:
+        """Return a reward as a float, whether it is a number or an array of one."""
+        try:
+            return float(reward.item() if hasattr(reward, "item") else reward + 0.0)
+        except (TypeError, ValueError, RuntimeError):
+            raise self._broken(f"the reward is {shorten(reward)}, should be a number") from None
+
+    def _flag(self, name: str, value: Any) -> bool:
+        try:
+            return bool(value)
+        except (TypeError, ValueError, RuntimeError):
+            raise self._broken(f"{name} is {shorten(value)}, should be True or False") from None
+
+    def _broken(self, how: str) -> BrokenContract:
+        return BrokenContract(f"{self._name}: {how}")
+
+    def _draw(self) -> np.ndarray:
+        if self._draws:
+            return as_picture(self._env.render(), self._name)
+        # What the agent sees is all there is to look at.
+        view = self.agent_view()
+        return vector_picture(self._observation) if view is None else view
 
 
-def is_channels_first_picture(space: gymnasium.Space) -> bool:
-    """Tells whether a space holds uint8 pictures of shape (channels, height, width) that are large enough."""
-    return is_picture(space) and space.shape[0] in PICTURE_CHANNELS and min(space.shape[1:]) >= SMALLEST_PICTURE
+def action_masks_of(env: Any) -> Callable | None:
+    """Return the method `action_masks` of an environment or of a wrapper around it, None if there is none."""
+    while True:
+        if callable(getattr(type(env), "action_masks", None)):
+            return env.action_masks
+        if not isinstance(env, gymnasium.Wrapper):
+            return None
+        env = env.env
 
 
-def is_picture(space: gymnasium.Space) -> bool:
-    """Tells whether a space holds uint8 arrays of three dimensions."""
-    return isinstance(space, spaces.Box) and len(space.shape) == 3 and space.dtype == np.uint8
-
-
-def one_line_space(space: gymnasium.Space) -> str:
-    """Returns the description of a space in one line."""
-    return " ".join(str(space).split())
+def raised_in(error: Exception) -> str:
+    """Return the name of the module in which an error was raised."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return "" if trace is None else trace.tb_frame.f_globals.get("__name__", "")

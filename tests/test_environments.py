@@ -179,8 +179,7 @@ REFUSED = [
     ("Minigrid", {"name": "CartPole-v1"}, ["CartPole-v1"]),
     ("Minigrid", MEMORY_S9_IDS | {"tile_size": 8}, ["tile_size: 8", "24×24", "36×36"]),
     ("Gymnasium", {"name": "Acrobat-v1"}, ["Acrobat-v1", "Acrobot-v1"]),
-    ("Gymnasium", {"name": "Pendulum-v1"}, ["Pendulum-v1", "action space Box"]),
-    ("Gymnasium", MEMORY_S9_IDS, ["observation space Dict", "36×36"]),
+    ("Gymnasium", MEMORY_S9_IDS, ["observation space Dict", "mission is text", "observe"]),
 ]
 REFUSED_OPTIONS = [
     ("MortarMayhem", {"comand_count": [5]}, ["comand_count: [5]", "nearest: command_count"]),
@@ -615,11 +614,11 @@ def test_gymnasium_pictures(monkeypatch, channels, channels_first):
     second = env.step(np.array([1]))[0]
     assert np.array_equal(first, expected)  # not overwritten
     assert np.array_equal(second, expected + 1)
-    assert (env.agent_view() is None) == (channels != 3)
+    assert env.agent_view().shape == (40, 60, 3)
     assert env.render().shape == (120, 100, 3)
 
 
-@pytest.mark.parametrize("dtype", [np.int64, np.float32])
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_gymnasium_vectors_infos_and_limit(monkeypatch, dtype):
     env = make_dummy(monkeypatch, (5,), dtype, max_episode_steps=20)
     assert env.max_episode_steps == 20
@@ -656,18 +655,3 @@ def test_gymnasium_actions_count_from_zero(monkeypatch):
     env.reset(seed=0)
     env.step(np.array([1, 3]))
     assert env._env.unwrapped.actions[0].tolist() == [1, 3]
-
-
-@pytest.mark.parametrize(
-    ("shape", "dtype", "action_space", "named"),
-    [
-        ((32, 40, 3), np.uint8, None, "32"),
-        ((40, 40, 2), np.uint8, None, "40, 40, 2"),
-        ((40, 40, 3), np.float32, None, "float32"),
-        ((40, 40), np.uint8, None, "40, 40"),
-        ((5,), np.float32, spaces.MultiBinary(3), "MultiBinary"),
-    ],
-)
-def test_gymnasium_unsupported_spaces_are_named(monkeypatch, shape, dtype, action_space, named):
-    with pytest.raises(ValueError, match=f"Dummy-v0.* space .*{named}"):
-        make_dummy(monkeypatch, shape, dtype, action_space)

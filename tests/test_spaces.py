@@ -1,0 +1,508 @@
+"""Tests of observations and actions of any kind: what is shown arrives, what is done is allowed, errors are clear."""
+
+import re
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+import yaml
+from gymnasium import spaces
+from pydantic import TypeAdapter
+
+from environments import BrokenContract
+from environments.gymnasium_env import GymnasiumEnv
+from environments.minigrid_env import MinigridEnv
+from environments.section import Environment, GymnasiumSection, MinigridSection
+from environments.spaces import Actor, Observer, as_picture, frame_picture, hidden_entries
+
+PIXELS = {"low": 0, "high": 255, "dtype": np.uint8}
+
+
+def box(shape, low=-1, high=1, dtype=np.float32):
+    return spaces.Box(low, high, shape, dtype)
+
+
+class Shows(gymnasium.Env):
+    """Shows samples of a space, keeps the actions that it gets, pays 2; what it returns can be bent."""
+
+    def __init__(self, seen=None, acted=None, limit=6, bend=lambda result: result, info=dict, bend_reset=tuple):
+        self.observation_space, self.action_space = seen or box((2,)), acted or spaces.Discrete(3)
+        self.limit, self.bend, self.info, self.bend_reset = limit, bend, info, bend_reset
+        self.shown, self.actions = [], []
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.observation_space.seed(int(self.np_random.integers(2**31)))
+        self.t = 0
+        return self.bend_reset((self.show(), self.info()))
+
+    def step(self, action):
+        self.t += 1
+        self.actions.append(action)
+        return self.bend((self.show(), 2.0, self.t == self.limit, False, self.info()))
+
+    def show(self):
+        self.shown.append(self.observation_space.sample())
+        return self.shown[-1]
+
+
+class Needs(Shows):
+    metadata = {"render_modes": ["rgb_array"]}
+
+    def __init__(self, render_mode, difficulty, delay=3):
+        super().__init__(limit=delay)
+        self.render_mode = render_mode
+
+    def render(self):
+        return [[0.5] * 50] * 40
+
+
+gymnasium.register("Shows-v0", Shows)
+gymnasium.register("Needs-v0", Needs)
+
+
+def section(name="Shows-v0", **entries):
+    return GymnasiumSection.model_construct(type="Gymnasium", name=name, **entries)
+
+
+def make(seen=None, acted=None, render_mode=None, arguments=None, **entries):
+    arguments = {"seen": seen, "acted": acted, **(arguments or {})}
+    return GymnasiumEnv(section(arguments=arguments, **entries), render_mode)
+
+
+NESTED = spaces.Dict(
+    b=spaces.Tuple((spaces.Discrete(4), box((3,)))),
+    a=spaces.Dict(image=box((64, 48, 3), **PIXELS), on=spaces.MultiBinary(2)),
+)
+
+
+def flat(shown):
+    return np.ravel(shown)
+
+
+def last_to_first(shown):
+    return shown.transpose(2, 0, 1)
+
+
+def nested_vector(shown):
+    number, numbers = shown["b"]
+    parts = {"a": shown["a"]["on"], "b": np.concatenate([np.eye(4)[number], numbers])}
+    return np.concatenate([parts[key] for key in NESTED.spaces])
+
+
+# Space, what the frame has to be of what was shown, what the vector has to be
+OBSERVATIONS = {
+    "Discrete": (spaces.Discrete(5, start=-2), None, lambda shown: np.eye(5)[shown + 2]),
+    "MultiDiscrete": (
+        spaces.MultiDiscrete([[2, 3], [1, 4]], start=[[0, 1], [7, -1]]),
+        None,
+        lambda shown: np.concatenate(
+            [np.eye(2)[shown[0, 0]], np.eye(3)[shown[0, 1] - 1], [1], np.eye(4)[shown[1, 1] + 1]]
+        ),
+    ),
+    "MultiBinary": (spaces.MultiBinary((2, 3)), None, flat),
+    "bytes": (box((128,), 0, 255, np.uint8), None, lambda shown: shown / 255),
+    "whole": (box((4,), 3, 9, np.int64), None, lambda shown: (shown - 3) / 6),
+    "unbounded": (box((3,), -(2**40), 2**40, np.int64), None, flat),
+    "bool": (box((2, 2), 0, 1, bool), None, flat),
+    "double": (box((2, 3), dtype=np.float64), None, flat),
+    "scalar": (box(()), None, flat),
+    "small grey": (box((20, 20), **PIXELS), None, lambda shown: flat(shown) / 255),
+    "nested": (NESTED, lambda shown: last_to_first(shown["a"]["image"]), nested_vector),
+    "grey": (box((84, 60), **PIXELS), lambda shown: shown[None], None),
+    "grey float": (box((36, 40), 0, 255), lambda shown: np.rint(shown)[None], None),
+    "share": (box((3, 64, 64), 0, 1), lambda shown: np.rint(shown * 255), None),
+    "grid": (box((7, 7, 3), **PIXELS), last_to_first, None),
+    "grid of kinds": (box((10, 10, 20), 0, 1, bool), lambda shown: last_to_first(shown) * 255, None),
+    "stack": (box((8, 84, 84), **PIXELS), np.array, None),
+    "two": (box((84, 90, 2), **PIXELS), last_to_first, None),
+    "many": (box((84, 84, 90), **PIXELS), last_to_first, None),
+}
+
+
+@pytest.mark.parametrize(("space", "as_frame", "as_vector"), OBSERVATIONS.values(), ids=OBSERVATIONS)
+def test_what_the_environment_shows_arrives(space, as_frame, as_vector):
+    env = make(space)
+    observation, _ = env.reset(seed=1)
+    for _ in range(4):
+        assert env.observation_space.contains(observation)
+        parts = observation if as_frame and as_vector else {"frame" if as_frame else "vector": observation}
+        shown = env._env.unwrapped.shown[-1]
+        if as_frame:
+            assert np.array_equal(parts["frame"], as_frame(shown))
+            assert parts["frame"].transpose(1, 2, 0).flags.c_contiguous
+        if as_vector:
+            assert np.array_equal(parts["vector"], as_vector(shown).astype(np.float32))
+            assert len(env.vector_names) == len(parts["vector"])
+        observation = env.step(np.zeros(1, np.int64))[0]
+
+
+def test_vectors_are_named():
+    names = make(NESTED, previous_action=True, previous_reward=True).vector_names
+    assert {"a.on[0]", "a.on[1]", "b[0]=0", "b[0]=3", "b[1][0]", "b[1][2]"} < set(names)
+    assert names[-4:] == ("previous_action=0", "previous_action=1", "previous_action=2", "previous_reward")
+    assert make(spaces.MultiDiscrete([[2], [1]], start=[[5], [0]])).vector_names[0] == "observation[0,0]=5"
+
+
+ACTIONS = {
+    "start": (spaces.Discrete(3, start=-1), [3]),
+    "one": (spaces.Discrete(1), [1]),
+    "branches": (spaces.MultiDiscrete([2, 1, 5]), [2, 1, 5]),
+    "square": (spaces.MultiDiscrete([[2, 3], [4, 5]], start=[[1, 0], [-3, 2]]), [2, 3, 4, 5]),
+    "binary": (spaces.MultiBinary((2, 2)), [2, 2, 2, 2]),
+    "nested": (spaces.Dict(a=spaces.MultiDiscrete([3, 2]), b=spaces.Tuple((spaces.Discrete(4),))), [3, 2, 4]),
+    "box": (spaces.Box(np.array([[-2.0], [0.0]]), np.array([[0.5], [np.inf]]), dtype=np.float64), 2),
+    "bytes": (box((2, 2), 0, 9, np.uint8), 4),
+    "boxes": (spaces.Dict(go=box((3,), 0, 2), turn=box(())), 4),
+}
+
+
+@pytest.mark.parametrize(("space", "branches"), ACTIONS.values(), ids=ACTIONS)
+def test_environments_get_actions_that_they_contain(space, branches):
+    env = make(acted=space, previous_action=True)
+    env.reset(seed=0)
+    random = np.random.default_rng(0)
+    own = env._env.unwrapped
+    for _ in range(6):
+        if isinstance(branches, int):
+            assert env.action_space == spaces.Box(-np.inf, np.inf, (branches,), np.float32)
+            seen = env.step(random.normal(size=branches, scale=4).astype(np.float32))[0][2:]
+            received = own.actions[-1].values() if isinstance(own.actions[-1], dict) else own.actions[-1:]
+            received = np.concatenate([np.ravel(part) for part in received])
+            assert np.allclose(seen, received, atol=0.5 if space.dtype == np.uint8 else 1e-6)
+        else:
+            assert env.action_space in (spaces.Discrete(branches[0]), spaces.MultiDiscrete(branches))
+            action = random.integers(branches)
+            seen = env.step(action)[0][2:]
+            assert [part.tolist().index(1) for part in np.split(seen, np.cumsum(branches)[:-1])] == action.tolist()
+            assert seen.sum() == len(branches)
+        assert space.contains(own.actions[-1]), own.actions[-1]
+
+
+def test_actions_of_every_branch_reach_their_place():
+    assert Actor(ACTIONS["square"][0]).action(np.array([1, 2, 3, 4])).tolist() == [[2, 2], [0, 6]]
+    nested = Actor(ACTIONS["nested"][0]).action(np.array([2, 1, 3]))
+    assert (nested["a"].tolist(), nested["b"]) == ([2, 1], (3,))
+    assert Actor(ACTIONS["boxes"][0]).action(np.array([9, 1, -3, -5]))["turn"] == -1
+
+
+def test_keys():
+    entries = {"hide": [0, "2:4"], "previous_action": True, "previous_reward": True, "reward_scale": 0.25}
+    env = make(box((5,), 1, 2), **entries)
+    first, _ = env.reset(seed=0)
+    assert np.flatnonzero(first).tolist() == [1, 4]  # no action and no reward yet
+    for action in (1, 2, 0, 0, 0, 1):
+        observation, reward, terminated, _, info = env.step(np.array([action]))
+        assert np.flatnonzero(observation).tolist() == [1, 4, 5 + action, 8]
+        assert reward == observation[-1] == 0.5
+    assert terminated
+    assert info == {"reward": 12.0, "length": 6}  # in the environment's own unit
+    assert env.reset(seed=0)[0].tolist() == first.tolist()
+    env = make(box((40, 40, 3), **PIXELS), previous_reward=True)
+    assert env.reset(seed=0)[0]["vector"].tolist() == [0.0]
+    env = make(spaces.Dict(text=spaces.Text(5), x=box((2,)), y=box((3,))), observe=["x"])
+    assert env.observation_space == spaces.Box(-np.inf, np.inf, (2,), np.float32)
+
+
+def test_hidden_entries():
+    assert hidden_entries([-1, "1:3", 1, "5:", ":-6"], 7).tolist() == [0, 1, 2, 5, 6]
+    for item in (7, -8, "3:9", "3:3", "a", "1:2:3"):
+        with pytest.raises(ValueError, match=f"hide: {item!r} "):
+            hidden_entries([item], 7)
+    with pytest.raises(ValueError, match="0 entries"):
+        hidden_entries([0], 0)
+
+
+TWO = spaces.Dict(left=box((64, 64, 3), **PIXELS), right=box((64, 64, 3), **PIXELS), x=box((2,)))
+
+
+@pytest.mark.parametrize(
+    ("entries", "named"),
+    [
+        ({"seen": box((4, 84, 84, 3), **PIXELS)}, ["(4, 84, 84, 3)", "GrayscaleObservation"]),
+        ({"seen": spaces.Dict(words=spaces.Text(5), x=box((2,)))}, ["words is text", "observe: [x]"]),
+        ({"seen": spaces.Text(5)}, ["text"]),
+        ({"seen": spaces.Sequence(spaces.Discrete(2))}, ["Sequence"]),
+        ({"seen": spaces.Graph(box((2,)), None)}, ["Graph"]),
+        ({"seen": TWO}, ["left, right", "observe"]),
+        ({"seen": TWO, "observe": ["middle"]}, ["'middle'", "left, right, x"]),
+        ({"observe": ["x"]}, ["observe", "Dict"]),
+        ({"hide": [2]}, ["hide: 2", "2 entries"]),
+        ({"acted": spaces.Tuple((spaces.Discrete(2), box((2,))))}, ["action space", "Box"]),
+        ({"acted": spaces.Text(3)}, ["action space", "Text"]),
+        ({"arguments": {"max_episode_steps": 3}}, ["arguments: max_episode_steps", "beside"]),
+        ({"arguments": {"sene": 1}}, ["arguments: sene", "'Shows-v0'", "seen, acted, limit"]),
+    ],
+)
+def test_what_is_not_possible_is_said_in_one_line(entries, named):
+    with pytest.raises(ValueError) as error:
+        make(**entries)
+    assert "\n" not in str(error.value)
+    for part in named:
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [
+        ("Needs-v0", ["arguments: difficulty", "difficulty, delay"]),
+        ("ALE/Pong-v5", ["ale_py:ALE/Pong-v5"]),
+        ("popgym-RepeatPreviousEasy-v0", ["popgym:popgym-RepeatPreviousEasy-v0"]),
+        ("no_such_module:Task-v0", ["no_such_module", "PYTHONPATH"]),
+        ("Acrobat-v1", ["Acrobot-v1"]),
+    ],
+)
+def test_names_that_lead_nowhere(name, named):
+    with pytest.raises(ValueError) as error:
+        GymnasiumEnv(section(name))
+    for part in (repr(name)[:10], *named):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("render_mode", [None, "rgb_array"])
+def test_constructors_with_and_without_a_render_mode(render_mode):
+    needs = GymnasiumEnv(section("Needs-v0", arguments={"difficulty": 1}), render_mode)
+    plain = make(spaces.Discrete(20), render_mode=render_mode)
+    for env in (needs, plain):
+        env.reset(seed=0)
+        if render_mode:
+            assert env.render().dtype == np.uint8
+            assert env.render().shape[2] == 3
+    if render_mode:
+        assert needs.render().shape == (40, 50, 3)
+        assert needs.render().max() == 128
+
+
+class Lazy:
+    """Frames that are an array only when asked, as in old frame stacks."""
+
+    def __init__(self, frames):
+        self.frames = frames
+
+    def __array__(self, dtype=None):
+        return np.asarray(self.frames, dtype)
+
+
+def bent(place, change):
+    def bend(result):
+        return tuple(change(value) if place == number else value for number, value in enumerate(result))
+
+    return bend
+
+
+@pytest.mark.parametrize("change", [Lazy, list, tuple, torch.as_tensor])
+@pytest.mark.parametrize("space", [box((40, 40), **PIXELS), box((3,)), spaces.MultiDiscrete([2, 3])])
+def test_observations_that_are_no_arrays(space, change):
+    env = make(space, arguments={"bend": bent(0, change), "bend_reset": bent(0, change)})
+    assert env.observation_space.contains(env.reset(seed=0)[0])
+    assert env.observation_space.contains(env.step(np.array([0]))[0])
+
+
+@pytest.mark.parametrize(
+    "reward", [np.ones(1), np.array(1.0), np.float32(1), torch.ones(1), torch.tensor(1.0), True, 1]
+)
+def test_rewards_that_are_a_number(reward):
+    env = make(arguments={"bend": bent(1, lambda _: reward), "info": lambda: None})
+    assert env.reset(seed=0)[1] == {}
+    assert env.step(np.array([0]))[1] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"bend": bent(1, lambda _: None)}, "reward is None"),
+        ({"bend": bent(1, lambda _: [1.0])}, "reward is"),
+        ({"bend": bent(1, lambda _: "much")}, "reward is"),
+        ({"bend": bent(1, lambda _: np.ones(2))}, "reward is"),
+        ({"bend": bent(2, lambda _: np.ones(2))}, "terminated is"),
+        ({"bend": bent(4, lambda _: 3)}, "info is 3"),
+        ({"bend": lambda result: result[:3] + result[4:]}, "API of gym"),
+        ({"bend_reset": lambda result: result[0]}, "reset.*API of gym"),
+        ({"bend": bent(0, lambda shown: shown[:1])}, "shape"),
+        ({"bend": bent(0, lambda _: "text")}, "should be numbers"),
+        ({"info": lambda: {"action_mask": [1, 1]}}, "action_mask has 2 entries"),
+        ({"info": lambda: {"action_mask": np.zeros(3)}}, "allows no action"),
+    ],
+)
+@pytest.mark.parametrize("max_episode_steps", [None, 5])
+def test_broken_contracts_are_named_in_one_line(arguments, named, max_episode_steps):
+    env = make(arguments=arguments, max_episode_steps=max_episode_steps)
+    with pytest.raises(BrokenContract, match=f"^Shows-v0: .*{named}") as error:
+        env.reset(seed=0)
+        env.step(np.array([0]))
+    assert "\n" not in str(error.value)
+
+
+def test_values_outside_of_their_space():
+    for space, value in (
+        (spaces.Discrete(3), 3),
+        (spaces.Discrete(3, start=1), 0),
+        (spaces.MultiDiscrete([2, 2]), [0, 2]),
+    ):
+        with pytest.raises(BrokenContract, match="does not contain"):
+            Observer(space).write_vector(value, np.zeros(5, np.float32))
+    for value in (np.nan, 2.0, -1.0):
+        with pytest.raises(BrokenContract, match="bounds"):
+            Observer(box((40, 40), 0, 1)).frame(np.full((40, 40), value))
+
+
+@pytest.mark.parametrize(
+    ("acted", "mask", "flat"),
+    [
+        (spaces.Discrete(3, start=5), np.array([0, 1, 1], np.int8), [0, 1, 1]),
+        (spaces.MultiDiscrete([2, 3]), ([True, False], np.array([0, 0, 1])), [1, 0, 0, 0, 1]),
+        (spaces.MultiDiscrete([2, 3]), [1, 0, 0, 0, 1], [1, 0, 0, 0, 1]),
+        (spaces.Dict(a=spaces.Discrete(3), b=spaces.Discrete(2)), {"b": [1, 0], "a": [0, 1, 0]}, [0, 1, 0, 1, 0]),
+    ],
+)
+def test_masks_of_actions(acted, mask, flat):
+    env = make(acted=acted, arguments={"info": lambda: {"action_mask": mask}, "limit": 2})
+    infos = [env.reset(seed=0)[1]]
+    infos += [env.step(np.zeros(len(env._actor.branches), np.int64))[4] for _ in range(2)]
+    for info in infos:
+        assert info["action_mask"].dtype == bool
+        assert info["action_mask"].tolist() == [bool(value) for value in flat]
+
+
+def test_masks_of_a_method(monkeypatch):
+    monkeypatch.setattr(Shows, "action_masks", lambda self: [self.t == 0, self.t != 6, False], raising=False)
+    env = make()
+    masks = [env.reset(seed=0)[1]["action_mask"].tolist()]
+    for _ in range(6):
+        info = env.step(np.array([0]))[4]
+        masks.append(info["action_mask"].tolist() if "action_mask" in info else None)
+    assert masks == [[True, True, False], *[[False, True, False]] * 5, None]  # nothing to be chosen at the end
+
+
+def test_old_environments_without_seed():
+    class Old(Shows):
+        def reset(self):
+            return self.show()
+
+    gymnasium.register("Old-v0", Old)
+    with pytest.raises(BrokenContract, match="Old-v0: reset .*API of gym"):
+        GymnasiumEnv(section("Old-v0")).reset(seed=0)
+    del gymnasium.registry["Old-v0"]
+
+
+GREY = np.arange(30, dtype=np.uint8).reshape(5, 6) * 8 + 7
+
+
+@pytest.mark.parametrize(
+    "rendered",
+    [
+        GREY,
+        GREY[:, :, None],
+        GREY / 255,
+        GREY.astype(np.float32),
+        GREY.tolist(),
+        [GREY * 0, GREY],
+        [np.stack([GREY] * 3, 2)] * 2,
+        np.stack([GREY] * 3),
+        np.stack([GREY] * 3 + [GREY * 0], 2),
+        torch.as_tensor(GREY),
+        np.stack([GREY] * 3, 2)[None],
+    ],
+)
+def test_whatever_is_rendered_becomes_a_picture(rendered):
+    picture = as_picture(rendered)
+    assert picture.dtype == np.uint8
+    assert np.array_equal(picture, np.stack([GREY] * 3, 2))
+    assert not np.shares_memory(picture, GREY)
+
+
+@pytest.mark.parametrize(
+    "rendered",
+    [
+        None,
+        "text",
+        [],
+        {},
+        3,
+        np.zeros((0, 4, 3)),
+        np.full((4, 4), -1.0),
+        [np.nan],
+        np.ones((4, 4)) * np.nan,
+        ["a"],
+        [[1], [1, 2]],
+        [None],
+    ],
+)
+def test_what_is_no_picture_is_refused(rendered):
+    with pytest.raises(ValueError, match="^Task-v0: render returned [^\n]*$"):
+        as_picture(rendered, "Task-v0")
+
+
+def test_frames_are_looked_at():
+    frame = np.arange(12 * 1600, dtype=np.int64).reshape(12, 40, 40).astype(np.uint8)
+    for channels, shown in ((1, [0, 0, 0]), (2, [1, 1, 1]), (3, [0, 1, 2]), (4, [3, 3, 3]), (12, [9, 10, 11])):
+        assert np.array_equal(frame_picture(frame[:channels]), frame[shown].transpose(1, 2, 0))
+    assert frame_picture(np.full((3, 7, 7), 10, np.uint8)).max() == 250
+
+
+def minigrid(name, **entries):
+    return MinigridEnv(MinigridSection(type="Minigrid", name=name, **entries))
+
+
+def test_missions_are_seen_as_words():
+    env = minigrid("MiniGrid-Fetch-5x5-N2-v0", mission=True)
+    for seed in range(5):
+        observation, _ = env.reset(seed=seed)
+        assert env.observation_space.contains(observation)
+        seen = [name for name, count in zip(env.vector_names, observation["vector"], strict=True) if count]
+        assert sorted(f"mission[{word}]" for word in set(env._env.unwrapped.mission.split())) == seen
+    assert np.array_equal(env.step(0)[0]["vector"], observation["vector"])
+
+
+@pytest.mark.parametrize("name", ["BabyAI-BossLevel-v0", "BabyAI-OpenTwoDoors-v0", "MiniGrid-LockedRoom-v0"])
+def test_all_words_of_missions_are_known(name):
+    env = minigrid(name, mission=True)
+    for seed in range(10):
+        vector = env.reset(seed=seed)[0]["vector"]
+        assert vector[-1] == 0
+        assert vector.sum() == len(env._env.unwrapped.mission.split())
+
+
+def test_goals_that_the_agent_is_not_told_are_noticed():
+    assert "mission: True" in minigrid("BabyAI-GoToLocal-v0").notices()[0]
+    assert minigrid("BabyAI-GoToLocal-v0", mission=True).notices() == []
+    assert minigrid("MiniGrid-MemoryS9-v0").notices() == []
+    assert minigrid("BabyAI-GoToRedBall-v0").notices() == []  # "a red ball" or "the red ball"
+
+
+def test_popgym():
+    popgym = pytest.importorskip("popgym")
+    assert popgym
+    for name in ("AutoencodeEasy", "BattleshipEasy", "PositionOnlyPendulumEasy", "ConcentrationEasy"):
+        env = GymnasiumEnv(section(f"popgym:popgym-{name}-v0", previous_action=True), "rgb_array")
+        env.reset(seed=0)
+        env.action_space.seed(0)
+        assert env.observation_space.contains(env.step(env.action_space.sample())[0])
+        assert env.max_episode_steps is None
+        assert env.render().dtype == np.uint8
+    with pytest.raises(ValueError, match="popgym:popgym-VelocityOnlyCartpoleEasy-v0"):
+        GymnasiumEnv(section("popgym:popgym-VelocityOnlyCartPoleEasy-v0"))
+
+
+def documented_sections():
+    text = (Path(__file__).resolve().parent.parent / "docs" / "environments.md").read_text(encoding="utf-8")
+    sections = [yaml.safe_load(block)["environment"] for block in re.findall(r"```yaml\n(.*?)```", text, re.S)]
+    own = ("my_package.my_module:MyEnv-v0", "Recall")
+    return [entries for entries in sections if entries.get("name", entries["type"]) not in own]
+
+
+@pytest.mark.parametrize("entries", documented_sections(), ids=lambda entries: entries.get("name", entries["type"]))
+def test_documented_sections(entries):
+    declared = TypeAdapter(Environment).validate_python(entries)
+    try:
+        env = declared.create()
+    except (ModuleNotFoundError, ValueError) as error:
+        if isinstance(error, ValueError) and "not installed" not in str(error):
+            raise
+        pytest.skip(str(error))
+    env.reset(seed=0)
+    env.action_space.seed(0)
+    assert env.observation_space.contains(env.step(env.action_space.sample())[0])
+    env.close()
