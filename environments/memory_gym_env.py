@@ -5,13 +5,14 @@ import math
 import os
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import gymnasium
 import memory_gym
 import numpy as np
 import pygame
+from memory_gym import endless_mortar_mayhem
 
 from environments.episode import (
     EpisodeEnv,
@@ -119,6 +120,34 @@ def take_off_screen() -> OffscreenDisplay:
 
 
 DISPLAY = take_off_screen()
+
+
+class RoundedRect(pygame.Rect):
+    """A rectangle whose center is rounded, halves away from zero, as by the pygame that Memory Gym was made with.
+
+    Today's pygame-ce cuts fractions off: in Endless Mortar Mayhem the agent would drift to the upper left.
+    """
+
+    @property
+    def center(self) -> tuple[int, int]:
+        """Return the center."""
+        return pygame.Rect.center.__get__(self)
+
+    @center.setter
+    def center(self, position: Iterable[float]) -> None:
+        rounded = tuple(int(math.copysign(math.floor(abs(value) + 0.5), value)) for value in position)
+        pygame.Rect.center.__set__(self, rounded)
+
+
+class RoundedController(endless_mortar_mayhem.ScreenWrapCharacterController):
+    """The agent of Endless Mortar Mayhem, moved by whole pixels without a drift."""
+
+    def __init__(self, speed: float, scale: float, rotation: int = 0) -> None:
+        super().__init__(speed, scale, rotation)
+        self.rect = RoundedRect(self.rect)
+
+
+endless_mortar_mayhem.ScreenWrapCharacterController = RoundedController
 
 
 @contextlib.contextmanager
