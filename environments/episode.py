@@ -43,16 +43,16 @@ class EpisodeEnv(gymnasium.Env):
         self._start_episode()
 
     def _start_episode(self) -> None:
-        """Sets the counters of the episode back; belongs into every reset."""
+        """Set the counters of the episode back; belongs into every reset."""
         self._episode_reward = 0.0
         self._episode_length = 0
 
     def numbers_so_far(self) -> dict[str, float]:
-        """Returns reward, in the environment's own unit, and length of the running episode."""
+        """Return reward, in the environment's own unit, and length of the running episode."""
         return {"reward": self._episode_reward, "length": self._episode_length}
 
     def _count_step(self, reward: float, ended: bool, numbers: dict[str, float]) -> Info:
-        """Counts one step and returns its info, which is empty unless the episode has ended.
+        """Count one step and return its info, which is empty unless the episode has ended.
 
         Args:
             reward: the step's reward, in the environment's own unit.
@@ -66,7 +66,7 @@ class EpisodeEnv(gymnasium.Env):
         return {**numbers, **self.numbers_so_far()}
 
     def render(self) -> np.ndarray:
-        """Returns the global view of the current state as a picture.
+        """Return the global view of the current state as a picture.
 
         Returns:
             Picture of shape (height, width, 3), uint8.
@@ -78,7 +78,7 @@ class EpisodeEnv(gymnasium.Env):
         return self._draw()
 
     def agent_view(self) -> np.ndarray | None:
-        """Returns what the agent sees as a picture, None where it sees numbers.
+        """Return what the agent sees as a picture, None where it sees numbers.
 
         Returns:
             Picture of shape (height, width, 3), uint8, or None.
@@ -110,14 +110,14 @@ class WrappedEnv(EpisodeEnv):
         return self._env.render()
 
     def close(self) -> None:
-        """Closes the environment; closing it again does nothing."""
+        """Close the environment; closing it again does nothing."""
         environment, self._env = self._env, None
         if environment is not None:
             environment.close()
 
 
 def make_registered(name: Any, **arguments: Any) -> gymnasium.Env:
-    """Makes a registered environment without Gymnasium's checker and warnings.
+    """Make a registered environment without Gymnasium's checker and warnings.
 
     Args:
         name: the registered id.
@@ -140,7 +140,7 @@ def make_registered(name: Any, **arguments: Any) -> gymnasium.Env:
 
 
 def check_picture_size(height: int, width: int, named: str) -> None:
-    """Raises a ValueError if pictures are too small for the encoder.
+    """Raise a ValueError if pictures are too small for the encoder.
 
     Args:
         height: rows of the picture.
@@ -153,17 +153,17 @@ def check_picture_size(height: int, width: int, named: str) -> None:
 
 
 def picture_space(channels: int, height: int, width: int) -> gymnasium.spaces.Box:
-    """Returns the space of uint8 pictures of shape (channels, height, width)."""
+    """Return the space of uint8 pictures of shape (channels, height, width)."""
     return gymnasium.spaces.Box(0, 255, (channels, height, width), np.uint8)
 
 
 def discrete(action: Any) -> int:
-    """Returns a single action as an int, whether it comes as an int or as an array of shape (1,)."""
+    """Return a single action as an int, whether it comes as an int or as an array of shape (1,)."""
     return int(np.asarray(action).item())
 
 
 def suggest(name: Any, known: Iterable[str]) -> str:
-    """Returns the end of an error message: the known names that are nearest to the given one.
+    """Return the end of an error message: the known names that are nearest to the given one.
 
     Args:
         name: the name that is not known.
@@ -173,5 +173,5 @@ def suggest(name: Any, known: Iterable[str]) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """Returns kind and message of an error in one line."""
+    """Return kind and message of an error in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())

@@ -68,7 +68,7 @@ class GymnasiumEnv(WrappedEnv):
         self._first_action = getattr(acted, "start", 0)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, Info]:
-        """Starts an episode.
+        """Start an episode.
 
         Args:
             seed: determines the episode.
@@ -82,7 +82,7 @@ class GymnasiumEnv(WrappedEnv):
         return self._observe(observation), {}
 
     def step(self, action: np.ndarray | int) -> Step:
-        """Takes an action.
+        """Take an action.
 
         Args:
             action: shape (branches,), or an int where there is only one branch.
@@ -128,5 +128,5 @@ def is_picture(space: gymnasium.Space) -> bool:
 
 
 def one_line_space(space: gymnasium.Space) -> str:
-    """Returns the description of a space in one line."""
+    """Return the description of a space in one line."""
     return " ".join(str(space).split())

@@ -65,7 +65,7 @@ class MinigridEnv(WrappedEnv):
         self.action_space = gymnasium.spaces.Discrete(min(num_actions, available))
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, Info]:
-        """Starts an episode.
+        """Start an episode.
 
         Args:
             seed: determines the episode.
@@ -79,7 +79,7 @@ class MinigridEnv(WrappedEnv):
         return self._observe(observation["image"]), {}
 
     def step(self, action: np.ndarray | int) -> Step:
-        """Takes one of MiniGrid's actions.
+        """Take one of MiniGrid's actions.
 
         Args:
             action: shape (1,), or an int.

@@ -35,7 +35,7 @@ every_memory_gym_task = pytest.mark.parametrize("task", MEMORY_GYM_TYPES)
 
 
 def create(section, render_mode=None):
-    """Returns the environment of a config's section."""
+    """Return the environment of a config's section."""
     return TypeAdapter(Environment).validate_python(section).create(render_mode)
 
 
@@ -44,14 +44,14 @@ def digest(array):
 
 
 def random_actions(env, count, seed=0):
-    """Returns actions as the trainer passes them: arrays of shape (branches,)."""
+    """Return actions as the trainer passes them: arrays of shape (branches,)."""
     choices = getattr(env.action_space, "nvec", None)
     choices = [env.action_space.n] if choices is None else choices
     return np.random.default_rng(seed).integers(0, choices, (count, len(choices)))
 
 
 def rollout(env, seed, actions, look=lambda env: None):
-    """Plays one episode, or as far as the actions go, and returns all that happens."""
+    """Play one episode, or as far as the actions go, and return all that happens."""
     observation, _ = env.reset(seed=seed)
     look(env)
     history = [digest(observation)]
@@ -525,7 +525,7 @@ def test_memory_gym_uses_the_options_at_every_reset():
 
 
 def mortar_mayhem_action(env, wrong):
-    """Returns an action that moves the agent to the target of the current command, or away from it."""
+    """Return an action that moves the agent to the target of the current command, or away from it."""
     task = env._task
     x, y = task.normalized_agent_position
     goal_x, goal_y = task._target_pos
