@@ -5,7 +5,7 @@ import math
 import os
 import sys
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import gymnasium
@@ -24,8 +24,8 @@ from environments.episode import (
     suggest,
     task_numbers,
 )
-from environments.section import MemoryGymSection
 from environments.numbers import COUNTED
+from environments.section import MemoryGymSection
 
 # The lowest and highest allowed values of reset options, of each element where the option is a list. Memory Gym checks
 # only two of them itself; other values fail in the middle of an episode or make no sense. Scales below 0.1 draw
@@ -108,12 +108,13 @@ def take_off_screen() -> OffscreenDisplay:
     the process's display.
     """
     display = OffscreenDisplay()
-    stand_in = types.ModuleType("pygame")
+    stand_in: Any = types.ModuleType("pygame")
     vars(stand_in).update(vars(pygame))
     stand_in.init = lambda: None
     stand_in.display = display
     stand_in.surfarray = types.SimpleNamespace(array3d=copy_pixels)
-    for name, module in sys.modules.items():
+    modules: dict[str, Any] = sys.modules
+    for name, module in modules.items():
         if name.startswith(f"{memory_gym.__name__}.") and hasattr(module, "pygame"):
             module.pygame = stand_in
     return display
@@ -128,15 +129,11 @@ class RoundedRect(pygame.Rect):
     Today's pygame-ce cuts fractions off: in Endless Mortar Mayhem the agent would drift to the upper left.
     """
 
-    @property
-    def center(self) -> tuple[int, int]:
-        """Return the center."""
-        return pygame.Rect.center.__get__(self)
-
-    @center.setter
-    def center(self, position: Iterable[float]) -> None:
-        rounded = tuple(int(math.copysign(math.floor(abs(value) + 0.5), value)) for value in position)
-        pygame.Rect.center.__set__(self, rounded)
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Round what the center is set to."""
+        if name == "center":
+            value = tuple(int(math.copysign(math.floor(abs(number) + 0.5), number)) for number in value)
+        super().__setattr__(name, value)
 
 
 class RoundedController(endless_mortar_mayhem.ScreenWrapCharacterController):
@@ -144,7 +141,7 @@ class RoundedController(endless_mortar_mayhem.ScreenWrapCharacterController):
 
     def __init__(self, speed: float, scale: float, rotation: int = 0) -> None:
         super().__init__(speed, scale, rotation)
-        self.rect = RoundedRect(self.rect)
+        self.rect: pygame.Rect = RoundedRect(self.rect)
 
 
 endless_mortar_mayhem.ScreenWrapCharacterController = RoundedController
