@@ -34,7 +34,7 @@ class CartPole(WrappedEnv):
         self.action_space = self._env.action_space
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, Info]:
-        """Starts an episode.
+        """Start an episode.
 
         Args:
             seed: determines the episode.

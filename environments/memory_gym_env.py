@@ -12,6 +12,7 @@ import gymnasium
 import memory_gym
 import numpy as np
 import pygame
+from memory_gym import endless_mortar_mayhem
 
 from environments.episode import (
     EpisodeEnv,
@@ -79,19 +80,19 @@ class OffscreenDisplay:
         self.surface: pygame.Surface | None = None
 
     def set_mode(self, size: tuple[int, int], flags: int = 0) -> pygame.Surface:
-        """Returns a new surface."""
+        """Return a new surface."""
         return pygame.Surface(size)
 
     def get_surface(self) -> pygame.Surface | None:
-        """Returns the surface of the current task."""
+        """Return the surface of the current task."""
         return self.surface
 
     def flip(self) -> None:
-        """Does nothing: there is no window to be refreshed."""
+        """Do nothing: there is no window to be refreshed."""
 
 
 def copy_pixels(surface: pygame.Surface) -> np.ndarray:
-    """Returns the pixels as pygame.surfarray.array3d does, shape (x, y, channel), but several times as fast.
+    """Return the pixels as pygame.surfarray.array3d does, shape (x, y, channel), but several times as fast.
 
     In memory the array is (y, x, channel): the picture as it is looked at, transposed.
     """
@@ -101,18 +102,19 @@ def copy_pixels(surface: pygame.Surface) -> np.ndarray:
 
 
 def take_off_screen() -> OffscreenDisplay:
-    """Lets the modules of Memory Gym, and no others, draw off screen and read their pixels faster.
+    """Let the modules of Memory Gym, and no others, draw off screen and read their pixels faster.
 
     Only what the name `pygame` means inside those modules changes. They need no `pygame.init` then, which would open
     the process's display.
     """
     display = OffscreenDisplay()
-    stand_in = types.ModuleType("pygame")
+    stand_in: Any = types.ModuleType("pygame")
     vars(stand_in).update(vars(pygame))
     stand_in.init = lambda: None
     stand_in.display = display
     stand_in.surfarray = types.SimpleNamespace(array3d=copy_pixels)
-    for name, module in sys.modules.items():
+    modules: dict[str, Any] = sys.modules
+    for name, module in modules.items():
         if name.startswith(f"{memory_gym.__name__}.") and hasattr(module, "pygame"):
             module.pygame = stand_in
     return display
@@ -121,9 +123,33 @@ def take_off_screen() -> OffscreenDisplay:
 DISPLAY = take_off_screen()
 
 
+class RoundedRect(pygame.Rect):
+    """A rectangle whose center is rounded, halves away from zero, as by the pygame that Memory Gym was made with.
+
+    Today's pygame-ce cuts fractions off: in Endless Mortar Mayhem the agent would drift to the upper left.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Round what the center is set to."""
+        if name == "center":
+            value = tuple(int(math.copysign(math.floor(abs(number) + 0.5), number)) for number in value)
+        super().__setattr__(name, value)
+
+
+class RoundedController(endless_mortar_mayhem.ScreenWrapCharacterController):
+    """The agent of Endless Mortar Mayhem, moved by whole pixels without a drift."""
+
+    def __init__(self, speed: float, scale: float, rotation: int = 0) -> None:
+        super().__init__(speed, scale, rotation)
+        self.rect: pygame.Rect = RoundedRect(self.rect)
+
+
+endless_mortar_mayhem.ScreenWrapCharacterController = RoundedController
+
+
 @contextlib.contextmanager
 def kept_video_driver() -> Iterator[None]:
-    """Keeps the process's SDL_VIDEODRIVER, which a new Memory Gym task sets to a driver that shows nothing."""
+    """Keep the process's SDL_VIDEODRIVER, which a new Memory Gym task sets to a driver that shows nothing."""
     before = os.environ.get("SDL_VIDEODRIVER")
     try:
         yield
@@ -134,7 +160,7 @@ def kept_video_driver() -> Iterator[None]:
 
 
 def make_task(task_type: str) -> Any:
-    """Returns a task of Memory Gym that is looked at by nobody and has no wrappers around it."""
+    """Return a task of Memory Gym that is looked at by nobody and has no wrappers around it."""
     with kept_video_driver():
         # This render mode draws only when asked to; with None, the task would want the events of a window.
         task = gymnasium.make(f"{task_type}-v0", render_mode="debug_rgb_array", disable_env_checker=True)
@@ -170,7 +196,7 @@ class MemoryGymEnv(EpisodeEnv):
         self.max_episode_steps = None if max_episode_steps == NO_STEP_LIMIT else max_episode_steps
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, Info]:
-        """Starts an episode.
+        """Start an episode.
 
         Args:
             seed: determines the episode.
@@ -184,7 +210,7 @@ class MemoryGymEnv(EpisodeEnv):
         return self._observe(pixels), {}
 
     def step(self, action: np.ndarray | int) -> Step:
-        """Takes an action.
+        """Take an action.
 
         Args:
             action: shape (branches,), or an int where there is only one branch.
@@ -229,7 +255,7 @@ class MemoryGymEnv(EpisodeEnv):
         return self._global_view.copy()
 
     def _mortar_mayhem_results(self) -> dict[str, float]:
-        """Returns success and completed commands of an episode of Mortar Mayhem that has just ended.
+        """Return success and completed commands of an episode of Mortar Mayhem that has just ended.
 
         Memory Gym counts the last command as completed even if it fails, and does not count a command that was
         completed (and rewarded) if the agent leaves the target while the other tiles are deadly. An episode ends when
@@ -243,7 +269,7 @@ class MemoryGymEnv(EpisodeEnv):
         return {"success": float(success), "commands_completed": float(completed / task.num_commands)}
 
     def _try_options(self) -> None:
-        """Raises a ValueError if the task cannot be run with the options.
+        """Raise a ValueError if the task cannot be run with the options.
 
         Searing Spotlights, for instance, fails without an exit.
         """
@@ -260,7 +286,7 @@ class MemoryGymEnv(EpisodeEnv):
         raise ValueError(f"reset_params: {self._options!r} do not work together in {self._type} ({failure})")
 
     def _failure(self, options: dict[str, Any]) -> str | None:
-        """Returns what goes wrong when a new task's first episode has the options, None if nothing does."""
+        """Return what goes wrong when a new task's first episode has the options, None if nothing does."""
         self._task = make_task(self._type)
         try:
             # No seed, so that a later reset without one does not continue from the same state in all environments
@@ -272,7 +298,7 @@ class MemoryGymEnv(EpisodeEnv):
 
 
 def check_options(task_type: str, options: dict[str, Any], defaults: dict[str, Any]) -> None:
-    """Checks reset options one by one.
+    """Check reset options one by one.
 
     Args:
         task_type: the task, for the messages.
@@ -309,7 +335,7 @@ def is_allowed(key: str, value: Any, default: Any) -> bool:
 
 
 def describe_allowed(key: str, default: Any) -> str:
-    """Returns in words what `is_allowed` allows."""
+    """Return in words what `is_allowed` allows."""
     if isinstance(default, list):
         return f"a list with at least one element, each {describe_allowed(key, default[0])}"
     if isinstance(default, bool):

@@ -45,7 +45,7 @@ class PocMemoryEnv(EpisodeEnv):
         self.action_space = gymnasium.spaces.Discrete(2)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, Info]:
-        """Starts an episode at a random position with the good end on a random side.
+        """Start an episode at a random position with the good end on a random side.
 
         Args:
             seed: determines the episode.
@@ -61,7 +61,7 @@ class PocMemoryEnv(EpisodeEnv):
         return self._observe(goals_visible=True), {}
 
     def step(self, action: np.ndarray | int) -> Step:
-        """Moves the agent one step to the left (0) or to the right (1).
+        """Move the agent one step to the left (0) or to the right (1).
 
         Args:
             action: shape (1,), or an int.

@@ -1,8 +1,9 @@
 """Frames from features: transposed convolutions by plain ones, cross-entropy and its gradient in one pass."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 
@@ -40,7 +41,7 @@ class FrameCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(context: FunctionCtx, logits: Tensor, frames: Tensor, which: Tensor) -> Tensor:
+    def forward(context: Any, logits: Tensor, frames: Tensor, which: Tensor) -> Tensor:
         """Return the mean over all pixels of softplus(x) − x·y.
 
         Args:
@@ -65,7 +66,7 @@ class FrameCrossEntropy(torch.autograd.Function):
         return total / logits.numel()
 
     @staticmethod
-    def backward(context: FunctionCtx, slope: Tensor) -> tuple[Tensor, None, None]:
+    def backward(context: Any, slope: Tensor) -> tuple[Tensor, None, None]:
         """Return the gradient with respect to the logits for that of the loss."""
         (gradient,) = context.saved_tensors
         return gradient.mul_(slope / gradient.numel()).permute(0, 3, 1, 2), None, None

@@ -1,8 +1,9 @@
 """The arithmetic of a GTrXL gate, with its gradient by hand."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from kernels.products import add_product, product, weight_gradient
 
@@ -15,7 +16,7 @@ class Gating(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        context: FunctionCtx,
+        context: Any,
         x: Tensor,
         y: Tensor,
         from_update: Tensor,
@@ -42,7 +43,7 @@ class Gating(torch.autograd.Function):
         return torch.lerp(x, new, update)
 
     @staticmethod
-    def backward(context: FunctionCtx, slope: Tensor) -> tuple[Tensor, ...]:
+    def backward(context: Any, slope: Tensor) -> tuple[Tensor, ...]:
         """Return the gradients with respect to all arguments of `forward` for that of its result, (N, D)."""
         x, y, values, kept, from_update, from_state, candidate = context.saved_tensors
         width = x.shape[1]

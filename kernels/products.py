@@ -1,8 +1,9 @@
 """Matrix products by the faster of two exact kernels, with their gradients."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 # Multiply-adds from which on a product of float32 matrices on the CPU is worth a call of oneDNN, and from which on the
@@ -50,7 +51,7 @@ class Product(torch.autograd.Function):
     """`linear` for large float32 matrices on the CPU."""
 
     @staticmethod
-    def forward(context: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+    def forward(context: Any, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
         """Return (N, groups·out); arguments as for `linear`."""
         context.save_for_backward(x, weight)
         context.groups, context.biased = groups, bias is not None
@@ -62,7 +63,7 @@ class Product(torch.autograd.Function):
         return y.permute(0, 2, 3, 1).reshape(len(x), -1)
 
     @staticmethod
-    def backward(context: FunctionCtx, slope: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(context: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients with respect to x, weight and bias for that of the product, (N, groups·out)."""
         (x, weight), groups = context.saved_tensors, context.groups
         slope, of_x = slope.contiguous(), None

@@ -7,12 +7,12 @@ must not look at.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 # Score of what a query must not look at; finite, so that a row without any valid column stays finite too.
 MASKED = -1e30
@@ -23,7 +23,7 @@ def compiled(function: Callable) -> Callable:
 
     Sums may be reordered, so that they can be vectorised; not-a-number stays not-a-number.
     """
-    options = {"nogil": True, "fastmath": {"reassoc", "contract"}}
+    options: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc", "contract"}}
     try:
         return njit(cache=True, **options)(function)
     except RuntimeError:  # there is no folder for a cache
@@ -189,13 +189,13 @@ class WindowScores(torch.autograd.Function):
     """`Windows.scores`; its gradient with respect to the questions is a mixture of the items."""
 
     @staticmethod
-    def forward(context: FunctionCtx, questions: Tensor, items: Tensor, windows: Windows) -> Tensor:
+    def forward(context: Any, questions: Tensor, items: Tensor, windows: Windows) -> Tensor:
         """Return (N, heads, K); arguments as for `Windows.scores`."""
         context.items, context.windows = items, windows
         return windows.fill_scores(questions, items, MASKED)
 
     @staticmethod
-    def backward(context: FunctionCtx, slope: Tensor) -> tuple[Tensor, None, None]:
+    def backward(context: Any, slope: Tensor) -> tuple[Tensor, None, None]:
         """Return the gradient (N, heads, D) for that of the scores (N, heads, K)."""
         return context.windows.fill_mixture(slope, context.items), None, None
 
@@ -204,12 +204,12 @@ class WindowMixture(torch.autograd.Function):
     """`Windows.mixture`; its gradient with respect to the weights are scores of the items."""
 
     @staticmethod
-    def forward(context: FunctionCtx, weights: Tensor, items: Tensor, windows: Windows) -> Tensor:
+    def forward(context: Any, weights: Tensor, items: Tensor, windows: Windows) -> Tensor:
         """Return (N, heads, D); arguments as for `Windows.mixture`."""
         context.items, context.windows = items, windows
         return windows.fill_mixture(weights, items)
 
     @staticmethod
-    def backward(context: FunctionCtx, slope: Tensor) -> tuple[Tensor, None, None]:
+    def backward(context: Any, slope: Tensor) -> tuple[Tensor, None, None]:
         """Return the gradient (N, heads, K) for that of the mixture (N, heads, D)."""
         return context.windows.fill_scores(slope, context.items, 0.0), None, None

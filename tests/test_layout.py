@@ -1,0 +1,134 @@
+"""The house rules that can be read off the source: which way imports go, and how long things may become."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMAND_LINES = ("train", "enjoy", "evaluate", "benchmark")
+# A module imports from the rows below its own, and from its own folder.
+STOREYS = (
+    COMMAND_LINES,
+    ("trainer", "play"),
+    ("auxiliary",),
+    ("buffer",),
+    ("run",),
+    ("memory",),
+    ("worker", "model"),
+    ("transformer", "utils"),
+    ("kernels", "environments"),
+)
+FLOOR = {room: number for number, storey in enumerate(reversed(STOREYS)) for room in storey}
+# Heavy and rarely needed, so that they may be imported where they are needed.
+LATE_PACKAGES = {"matplotlib", "pygame", "imageio", "tensorboard", "minigrid", "memory_gym", "popgym"}
+# These keep --help quick, so they may import anything late.
+LATE_IMPORTERS = {*(f"{name}.py" for name in COMMAND_LINES), "run/cli.py"}
+# What all rooms read is declared in run/config.py, so its types may be named everywhere, `if TYPE_CHECKING`.
+NAMED_IN_TYPES = {"run.config"}
+CARD = ("train", "enjoy", "trainer", "model", "transformer", "buffer", "worker", "utils", "memory", "auxiliary")
+MOST_LINES = {"the card": 2200, "trainer.py": 350, "class": 300, "function": 50}
+
+PATHS = sorted(
+    path.relative_to(ROOT)
+    for pattern in ("*.py", *(f"{room}/**/*.py" for room in FLOOR))
+    for path in ROOT.glob(pattern)
+)
+SOURCES = {path.as_posix(): (ROOT / path).read_text(encoding="utf-8") for path in PATHS}
+TREES = {path: ast.parse(source) for path, source in SOURCES.items()}
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def room_of(path: str) -> str:
+    """Return the top-level module or folder that a file belongs to."""
+    return path.split("/")[0].removesuffix(".py")
+
+
+def for_types_alone(tree: ast.AST) -> list[tuple[int, str]]:
+    """Return the imports that type checkers read and Python does not, of modules that may be named in types."""
+    blocks = [node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    return [found for node in blocks for found in imported_modules(node) if found[1] in NAMED_IN_TYPES]
+
+
+def imported_modules(tree: ast.AST) -> list[tuple[int, str]]:
+    """Return line and dotted name of everything that is imported anywhere below a node."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            # `from play import results` names a module, `from utils import Task` does not: the room is the same.
+            found.append((node.lineno, "." * node.level + (node.module or "")))
+    return found
+
+
+def late_imports(tree: ast.AST) -> list[tuple[int, str]]:
+    """Return the imports inside functions."""
+    return sorted({found for node in ast.walk(tree) if isinstance(node, FUNCTIONS) for found in imported_modules(node)})
+
+
+def length(node: ast.stmt) -> int:
+    """Return how many lines a class or a function takes, decorators left out."""
+    return node.end_lineno - node.lineno + 1
+
+
+def test_every_file_has_a_place():
+    """Otherwise the other tests would pass over it."""
+    outside = {".venv", ".ci-venv", "tests"}
+    files = {path.relative_to(ROOT) for path in ROOT.rglob("*.py")}
+    files = {path for path in files if path.parts[0] not in outside and not path.parts[0].startswith(".")}
+    assert files == set(PATHS)
+    assert {room_of(path) for path in SOURCES} == set(FLOOR)
+
+
+@pytest.mark.parametrize("path", SOURCES)
+def test_imports_go_one_way(path):
+    room, allowed = room_of(path), for_types_alone(TREES[path])
+    wrong = [
+        f"{path}:{line} imports {name}"
+        for line, name in imported_modules(TREES[path])
+        if (line, name) not in allowed
+        and (
+            name.startswith(".")
+            or (target := name.split(".")[0]) in FLOOR
+            and FLOOR[target] >= FLOOR[room]
+            and not (target == room and "/" in path)
+        )
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if path not in LATE_IMPORTERS])
+def test_no_import_hides_in_a_function(path):
+    wrong = [f"{path}:{line} imports {name}" for line, name in late_imports(TREES[path])]
+    assert not [text for text in wrong if text.split()[-1].split(".")[0] not in LATE_PACKAGES]
+
+
+@pytest.mark.parametrize("path", SOURCES)
+def test_classes_and_functions_are_of_readable_length(path):
+    kinds = {ast.ClassDef: "class", **dict.fromkeys(FUNCTIONS, "function")}
+    long = [
+        f"{path}:{node.lineno} {node.name} has {length(node)} lines"
+        for node in ast.walk(TREES[path])
+        if type(node) in kinds and length(node) > MOST_LINES[kinds[type(node)]]
+    ]
+    assert not long
+
+
+def test_the_card_is_short():
+    lines = {f"{name}.py": len(SOURCES[f"{name}.py"].splitlines()) for name in CARD}
+    assert lines["trainer.py"] <= MOST_LINES["trainer.py"]
+    assert sum(lines.values()) < MOST_LINES["the card"], lines
+
+
+def test_kernels_know_nothing_but_arrays():
+    """Nor does anything of reinforcement learning reach them by way of a package."""
+    known = {"kernels", "numba", "numpy", "torch", *sys.stdlib_module_names}
+    imported = {
+        name.split(".")[0]
+        for path, tree in TREES.items()
+        if room_of(path) == "kernels"
+        for _, name in imported_modules(tree)
+    }
+    assert imported <= known
