@@ -8,8 +8,8 @@ Usage:
 
 Options:
     --config=<file>      A config [default: configs/poc_memory_env.yaml].
-    --set=<key>          Another value for a key of it, as in
-                         --set transformer.num_blocks=2; may be repeated.
+    --set=<key>          Another value for one of its keys, key=value, as in
+                         transformer.num_blocks=2; may be given repeatedly.
     --run-id=<id>        Name of the run; by default the config's, or numbered.
     --seed=<n>           Everything random derives from it; by default drawn.
     --init-from=<model>  Start from a model's weights.

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 import kernels.allocator  # noqa: F401  (sets what PyTorch reads when it is loaded)
+from environments import BrokenContract
 from environments.section import Schedule, Section
 
 
@@ -84,6 +85,8 @@ def inspect_environment(section: Section) -> tuple[Task, list[str]]:
         return task, [f"environment: {notice}" for notice in getattr(env, "notices", list)()]
     except UserError:
         raise
+    except BrokenContract as error:
+        raise UserError(str(error)) from error
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         what = " ".join(f"{type(error).__name__}: {error}".split())
@@ -144,7 +147,10 @@ def check_observation(env: object, observation: Any, task: Task) -> None:
 
 def checked_step(env: Any, action: np.ndarray, task: Task) -> tuple[Any, float, bool, bool, dict]:
     """Step an environment and return what it returned; UserError if that breaks the Gymnasium API."""
-    result = env.step(action)
+    try:
+        result = env.step(action)
+    except BrokenContract as error:
+        raise UserError(str(error)) from error
     name = type(env).__name__
     if not isinstance(result, tuple) or len(result) != 5:
         size = len(result) if isinstance(result, tuple) else type(result).__name__

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from environments import BrokenContract
 from environments.numbers import episode_numbers
 from environments.section import Section
 from utils import Task, UserError, check_observation, checked_step, create_env
@@ -272,7 +273,7 @@ def serve(connection: Connection, make_runner: Callable[[], EnvironmentRunner]) 
             try:
                 runner = runner or make_runner()
                 answer = ("done", getattr(runner, command)(argument))
-            except UserError as error:  # the contract is broken
+            except (UserError, BrokenContract) as error:
                 answer = ("failed", f"{runner.where() if runner else 'creation'}: {error}")
             except Exception:
                 answer = ("failed", f"{runner.where() if runner else 'creation'}:\n{traceback.format_exc().rstrip()}")
