@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from run.config import Config, Schedule
 
 
+# What a task's loss needs of each sample, by name: a tensor (N, …) each.
+Targets = dict[str, Tensor]
+
+
 class AuxiliaryTask(nn.Module):
     """Base of what is learned beside PPO.
 
@@ -33,17 +37,20 @@ class AuxiliaryTask(nn.Module):
     def prepare(self, buffer: Buffer) -> None:
         """Derive what the targets need of a whole rollout."""
 
-    def targets(self, buffer: Buffer, samples: np.ndarray) -> dict[str, Tensor]:
+    def targets(self, buffer: Buffer, samples: np.ndarray) -> Targets:
         """Return what `loss` needs of `samples` (N,), a tensor (N, …) each."""
         return {}
 
-    def loss(self, prediction: Prediction, part: Minibatch, embedded: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def loss(
+        self, prediction: Prediction, part: Minibatch, embedded: Tensor, targets: Targets
+    ) -> tuple[Tensor, list[Tensor]]:
         """Return the loss of n samples and what is reported of it.
 
         Args:
             prediction: of the samples under the current weights.
-            part: the samples; `part.targets` holds theirs.
+            part: the samples.
             embedded: (M, D) the distinct observations of their minibatch, embedded.
+            targets: of `targets`, for these samples.
         """
         raise NotImplementedError
 
@@ -76,7 +83,9 @@ class Reconstruction(AuxiliaryTask):
         x = F.relu(upsample(x, self.deconv2, self.sizes[1]))
         return upsample(x, self.deconv1, self.sizes[0])
 
-    def loss(self, prediction: Prediction, part: Minibatch, embedded: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def loss(
+        self, prediction: Prediction, part: Minibatch, embedded: Tensor, targets: Targets
+    ) -> tuple[Tensor, list[Tensor]]:
         """Return the mean binary cross-entropy of all pixels; see `AuxiliaryTask.loss`."""
         loss = FrameCrossEntropy.apply(self(prediction.output), part.observations, part.which)
         return loss, [loss.detach()]
@@ -114,7 +123,7 @@ class Recall(AuxiliaryTask):
             self.seen[:, t] = running
             running[everyone, frames[:, t]] = True
 
-    def targets(self, buffer: Buffer, samples: np.ndarray) -> dict[str, Tensor]:
+    def targets(self, buffer: Buffer, samples: np.ndarray) -> Targets:
         """Return what `samples` (N,) should recall of their minibatch's M distinct frames.
 
         Returns:
@@ -128,11 +137,13 @@ class Recall(AuxiliaryTask):
         to_device = buffer.timeline.to_device
         return {"shown": to_device(shown), "known": to_device(known)[:, None]}
 
-    def loss(self, prediction: Prediction, part: Minibatch, embedded: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def loss(
+        self, prediction: Prediction, part: Minibatch, embedded: Tensor, targets: Targets
+    ) -> tuple[Tensor, list[Tensor]]:
         """Return the mean binary cross-entropy over what is known; see `AuxiliaryTask.loss`."""
-        shown = part.targets["shown"].float()
+        shown = targets["shown"].float()
         logits = self(prediction.output, embedded[: part.distinct])
-        known = part.targets["known"].float().expand_as(logits)
+        known = targets["known"].float().expand_as(logits)
         loss = F.binary_cross_entropy_with_logits(logits, shown, known)
         return loss, [loss.detach()]
 
@@ -181,7 +192,7 @@ class NextObservation(AuxiliaryTask):
         following = np.concatenate((buffer.observation_index[:, 1:], buffer.last_index[:, None]), axis=1)
         self.following = np.where(buffer.terminated | buffer.truncated, -1, following)
 
-    def targets(self, buffer: Buffer, samples: np.ndarray) -> dict[str, Tensor]:
+    def targets(self, buffer: Buffer, samples: np.ndarray) -> Targets:
         """Return what came behind `samples` (N,).
 
         Returns:
@@ -200,7 +211,9 @@ class NextObservation(AuxiliaryTask):
             targets["known"] = to_device(following >= 0)[:, None]
         return targets
 
-    def loss(self, prediction: Prediction, part: Minibatch, embedded: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def loss(
+        self, prediction: Prediction, part: Minibatch, embedded: Tensor, targets: Targets
+    ) -> tuple[Tensor, list[Tensor]]:
         """Return cross-entropy and squared error per sample; see `AuxiliaryTask.loss`.
 
         Reported are the loss, and of frames the shares of samples that were predicted and that could be.
@@ -208,13 +221,13 @@ class NextObservation(AuxiliaryTask):
         question, count = self(prediction.output, part.actions), len(part)
         loss, reported = question.new_zeros(()), []
         if self.frames:
-            frames, target = embedded[: part.distinct], part.targets["frame"]
+            frames, target = embedded[: part.distinct], targets["frame"]
             logits = F.linear(question, frames) / math.sqrt(frames.shape[1]) + self.prior(frames).T
             loss = F.cross_entropy(logits.float(), target, ignore_index=-1, reduction="sum") / count
             reported = [(logits.detach().argmax(dim=1) == target).float().mean(), (target >= 0).float().mean()]
         if self.vectors:
-            error = (self.regression(question).float() - part.targets["vector"]) ** 2
-            loss = loss + (error.mean(dim=1, keepdim=True) * part.targets["known"]).sum() / count
+            error = (self.regression(question).float() - targets["vector"]) ** 2
+            loss = loss + (error.mean(dim=1, keepdim=True) * targets["known"]).sum() / count
         return loss, [loss.detach(), *reported]
 
 

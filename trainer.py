@@ -346,7 +346,7 @@ class PPOTrainer:
             prediction = self.forward(x, self.buffer.timeline.view(part.groups), part.masks)
             loss, reported = ppo_loss(prediction, part, config.value_loss_coefficient, clip_range, beta)
             for name, task in self.auxiliary.items():
-                auxiliary, own = task.loss(prediction, part, embedded)
+                auxiliary, own = task.loss(prediction, part, embedded, part.targets[name])
                 loss = loss + getattr(config, f"{name}_coefficient") * auxiliary
                 reported += own
         share = len(part) / samples
