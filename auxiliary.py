@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # What a task's loss needs of each sample, by name: a tensor (N, …) each.
 Targets = dict[str, Tensor]
+# A loss, and what is reported of it, in the order of `reports`.
+Loss = tuple[Tensor, list[Tensor]]
 
 
 class AuxiliaryTask(nn.Module):
