@@ -303,7 +303,7 @@ class ActorCriticModel(nn.Module):
         hidden = F.relu(self.policy_hidden(output))
         logits = [branch(hidden).float() for branch in self.policy]
         if self.log_std is not None:
-            policy: Categorical | Normal = Normal(logits[0], self.log_std)
+            policy: Categorical | Normal = Normal(logits[0], self.log_std + 0.0)  # no gradient while sampling
         else:
             if mask is not None:
                 allowed = mask.split(list(self.task.branches), dim=1)
