@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 
 from environments.section import Section
 from run.config import SECTIONS, Config, check_config, load_config
+from run.lifecycle import NonFinite
 from run.reference import FILES
-from trainer import NonFinite, Options, PPOTrainer
+from trainer import Options, PPOTrainer
 from utils import UserError
 
 SHIPPED = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
