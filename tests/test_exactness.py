@@ -30,7 +30,7 @@ from memory import STRETCH, FrameStore, ObservationStore, Timeline, policy_step
 from model import Categorical, Prediction
 from run.config import check_config
 from trainer import Options, PPOTrainer
-from utils import create_env, training_seed
+from utils import UserError, create_env, training_seed
 from worker import SharedArrays
 
 CPU = torch.device("cpu")
@@ -821,5 +821,10 @@ def test_reconstruction_is_that_of_transposed_convolutions(size):
 
 
 def test_reconstruction_can_be_left_out():
-    assert visual_model((3, 36, 36))[0].decoder is None
-    assert canonical.build(BASE | {"reconstruction_coefficient": 0.1}, (5,)).decoder is None
+    """There is no decoder where its loss has no weight, and none for vectors, which say so."""
+    model, config = visual_model((3, 36, 36))
+    assert "reconstruction" not in auxiliary_tasks(canonical.product_config(config), model)
+    config |= {"reconstruction_coefficient": 0.1}
+    assert set(auxiliary_tasks(canonical.product_config(config), model)) == {"reconstruction"}
+    with pytest.raises(UserError, match="needs frames"):
+        auxiliary_tasks(canonical.product_config(config), canonical.build(BASE, (5,)))
