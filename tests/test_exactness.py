@@ -467,6 +467,7 @@ class CheckedTrainer(PPOTrainer):
     def start(self) -> None:
         """Starts the environments, and the history that their steps are compared with."""
         unsettle(self.model, 0)
+        unsettle(self.auxiliary, 1)
         plain = self.config.model_dump()
         self.settings = plain | plain["transformer"] | vars(self.task) | {"visual": self.task.frame is not None}
         self.settings |= {"memory_slots": self.settings["memory_length"]}
