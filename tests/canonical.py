@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model import ActorCriticModel
+from run.config import Config, TransformerConfig
+from utils import Task
 
 # The tests' products are so small that a second thread only waits, for very long where the cores are busy.
 torch.set_num_threads(1)
@@ -51,24 +53,26 @@ LOSS_PARTS = {
 }
 
 
-def product_config(config: dict[str, Any]) -> dict[str, Any]:
+def product_config(config: dict[str, Any]) -> Config:
     """Returns what model and loss read of a product config; `memory_slots` become the memory length."""
-    return {
-        "transformer": {name: config[name] for name in TRANSFORMER} | {"memory_length": config["memory_slots"]},
-        "hidden_layer_size": config["hidden_layer_size"],
-        "value_loss_coefficient": config["value_loss_coefficient"],
-        "normalize_advantages": True,
-        "reconstruction_coefficient": config.get("reconstruction_coefficient", 0.0),
-        "recall_coefficient": 0.0,
-        "value_gain": 1.0,
-    }
+    transformer = {name: config[name] for name in TRANSFORMER} | {"memory_length": config["memory_slots"]}
+    return Config.model_construct(  # not validated: there is no environment
+        transformer=TransformerConfig.model_construct(**transformer),
+        hidden_layer_size=config["hidden_layer_size"],
+        value_loss_coefficient=config["value_loss_coefficient"],
+        reconstruction_coefficient=config.get("reconstruction_coefficient", 0.0),
+    )
+
+
+def product_task(config: dict[str, Any], observation_shape: tuple[int, ...]) -> Task:
+    """Returns the task of a flat config, which shows frames (C, H, W) or vectors (n,)."""
+    frame, vector = (observation_shape, 0) if len(observation_shape) == 3 else (None, observation_shape[0])
+    return Task(frame, vector, tuple(config["branches"]), 0, config["max_episode_steps"])
 
 
 def build(config: dict[str, Any], observation_shape: tuple[int, ...]) -> ActorCriticModel:
     """Returns the product model of a flat config."""
-    return ActorCriticModel(
-        product_config(config), observation_shape, list(config["branches"]), config["max_episode_steps"]
-    )
+    return ActorCriticModel(product_config(config), product_task(config, observation_shape))
 
 
 def embed(model: ActorCriticModel, observations: Tensor, which: Tensor) -> Tensor:

@@ -20,15 +20,17 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-import buffer
-import transformer
-from buffer import FrameStore, Timeline, generalised_advantages, group_queries, make_store, policy_step
-from kernels import products
+from auxiliary import Reconstruction, auxiliary_tasks
+from buffer import generalised_advantages
+from kernels import gating, products
+from kernels.frames import FrameCrossEntropy
+from kernels.groups import group_queries
 from kernels.windows import MASKED, Windows
-from model import FrameCrossEntropy, Prediction
+from memory import STRETCH, FrameStore, ObservationStore, Timeline, policy_step
+from model import Categorical, Prediction
 from run.config import check_config
-from trainer import LOSS_PARTS, Options, PPOTrainer
-from utils import Task, create_env, training_seed
+from trainer import Options, PPOTrainer
+from utils import UserError, create_env, training_seed
 from worker import SharedArrays
 
 CPU = torch.device("cpu")
@@ -61,7 +63,7 @@ def unsettle(model: nn.Module, seed: int) -> None:
 
 def compare(prediction: Prediction, expected: textbook.Step, what: object) -> None:
     """Requires that a prediction of the product is the textbook's."""
-    for found, branch in zip(prediction.log_probs, expected.log_softmaxes, strict=True):
+    for found, branch in zip(prediction.policy.log_probs, expected.log_softmaxes, strict=True):
         assert_close(found, branch, what)
     assert_close(prediction.value, expected.value, what)
     assert_close(prediction.inputs.transpose(0, 1), expected.memory, what)
@@ -128,16 +130,16 @@ class Rollouts:
         self.config = BASE | changes
         self.n_workers, self.worker_steps, self.ends = n_workers, worker_steps, ends
         torch.manual_seed(seed)
-        task = Task((5,), tuple(self.config["branches"]), self.config["max_episode_steps"])
-        self.model = canonical.build(self.config, task.observation_shape)
+        task = canonical.product_task(self.config, (5,))
+        self.model = canonical.build(self.config, (5,))
         with torch.no_grad():
             for block in self.model.transformer.blocks:  # so that attention is far from uniform
                 block.attention.query.weight.mul_(3)
                 block.attention.key.weight.mul_(3)
-        settings = canonical.product_config(self.config)["transformer"]
+        settings = canonical.product_config(self.config).transformer
         self.timeline = Timeline(self.model, settings, n_workers, worker_steps, CPU)
         self.in_place = self.timeline.in_place  # whether windows may be read where they lie
-        self.store = make_store(task, self.config["embed_dim"], n_workers * worker_steps, CPU)
+        self.store = ObservationStore(task, self.config["embed_dim"], n_workers * worker_steps, CPU)
         self.arrays = SharedArrays(n_workers, task, multiprocessing)
         self.generator = np.random.default_rng(seed)
         self.history = History(self.config, n_workers)
@@ -145,7 +147,7 @@ class Rollouts:
         self.played = 0
         # Of the latest rollout, (W, T, …)
         self.step = np.zeros((n_workers, worker_steps), dtype=np.int64)
-        self.observations = torch.zeros(n_workers, worker_steps, *task.observation_shape)
+        self.observations = torch.zeros(n_workers, worker_steps, task.vector)
         self.values = torch.zeros(n_workers, worker_steps)
 
     def play(self, check: bool = True, change: tuple[int, int] | None = None) -> None:
@@ -173,7 +175,9 @@ class Rollouts:
             for rows in (slice(0, half), slice(half, self.n_workers)):
                 if rows.start < rows.stop:
                     step = self.now[rows].copy()
-                    prediction, _ = policy_step(self.model, self.timeline, self.store, self.arrays, rows, t, step)
+                    prediction, _ = policy_step(
+                        self.model, self.model, self.timeline, self.store, self.arrays, rows, t, step
+                    )
                     self.values[rows, t] = prediction.value
                     predictions.append((rows, prediction))
             if check:
@@ -207,7 +211,7 @@ class Rollouts:
             self.model.zero_grad()
             prediction = self.predict(samples, per_group)
             compare(prediction, expected, what)
-            _weighted([*prediction.log_probs, prediction.value], weights).backward()
+            _weighted([*prediction.policy.log_probs, prediction.value], weights).backward()
             assert_gradients(self.model, parameters, what)
 
     def check_minibatches(self) -> None:
@@ -271,7 +275,7 @@ def test_memory_longer_than_any_episode(encoding):
 def test_groups_along_a_long_rollout(encoding):
     """A rollout so long that each group sees only a stretch of the worker's columns."""
     changes = {"positional_encoding": encoding, "memory_slots": 6, "max_episode_steps": 70, "num_blocks": 1}
-    rollouts = Rollouts(changes, n_workers=2, worker_steps=2 * buffer.STRETCH + 30, ends=0.03, seed=3)
+    rollouts = Rollouts(changes, n_workers=2, worker_steps=2 * STRETCH + 30, ends=0.03, seed=3)
     rollouts.play()
     samples = np.arange(rollouts.step.size)
     rollouts.timeline.in_place = False
@@ -287,7 +291,7 @@ def test_rollouts_by_onednn(changes, monkeypatch):
     """All matrix products and gates through the kernels that otherwise only large ones take."""
     monkeypatch.setattr(products, "PRODUCT_WORTH", 0)
     monkeypatch.setattr(products, "GRADIENT_WORTH", 0)
-    monkeypatch.setattr(transformer, "TANH_WORTH", 0)
+    monkeypatch.setattr(gating, "TANH_WORTH", 0)
     rollouts = Rollouts(changes, seed=4)
     rollouts.play()
     rollouts.check_minibatches()
@@ -389,7 +393,7 @@ def test_view_shows_exactly_the_windows(arguments, seed):
     steps = int(t.max()) + 1
     changes = {"memory_slots": length, "positional_encoding": "relative", "layer_norm": ""}
     timeline = Timeline(
-        canonical.build(BASE | changes, (5,)), canonical.product_config(BASE | changes)["transformer"], 4, steps, CPU
+        canonical.build(BASE | changes, (5,)), canonical.product_config(BASE | changes).transformer, 4, steps, CPU
     )
     timeline.in_place = False
     timeline.items.copy_(torch.arange(timeline.items[0, :, :, 0].numel()).view(1, 4, -1, 1))  # items tell their place
@@ -463,11 +467,13 @@ class CheckedTrainer(PPOTrainer):
     def start(self) -> None:
         """Starts the environments, and the history that their steps are compared with."""
         unsettle(self.model, 0)
-        self.settings = self.config | self.config["transformer"] | vars(self.task) | {"visual": self.task.visual}
+        unsettle(self.auxiliary, 1)
+        plain = self.config.model_dump()
+        self.settings = plain | plain["transformer"] | vars(self.task) | {"visual": self.task.frame is not None}
         self.settings |= {"memory_slots": self.settings["memory_length"]}
-        self.settings |= {name: self.config[f"{name}_schedule"]["initial"] for name in ("clip_range", "beta")}
-        self.history = History(self.settings, self.config["n_workers"])
-        self.before = np.zeros(self.config["n_workers"], dtype=np.int64)  # episode steps at the start of the rollout
+        self.settings |= {name: plain[f"{name}_schedule"]["initial"] for name in ("clip_range", "beta")}
+        self.history = History(self.settings, self.config.n_workers)
+        self.before = np.zeros(self.config.n_workers, dtype=np.int64)  # episode steps at the start of the rollout
         self.covered = {
             "terminated": 0,
             "truncated": 0,
@@ -475,7 +481,7 @@ class CheckedTrainer(PPOTrainer):
             "windows across a boundary": 0,
             "cut by both": 0,
         }
-        self.replayed = [create_env(self.config["environment"]) for _ in self.before]
+        self.replayed = [create_env(self.config.environment) for _ in self.before]
         self.episode = [-1] * len(self.replayed)
         self.shown = [self.reset(worker) for worker in range(len(self.replayed))]
         self.start_workers()
@@ -483,12 +489,12 @@ class CheckedTrainer(PPOTrainer):
     def reset(self, worker: int) -> np.ndarray:
         """Begins the next episode of a replayed environment."""
         self.episode[worker] += 1
-        seed = training_seed(self.seed, self.config["environment"], worker, self.episode[worker])
+        seed = training_seed(self.seed, self.config.environment, worker, self.episode[worker])
         return self.replayed[worker].reset(seed=seed)[0]
 
     def optimise(self) -> Tensor:
         buffer = self.buffer
-        observations, which = buffer.observe(np.arange(self.samples))
+        observations, _, which, _ = buffer.observe(np.arange(self.samples))
         self.observations = observations[which]  # (W·T, …)
         self.parameters = canonical.parameters(self.model)
         self.check_steps()
@@ -496,12 +502,13 @@ class CheckedTrainer(PPOTrainer):
         self.check_sampling()
         self.check_recomputed()
         self.check_advantages()
-        batches, minibatches, decoder = [], buffer.minibatches, copy.deepcopy(self.model.decoder)
+        batches, minibatches = [], buffer.minibatches
+        decoder = copy.deepcopy(self.auxiliary["reconstruction"]) if "reconstruction" in self.auxiliary else None
         buffer.minibatches = lambda generator: (batches.append(batch) or batch for batch in minibatches(generator))
         statistics = super().optimise()
         del buffer.minibatches
         self.check_loss(statistics[0], batches[0], decoder)
-        epochs = np.split(np.concatenate(batches), self.config["epochs"])
+        epochs = np.split(np.concatenate(batches), self.config.epochs)
         assert all(sorted(epoch.tolist()) == [*range(self.samples)] for epoch in epochs)
         assert any((one != other).any() for one, other in zip(epochs, epochs[1:], strict=False))
         return statistics
@@ -540,7 +547,7 @@ class CheckedTrainer(PPOTrainer):
         per_step = self.observations.unflatten(0, buffer.step.shape)
         for t in range(buffer.worker_steps):
             taken = self.history.take(self.parameters, per_step[:, t], buffer.step[:, t] == 0)
-            log_probs = Prediction(taken.log_softmaxes, *taken[1:4], []).log_prob(buffer.actions[:, t])
+            log_probs = Categorical(taken.log_softmaxes).log_prob(buffer.actions[:, t])
             assert_close(buffer.log_probs[:, t], log_probs, t)
             assert_close(buffer.values[:, t], taken.value, t)
 
@@ -551,28 +558,28 @@ class CheckedTrainer(PPOTrainer):
         order = np.random.default_rng(self.update).permutation(self.samples)
         for samples in (np.arange(self.samples), order, *np.array_split(order, 7), order[:1]):
             memory = buffer.timeline.view(buffer.group(samples))
-            observations, which = buffer.observe(samples)
+            observations, _, which, _ = buffer.observe(samples)
             prediction = self.model(canonical.embed(self.model, observations, which), memory)
             worker, t = np.divmod(samples, buffer.worker_steps)
-            assert_close(prediction.log_prob(buffer.actions[worker, t]), buffer.log_probs[worker, t])
+            assert_close(prediction.policy.log_prob(buffer.actions[worker, t]), buffer.log_probs[worker, t])
             assert_close(prediction.value, buffer.values[worker, t])
 
     @torch.no_grad()
     def check_advantages(self) -> None:
         """Advantages come of the values of what followed, from windows with the newest item."""
         buffer, history = self.buffer, self.history
-        shown = torch.tensor(self.workers.arrays.observations)
-        shown = shown.permute(0, 3, 1, 2) if self.task.visual else shown
+        arrays = self.workers.arrays
+        shown = torch.tensor(arrays.vectors if arrays.frames is None else arrays.frames.transpose(0, 3, 1, 2))
         last = history.predict(self.parameters, shown, history.windows(history.begin(self.step == 0)))
         final_values = torch.full(buffer.step.shape, torch.nan, dtype=torch.float64)
         first = len(history.items[0]) - buffer.worker_steps
         for (worker, t), index in buffer.final_index.items():
             final = history.windows([(worker, first + t)], final=True)
-            observation, _ = buffer.observations.gather(np.array([index]))
+            observation = buffer.observations.gather(np.array([index]))[0]
             final_values[worker, t] = history.predict(self.parameters, observation, final).value
         arrays = [torch.tensor(array) for array in (buffer.rewards, buffer.terminated, buffer.truncated)]
         expected = textbook.gae_truncation(
-            *arrays, buffer.values.double(), final_values, last.value, self.config["gamma"], self.config["lamda"]
+            *arrays, buffer.values.double(), final_values, last.value, self.config.gamma, self.config.lamda
         )
         assert_close(buffer.advantages, expected)
 
@@ -591,13 +598,13 @@ class CheckedTrainer(PPOTrainer):
             logits, frames = decoder.double()(step.output), self.observations[samples].double() / 255
             likelihood = frames * logits.sigmoid().log() + (1 - frames) * (-logits).sigmoid().log()
             expected["reconstruction"] = -likelihood.mean()
-            total = total + self.config["reconstruction_coefficient"] * expected["reconstruction"]
+            total = total + self.config.reconstruction_coefficient * expected["reconstruction"]
             leaves += decoder.parameters()
         total.backward()
         norm = torch.stack([leaf.grad.norm() for leaf in leaves if leaf.grad is not None]).norm()
-        found = dict(zip((*LOSS_PARTS, "total"), statistics, strict=False))
+        found = dict(zip(self.reports, statistics, strict=False))
         for name, part in {**canonical.LOSS_PARTS, "reconstruction": "reconstruction"}.items():
-            assert_close(found[name], torch.as_tensor(expected.get(part, 0.0)).detach(), name)
+            assert_close(found.get(name, torch.zeros(())), torch.as_tensor(expected.get(part, 0.0)).detach(), name)
         assert_close(found["total"], total.detach(), "total")
         assert canonical.excess(statistics[-1], norm, relative=1e-4, floor=0) <= 1
 
@@ -614,7 +621,7 @@ def test_training_run(name, tmp_path, monkeypatch):
     trainer = CheckedTrainer(check_config(config, name), "exact", 3, options)
     try:
         trainer.start()
-        for _ in range(config["updates"]):
+        for _ in range(trainer.config.updates):
             trainer.train_update()
     finally:
         trainer.workers.close()
@@ -755,15 +762,16 @@ def test_frame_store(monkeypatch):
                 features.append(store.embed(model, given[-1]).clone())
         shown, given = np.concatenate(shown), np.concatenate(given)
         assert len(store) == len(set(shown.tolist())) == len(set(given.tolist())) > 256
-        distinct, which = store.gather(given)
-        assert len(distinct) == len(store)
+        distinct, count, which = store.gather(given)
+        assert len(distinct) == count == len(store)
         plain = torch.from_numpy(frames[shown]).permute(0, 3, 1, 2)
         assert (distinct[which] == plain).all()
         with torch.no_grad():
             assert_close(torch.cat(features), model.embed(plain))
         with monkeypatch.context() as patch:
-            patch.setattr("buffer.MANY_FRAMES", 100)
-            filled, which = store.gather(given)
+            patch.setattr("memory.MANY_FRAMES", 100)
+            filled, count, which = store.gather(given)
+            assert count == len(distinct)
             assert len(filled) % 16 == 0 <= len(filled) - len(distinct) < 16
             assert (filled[which] == plain).all()
         store.clear()
@@ -776,7 +784,8 @@ def test_training_on_repeated_frames():
     frames = generator.integers(0, 256, (4, 40, 52, 3), dtype=np.uint8)
     store, shown = FrameStore((3, 40, 52), 12, CPU), generator.integers(0, 4, 25)
     index = store.add(frames[shown], digests(frames[shown]))
-    embedded = canonical.embed(model, *store.gather(index))
+    distinct, _, which = store.gather(index)
+    embedded = canonical.embed(model, distinct, which)
     parameters = canonical.parameters(model)
     expected = textbook.encode(parameters, config, torch.from_numpy(frames[shown]).permute(0, 3, 1, 2))
     assert canonical.excess(embedded, expected, relative=1e-5, floor=TOLERANCE) <= 1
@@ -793,23 +802,30 @@ def test_training_on_repeated_frames():
 def test_reconstruction_is_that_of_transposed_convolutions(size):
     """The decoder and its loss, both rearranged, against PyTorch's own: loss and gradients."""
     model, _ = visual_model((3, *size), reconstruction_coefficient=0.1)
+    decoder = Reconstruction(model)
+    unsettle(decoder, 0)
     frames = torch.randint(0, 256, (7, 3, *size), dtype=torch.uint8)
     which = torch.randint(0, 7, (35,))  # more than are taken at once
     output = torch.randn(35, model.transformer.embed_dim)
-    plain = copy.deepcopy(model.decoder).double()
+    plain = copy.deepcopy(decoder).double()
     x = functional.relu(plain.hidden(output.double())).view(-1, 64, *plain.sizes[3])
     x = functional.relu(plain.deconv3(x, output_size=plain.sizes[2]))
     x = functional.relu(plain.deconv2(x, output_size=plain.sizes[1]))
     logits = plain.deconv1(x, output_size=plain.sizes[0])
     expected = functional.binary_cross_entropy_with_logits(logits, frames[which].double() / 255)
-    loss = FrameCrossEntropy.apply(model.decoder(output), frames, which)
+    loss = FrameCrossEntropy.apply(decoder(output), frames, which)
     (3 * expected).backward()
     (3 * loss).backward()
     assert canonical.excess(loss, expected, relative=1e-5, floor=TOLERANCE) <= 1
-    for (name, parameter), other in zip(model.decoder.named_parameters(), plain.parameters(), strict=True):
+    for (name, parameter), other in zip(decoder.named_parameters(), plain.parameters(), strict=True):
         assert canonical.excess(parameter.grad, other.grad, **GRADIENT_TOLERANCE) <= 1, name
 
 
 def test_reconstruction_can_be_left_out():
-    assert visual_model((3, 36, 36))[0].decoder is None
-    assert canonical.build(BASE | {"reconstruction_coefficient": 0.1}, (5,)).decoder is None
+    """There is no decoder where its loss has no weight, and none for vectors, which say so."""
+    model, config = visual_model((3, 36, 36))
+    assert "reconstruction" not in auxiliary_tasks(canonical.product_config(config), model)
+    config |= {"reconstruction_coefficient": 0.1}
+    assert set(auxiliary_tasks(canonical.product_config(config), model)) == {"reconstruction"}
+    with pytest.raises(UserError, match="needs frames"):
+        auxiliary_tasks(canonical.product_config(config), canonical.build(BASE, (5,)))

@@ -39,7 +39,7 @@ def test_optimizer_is_adamw_with_clipped_gradients():
     """Weights and reported norms are those of PyTorch's AdamW and clip_grad_norm_ on separate parameters."""
     model = canonical.build(CONFIG, (3, 36, 36))
     plain = copy.deepcopy(model)
-    optimizer, adamw = Optimizer(model, 0.5), torch.optim.AdamW(plain.parameters(), lr=3e-3)
+    optimizer, adamw = Optimizer({"": model}, 0.5), torch.optim.AdamW(plain.parameters(), lr=3e-3)
     optimizer.set_learning_rate(3e-3)
     assert set(optimizer.modules) == set(MODULES)
     for step in range(4):
@@ -60,13 +60,13 @@ def test_optimizer_is_adamw_with_clipped_gradients():
 def test_optimizer_continues():
     """Weights and state loaded into a new model go on to the bit; those of another model are refused."""
     models = [canonical.build(CONFIG, (3, 36, 36)) for _ in range(2)]
-    first, second = optimizers = [Optimizer(model, 0.5) for model in models]
+    first, second = optimizers = [Optimizer({"": model}, 0.5) for model in models]
     stepped(first, loss_of(models[0], 0))
     models[1].load_state_dict(models[0].state_dict())
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     for model, optimizer in zip(models, optimizers, strict=True):
         stepped(optimizer, loss_of(model, 1))
     assert torch.equal(first.weights, second.weights)
-    other = Optimizer(canonical.build(CONFIG | {"num_blocks": 1}, (3, 36, 36)), 0.5)
+    other = Optimizer({"": canonical.build(CONFIG | {"num_blocks": 1}, (3, 36, 36))}, 0.5)
     with pytest.raises(ValueError):
         other.load_state_dict(first.state_dict())

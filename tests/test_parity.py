@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from buffer import Minibatch, generalised_advantages, normalised
-from trainer import ppo_loss
-from transformer import MemoryView
+from kernels.groups import MemoryView
+from trainer import LOSS_PARTS, ppo_loss
 
 FOLDER = Path(os.environ.get("PARITY_FIXTURES") or Path(__file__).parent / "parity")
 TOLERANCE = 1e-5  # of outputs and losses, absolute
@@ -55,9 +55,24 @@ class Computed:
             self.data[f"in/{name}"] for name in ("actions", "log_probs", "values", "advantages")
         )
         returns, advantages = values + advantages, normalised(advantages)
-        batch = Minibatch(observations, which, None, actions, log_probs, values, returns, advantages)
+        batch = Minibatch(
+            samples=np.arange(len(which)),
+            observations=observations,
+            distinct=len(observations),
+            which=which,
+            vectors=None,
+            groups=None,
+            step=self.data["in/positions"][:, 0],  # of no consequence: the current step's position is not added
+            actions=actions,
+            masks=None,
+            log_probs=log_probs,
+            values=values,
+            returns=returns,
+            advantages=advantages,
+        )
         coefficients = (config[name] for name in ("value_loss_coefficient", "clip_range", "beta"))
-        loss, self.parts = ppo_loss(self.prediction, batch, *coefficients)
+        loss, parts = ppo_loss(self.prediction, batch, *coefficients)
+        self.parts = dict(zip(LOSS_PARTS, parts, strict=True))
         loss.backward()
         self.loss = loss.item()
 
@@ -98,8 +113,8 @@ def test_parameters_are_the_same(minibatch):
 def test_outputs(minibatch):
     data, prediction = minibatch.data, minibatch.prediction
     branches = [name for name in data if name.startswith("out/log_softmax")]
-    assert len(branches) == len(prediction.log_probs)
-    for index, found in enumerate(prediction.log_probs):
+    assert len(branches) == len(prediction.policy.log_probs)
+    for index, found in enumerate(prediction.policy.log_probs):
         assert_close(found, data[f"out/log_softmax{index}"], f"branch {index}")
     assert_close(prediction.value, data["out/value"], "value")
     assert_close(prediction.inputs.transpose(0, 1), data["out/memory"], "memory")
