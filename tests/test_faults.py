@@ -496,7 +496,7 @@ def test_environment_breaks_its_contract_later(tmp_path):
     code, said = run(tmp_path, small_config(toy("WrongShape"), 6))
     assert code in (1, 2)
     assert_plain(said)
-    assert "observation is (5,) float32, declared are (3,) float32" in said
+    assert "observation has the shape (5,), its space says (3,)" in said
     assert re.search(r"environment \d, reset seed \d+, step 9", said), said
 
 
