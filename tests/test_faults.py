@@ -30,7 +30,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train
 import utils
-from buffer import Timeline
+from memory import Timeline
 from model import ActorCriticModel
 from run import checkpoint
 from run.cli import command_line
@@ -958,15 +958,16 @@ def mutations(good: Path, kind: str, canary: Path, count: int, seed: int):
             return
 
 
-def play(model: ActorCriticModel, config: dict, task: Task) -> None:
+def play(model: ActorCriticModel, config: Config, task: Task) -> None:
     """Let a model act once."""
-    shape = task.observation_shape
-    observation = torch.zeros(2, *shape, dtype=torch.uint8 if task.visual else torch.float32)
-    timeline = Timeline(model, config["transformer"], 2, 1, torch.device("cpu"))
+    vectors = torch.zeros(2, task.vector)
+    observation = vectors if task.frame is None else torch.zeros(2, *task.frame, dtype=torch.uint8)
+    timeline, step = Timeline(model, config.transformer, 2, 1, torch.device("cpu")), np.zeros(2, dtype=np.int64)
     with torch.no_grad():
-        prediction = model(model.embed(observation), timeline.window(slice(0, 2), 0, np.zeros(2, dtype=np.int64)))
+        x = model.complete(model.embed(observation), vectors, torch.from_numpy(step))
+        prediction = model(x, timeline.window(slice(0, 2), 0, step))
     assert prediction.value.shape == (2,)
-    assert [branch.shape[1] for branch in prediction.log_probs] == list(task.branches)
+    assert [branch.shape[1] for branch in prediction.policy.log_probs] == list(task.branches)
 
 
 def test_damaged_and_malicious_models(toy_run, tmp_path):
@@ -982,7 +983,7 @@ def test_damaged_and_malicious_models(toy_run, tmp_path):
             outcomes["refused"] += 1
         else:
             play(model, config, task)
-            unchanged = same(model.state_dict(), original["weights"]) and config == original["config"]
+            unchanged = same(model.state_dict(), original["weights"]) and config.model_dump() == original["config"]
             assert unchanged or deed.startswith(("replaced", "removed", "added")), (number, deed)
             outcomes["works, as it was" if unchanged else "works, changed and signed"] += 1
         assert not canary.exists(), (number, deed)
