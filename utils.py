@@ -113,7 +113,10 @@ def declared_task(env: Any) -> Task:
             f"{name}: observation_space is {space}, should be uint8 (C, H, W) of at least 3×3, float32 (n,), or "
             "both in a Dict as frame and vector"
         )
-    continuous = actions.shape[0] if not hasattr(actions, "n") and not hasattr(actions, "nvec") else 0
+    discrete = hasattr(actions, "n") or hasattr(actions, "nvec")
+    if not discrete and len(actions.shape or ()) != 1:
+        raise UserError(f"{name}: action_space is {actions}, should be discrete, or float32 (n,)")
+    continuous = 0 if discrete else actions.shape[0]
     branches = () if continuous else tuple(np.ravel(getattr(actions, "nvec", getattr(actions, "n", None))).tolist())
     shape = None if frame is None else tuple(frame.shape)
     return Task(shape, 0 if vector is None else vector.shape[0], branches, continuous, limit)

@@ -368,6 +368,8 @@ class Workers:
             self.episodes[index] = Episode(self.episodes[index].number + 1)
         for episode, digest in zip(self.episodes, self.arrays.digests, strict=True):
             episode.digest = digest.tobytes()
+        if fresh:
+            print(f"environments {sorted(fresh)} are not deterministic and began fresh episodes", file=sys.stderr)
         return fresh
 
     def send(self, group: range, actions: np.ndarray) -> None:

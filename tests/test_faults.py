@@ -30,10 +30,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train
 import utils
-from buffer import Timeline
+from memory import Timeline
 from model import ActorCriticModel
 from run import checkpoint
 from run.cli import command_line
+from run.config import Config, check_config
 from trainer import PPOTrainer
 from utils import Task, UserError
 from worker import MAX_RESTARTS
@@ -110,7 +111,7 @@ class Process:
         self.mark = f"FAULT_TEST={uuid.uuid4()}"
         command = [str(ROOT / "train.py")]
         if patch:
-            command = ["-c", f"{patch}\nimport cli, train\ncli.command_line(train.main)"]
+            command = ["-c", f"{patch}\nimport train\nfrom run import cli\ncli.command_line(train.main)"]
         name, _, value = self.mark.partition("=")
         environment = os.environ | {name: value, "PYTHONPATH": str(ROOT), "TOY_FOLDER": str(folder)} | environment
         self.handle = subprocess.Popen(
@@ -201,7 +202,7 @@ def command(folder: Path, *arguments: str) -> tuple[int, str]:
         with (
             contextlib.redirect_stderr(said),
             mock.patch.object(sys, "argv", ["train.py", *arguments]),
-            mock.patch("cli.cores", lambda: 1),
+            mock.patch("run.cli.cores", lambda: 1),
         ):
             command_line(train.main)
         return 0, said.getvalue()
@@ -365,7 +366,8 @@ KILL_AT = {
 @pytest.mark.parametrize("place", KILL_AT.values(), ids=KILL_AT)
 def test_trainer_killed_while_saving(place, toy_run, tmp_path):
     patch = f"""
-import checkpoint, os, signal
+import os, signal
+from run import checkpoint
 true, calls = {place}, []
 def deadly(*arguments, **options):
     calls.append(0)
@@ -387,13 +389,14 @@ def deadly(*arguments, **options):
 def test_what_is_due_with_a_checkpoint_survives_a_kill_behind_it(tmp_path):
     """Models and histograms of an update belong to the run as much as its weights."""
     patch = """
-import os, signal, trainer
-true = trainer.save_checkpoint
+import os, signal
+from run import lifecycle
+true = lifecycle.save_checkpoint
 def deadly(folder, update, state):
     true(folder, update, state)
     if update == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-trainer.save_checkpoint = deadly
+lifecycle.save_checkpoint = deadly
 """
     config = small_config(toy("Toy"), 4, histogram_interval=1, model_interval=1)
     config = write_config(tmp_path, config)
@@ -468,8 +471,9 @@ def test_environment_raises(toy_run, toy_folder, tmp_path):
     assert said.count("Traceback") == 1
     assert 'toy_environments.py", line' in said and "ArithmeticError: the toy is broken" in said
     where = re.search(r"environment (\d), reset seed (\d+), step (\d+)", said)
+    section = check_config(small_config(toy("Raise"), 6), "test").environment
     assert int(where[3]) == 9
-    assert int(where[2]) == utils.training_seed(5, {"reset_params": {}}, int(where[1]), 0)
+    assert int(where[2]) == utils.training_seed(5, section, int(where[1]), 0)
     assert newest(tmp_path)["update"] == 0
     (toy_folder / "well").touch()
     code, said = resume(tmp_path)
@@ -492,7 +496,7 @@ def test_environment_breaks_its_contract_later(tmp_path):
     code, said = run(tmp_path, small_config(toy("WrongShape"), 6))
     assert code in (1, 2)
     assert_plain(said)
-    assert "observation is (5,) float32, declared are (3,) float32" in said
+    assert "observation has the shape (5,), its space says (3,)" in said
     assert re.search(r"environment \d, reset seed \d+, step 9", said), said
 
 
@@ -532,12 +536,12 @@ BREACHES = {
     "limit 2.5": ({"max_episode_steps": 2.5}, "max_episode_steps is 2.5, should be a whole number above 0"),
     "observation space": ({"observation_space": Contract.action_space}, "observation_space is Discrete"),
     "action space": (
-        {"action_space": Contract.observation_space},
-        "(action_space is Box|fails at its first step.* has no attribute 'n')",
+        {"action_space": Contract.gymnasium.spaces.Box(-1, 1, (3, 2), np.float32)},
+        "action_space is Box",
     ),
     "small frames": (
-        {"observation_space": Contract.gymnasium.spaces.Box(0, 255, (3, 20, 20), np.uint8)},
-        "observation_space .* at least 36×36",
+        {"observation_space": Contract.gymnasium.spaces.Box(0, 255, (3, 2, 20), np.uint8)},
+        "observation_space .* at least 3×3",
     ),
 }
 
@@ -556,7 +560,7 @@ def test_kept_contract_is_accepted(monkeypatch):
     for limit in (10, None):
         monkeypatch.setattr(Contract, "max_episode_steps", limit)
         monkeypatch.setattr(utils, "create_env", lambda environment: Contract())
-        assert utils.inspect_environment({}) == Task((3,), (2,), limit)
+        assert utils.inspect_environment({}) == (Task(None, 3, (2,), 0, limit), [])
 
 
 def test_environment_that_is_not_deterministic(tmp_path):
@@ -564,7 +568,7 @@ def test_environment_that_is_not_deterministic(tmp_path):
     code, said = run(tmp_path, config, "--updates=2")
     assert code == 0, said
     before = newest(tmp_path)
-    running = [index for index, episode in enumerate(before["episodes"]) if episode["actions"]]
+    running = [index for index, episode in enumerate(before["episodes"]) if len(episode["actions"])]
     assert len(running) > 1
     code, said = resume(tmp_path, "--updates=4")
     assert code == 0, said
@@ -649,10 +653,10 @@ worker.Workers.start = start
 """,
     "sampling": """
 true = trainer.PPOTrainer._act
-def act(self, group, t):
+def act(self, group, t, *rest):
     if self.update == 2 and t == 7:
         ask()
-    return true(self, group, t)
+    return true(self, group, t, *rest)
 trainer.PPOTrainer._act = act
 """,
     "optimisation": """
@@ -954,15 +958,16 @@ def mutations(good: Path, kind: str, canary: Path, count: int, seed: int):
             return
 
 
-def play(model: ActorCriticModel, config: dict, task: Task) -> None:
+def play(model: ActorCriticModel, config: Config, task: Task) -> None:
     """Let a model act once."""
-    shape = task.observation_shape
-    observation = torch.zeros(2, *shape, dtype=torch.uint8 if task.visual else torch.float32)
-    timeline = Timeline(model, config["transformer"], 2, 1, torch.device("cpu"))
+    vectors = torch.zeros(2, task.vector)
+    observation = vectors if task.frame is None else torch.zeros(2, *task.frame, dtype=torch.uint8)
+    timeline, step = Timeline(model, config.transformer, 2, 1, torch.device("cpu")), np.zeros(2, dtype=np.int64)
     with torch.no_grad():
-        prediction = model(model.embed(observation), timeline.window(slice(0, 2), 0, np.zeros(2, dtype=np.int64)))
+        x = model.complete(model.embed(observation), vectors, torch.from_numpy(step))
+        prediction = model(x, timeline.window(slice(0, 2), 0, step))
     assert prediction.value.shape == (2,)
-    assert [branch.shape[1] for branch in prediction.log_probs] == list(task.branches)
+    assert [branch.shape[1] for branch in prediction.policy.log_probs] == list(task.branches)
 
 
 def test_damaged_and_malicious_models(toy_run, tmp_path):
@@ -978,7 +983,7 @@ def test_damaged_and_malicious_models(toy_run, tmp_path):
             outcomes["refused"] += 1
         else:
             play(model, config, task)
-            unchanged = same(model.state_dict(), original["weights"]) and config == original["config"]
+            unchanged = same(model.state_dict(), original["weights"]) and config.model_dump() == original["config"]
             assert unchanged or deed.startswith(("replaced", "removed", "added")), (number, deed)
             outcomes["works, as it was" if unchanged else "works, changed and signed"] += 1
         assert not canary.exists(), (number, deed)
@@ -1043,15 +1048,16 @@ def test_file_size_limit(tmp_path):
     """From some moment on, files cannot become as large as a checkpoint."""
     config = write_config(tmp_path, LARGE)
     patch = f"""
-import resource, trainer
-true = trainer.PPOTrainer._at_intervals
+import resource
+from run import lifecycle
+true = lifecycle.Keeper.at_intervals
 def at_intervals(self, logger):
-    if self.update == 3:
+    if self.trainer.update == 3:
         resource.setrlimit(resource.RLIMIT_FSIZE, ({2**18}, resource.RLIM_INFINITY))
-    if self.update == 5:
+    if self.trainer.update == 5:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     return true(self, logger)
-trainer.PPOTrainer._at_intervals = at_intervals
+lifecycle.Keeper.at_intervals = at_intervals
 """
     process = Process(tmp_path, "--config", config, "--seed=5", "--cpu", "--processes=2", patch=patch)
     assert process.finish() == 0, process.text
@@ -1064,13 +1070,14 @@ trainer.PPOTrainer._at_intervals = at_intervals
 def test_file_size_limit_until_the_end(tmp_path):
     config = write_config(tmp_path, LARGE)
     patch = f"""
-import resource, trainer
-true = trainer.PPOTrainer._at_intervals
+import resource
+from run import lifecycle
+true = lifecycle.Keeper.at_intervals
 def at_intervals(self, logger):
-    if self.update == 3:
+    if self.trainer.update == 3:
         resource.setrlimit(resource.RLIMIT_FSIZE, ({2**18}, {2**18}))
     return true(self, logger)
-trainer.PPOTrainer._at_intervals = at_intervals
+lifecycle.Keeper.at_intervals = at_intervals
 """
     process = Process(tmp_path, "--config", config, "--seed=5", "--cpu", "--processes=2", patch=patch)
     assert process.finish() in (1, 2), process.text
