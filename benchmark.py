@@ -31,7 +31,7 @@ import time
 from pathlib import Path
 
 from run.cli import arguments_of, choose_device, command_line, cores, one_of, use_cores, whole_number
-from run.config import load_config
+from run.config import Config, load_config
 
 PARTS = {  # what an operation of PyTorch's profiler counts as
     "convolutions and large products": ("convolution", "_linear_pointwise"),
@@ -58,7 +58,7 @@ def main() -> None:
 # ---------------------------------------------------------------------------------------------------- whole updates
 
 
-def measure_updates(config: dict, arguments: dict) -> dict:
+def measure_updates(config: Config, arguments: dict) -> dict:
     """Return speeds, memory and the arithmetic floor of a config's updates.
 
     Args:
@@ -144,35 +144,44 @@ def count_operations(trainer) -> float:
     import numpy as np
 
     model, buffer, config = trainer.model, trainer.buffer, trainer.config
-    transformer = config["transformer"]
+    transformer, dim = config.transformer, config.transformer.embed_dim
     encoder = layer_costs(model.encoder)
-    decoder = sum(layer_costs(model.decoder)) if model.decoder is not None else 0
+    # Of each sample; what tells frames apart compares each with all of the minibatch's, which get a prior.
+    beside = 0 if model.vector is None else model.vector.weight.numel()
+    auxiliary, comparing = 0, 0
+    for task in trainer.auxiliary.values():
+        prior = getattr(task, "prior", None) is not None
+        auxiliary += sum(layer_costs(task)) - dim * prior
+        auxiliary += sum(layer.weight.numel() for layer in getattr(task, "actions", []) if model.task.continuous)
+        comparing += prior
     heads = sum(module.weight.numel() for module in (model.policy_hidden, model.value_hidden, *model.policy))
     matrices = {
         name: matrix.numel() for name, matrix in model.transformer.blocks.named_parameters() if matrix.dim() == 2
     }
     # Of each distance, not of each sample; the biases of the relative encoding are no products.
     table = sum(matrices.pop(name) for name in [*matrices] if name.endswith("relative.weight"))
-    table *= transformer["memory_length"] + 1
-    dense = heads + sum(size for name, size in matrices.items() if name.endswith("weight"))
-    seen = np.minimum(buffer.step, transformer["memory_length"]).sum() / buffer.step.size
-    attention = 2 * transformer["num_blocks"] * transformer["num_heads"] * transformer["embed_dim"] * seen
-    positions = transformer["num_blocks"] * transformer["embed_dim"] * seen if table else 0
+    table *= transformer.memory_length + 1
+    dense = heads + beside + sum(size for name, size in matrices.items() if name.endswith("weight"))
+    seen = np.minimum(buffer.step, transformer.memory_length).sum() / buffer.step.size
+    attention = 2 * transformer.num_blocks * transformer.num_heads * dim * seen
+    positions = transformer.num_blocks * dim * seen if table else 0
     embedding = model.embedding.weight.numel()
     distinct = len(buffer.observations)
+    seen_by = buffer.observation_index if model.task.frame is None else buffer.frame_index()
     total = (
         buffer.step.size * (dense + attention + positions) + distinct * (sum(encoder) + embedding) + table
     )  # sampling
-    for epoch in range(config["epochs"]):
+    for epoch in range(config.epochs):
         for samples in buffer.minibatches(np.random.default_rng((trainer.seed, trainer.update - 1, epoch))):
-            distinct = len(np.unique(buffer.observation_index.flat[samples]))
+            distinct = len(np.unique(seen_by.flat[samples]))
             total += distinct * (3 * (sum(encoder) + embedding) - encoder[0])
-            total += len(samples) * (3 * (dense + decoder + positions) + 2 * attention) + 2 * table
+            total += len(samples) * (3 * (dense + auxiliary + positions) + 2 * attention) + 2 * table
+            total += 3 * comparing * distinct * dim * (len(samples) + 1)
     return 2 * float(total)
 
 
 def layer_costs(part) -> list[int]:
-    """Return the multiply-adds per sample of each layer of an encoder or a decoder."""
+    """Return the multiply-adds per sample of each layer of an encoder or of an auxiliary task."""
     import math
 
     layers = [module for module in part.children() if hasattr(module, "weight")]
@@ -254,6 +263,7 @@ def use_textbook_formulation(trainer) -> None:
     Every sample's frame is encoded; a window is copied for every sample, its items get their position, are normalised
     and projected to keys and values; a minibatch is differentiated as a whole.
     """
+    import numpy as np
     import torch
 
     from kernels.windows import MASKED
@@ -276,7 +286,8 @@ def use_textbook_formulation(trainer) -> None:
             context = context if memory.slot is None else context[memory.slot]  # (N, D)
             return self.out(context * memory.nonempty), weights
 
-    transformer, timeline, store = trainer.model.transformer, trainer.buffer.timeline, trainer.buffer.observations
+    transformer, timeline = trainer.model.transformer, trainer.buffer.timeline
+    store = trainer.buffer.observations.frames
     for block in transformer.blocks:
         block.attention.__class__ = TextbookAttention
     if transformer.encoding == "absolute":
@@ -284,25 +295,32 @@ def use_textbook_formulation(trainer) -> None:
     trainer.buffer.per_group, timeline.stretch, timeline.narrow, timeline.in_place = 1, 0, False, False
     trainer.parts, trainer.map_parts = 1, map
 
-    def gather(index) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a frame per sample."""
-        return store.frames[index].permute(0, 3, 1, 2), torch.arange(len(index), device=trainer.device)
+    def gather(index) -> tuple[torch.Tensor, int, torch.Tensor]:
+        """Return a frame per sample; the first of each come first, as auxiliary tasks expect the distinct ones."""
+        distinct, first = np.unique(index, return_index=True)
+        order = np.concatenate((first, np.delete(np.arange(len(index)), first)))
+        frames = store.frames[torch.from_numpy(index[order]).to(trainer.device)].permute(0, 3, 1, 2)
+        return frames, len(distinct), torch.from_numpy(np.argsort(order)).to(trainer.device)
 
-    if trainer.task.visual:
+    if store is not None:
         store.gather = gather
 
 
 # -------------------------------------------------------------------------------------------- environments on their own
 
 
-def measure_environments(config: dict) -> dict[str, float]:
+def measure_environments(config: Config) -> dict[str, float]:
     """Return steps per second of the environments alone, under random actions, for several layouts."""
     import numpy as np
 
     from utils import inspect_environment
 
-    task, n_workers = inspect_environment(config["environment"]), config["n_workers"]
-    actions = np.random.default_rng(1).integers(0, task.branches, (64, n_workers, len(task.branches)))
+    (task, _), n_workers = inspect_environment(config.environment), config.n_workers
+    generator, shape = np.random.default_rng(1), (64, n_workers, task.action_size)
+    if task.continuous:
+        actions = generator.standard_normal(shape, dtype=np.float32)
+    else:
+        actions = generator.integers(0, task.branches, shape)
     results = {}
     for processes in sorted({1, cores(), 2 * cores(), n_workers}):
         say(f"{processes} processes")
@@ -313,15 +331,15 @@ def measure_environments(config: dict) -> dict[str, float]:
     return results
 
 
-def measure_workers(config: dict, task, processes: int, actions) -> float:
+def measure_workers(config: Config, task, processes: int, actions) -> float:
     """Return steps per second of this project's workers."""
     from functools import partial
 
     from utils import training_seed
     from worker import Workers
 
-    environment = config["environment"]
-    workers = Workers(environment, task, config["n_workers"], partial(training_seed, 1, environment), processes)
+    environment = config.environment
+    workers = Workers(environment, task, config.n_workers, partial(training_seed, 1, environment), processes)
     workers.start()
 
     def step(chosen) -> None:
@@ -334,7 +352,7 @@ def measure_workers(config: dict, task, processes: int, actions) -> float:
         workers.close()
 
 
-def measure_pipes(config: dict, actions) -> float:
+def measure_pipes(config: Config, actions) -> float:
     """Return steps per second of Gymnasium's vector environment with observations pickled through pipes."""
     from functools import partial
 
@@ -342,10 +360,10 @@ def measure_pipes(config: dict, actions) -> float:
 
     from utils import create_env
 
-    make = partial(create_env, config["environment"])
-    vector = AsyncVectorEnv([make] * config["n_workers"], shared_memory=False, context="forkserver")
+    make = partial(create_env, config.environment)
+    vector = AsyncVectorEnv([make] * config.n_workers, shared_memory=False, context="forkserver")
     vector.reset(seed=1)
-    single = actions.shape[2] == 1
+    single = actions.shape[2] == 1 and actions.dtype.kind == "i"
     try:
         return rate_of(lambda chosen: vector.step(chosen[:, 0] if single else chosen), actions)
     finally:

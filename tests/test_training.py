@@ -14,7 +14,7 @@ import torch
 import yaml
 
 import benchmark
-from run.config import check_config, load_config
+from run.config import Config, check_config, load_config
 from trainer import Options, PPOTrainer
 
 ROOT = Path(__file__).parent.parent
@@ -25,11 +25,23 @@ STATED = {
 MINIGRID = {"type": "Minigrid", "name": "MiniGrid-MemoryS7-v0"}
 
 
-def tiny(name: str, **changes) -> dict:
+def tiny(name: str, **changes) -> Config:
     """Return a shipped config scaled down to a fraction of a second."""
-    config = load_config(ROOT / "configs" / f"{name}.yaml") | {"n_workers": 4, "worker_steps": 32, "n_mini_batch": 2}
-    config["transformer"] = config["transformer"] | {"embed_dim": 32, "num_blocks": 2, "memory_length": 16}
-    return check_config(config | {"epochs": 1, "hidden_layer_size": 16} | changes, "test")
+    config = load_config(ROOT / "configs" / f"{name}.yaml").model_dump()
+    config["transformer"] |= {"embed_dim": 32, "num_blocks": 2, "memory_length": 16} | changes.pop("transformer", {})
+    config |= {"n_workers": 4, "worker_steps": 32, "n_mini_batch": 2, "epochs": 1, "hidden_layer_size": 16}
+    return check_config(config | changes, "test")
+
+
+def copied_weights(trainer: PPOTrainer) -> list[tuple[torch.nn.Module, dict]]:
+    """Return a copy of all that an optimiser step changes, by what holds it."""
+    return [(module, copy.deepcopy(module.state_dict())) for module in (trainer.model, trainer.auxiliary)]
+
+
+def put_back(weights: list[tuple[torch.nn.Module, dict]]) -> None:
+    """Let modules have weights of `copied_weights` again."""
+    for module, state in weights:
+        module.load_state_dict(state)
 
 
 @pytest.fixture
@@ -37,7 +49,7 @@ def sampled(tmp_path):
     """Return a function that makes a trainer and lets it sample two rollouts."""
     trainers = []
 
-    def make(config: dict) -> PPOTrainer:
+    def make(config: Config) -> PPOTrainer:
         trainer = PPOTrainer(config, "test", 3, Options(torch.device("cpu"), processes=1, folder=tmp_path))
         trainers.append(trainer)
         trainer.start_workers()
@@ -55,13 +67,11 @@ def sampled(tmp_path):
     [("poc_memory_env", "learned"), ("minigrid", "absolute"), ("searing_spotlights", ""), ("mystery_path", "relative")],
 )
 def test_bf16_computes_the_same_but_for_rounding(sampled, name, encoding):
-    config = tiny(name)
-    config["transformer"]["positional_encoding"] = encoding
-    trainer = sampled(config)
+    trainer = sampled(tiny(name, transformer={"positional_encoding": encoding, "query_position": False}))
     samples = next(trainer.buffer.minibatches(np.random.default_rng(1)))
-    weights = copy.deepcopy(trainer.model.state_dict())
+    weights = copied_weights(trainer)
     expected = trainer._train_minibatch(samples, 0.1, 0.001)
-    trainer.model.load_state_dict(weights)
+    put_back(weights)
     trainer.options.precision = "bf16"
     found = trainer._train_minibatch(samples, 0.1, 0.001)
     assert (found != expected).any()
@@ -85,16 +95,16 @@ def test_parts_of_a_minibatch(sampled, monkeypatch, name, changes, parts):
     trainer = sampled(tiny(name, **changes))
     lanes = ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,))
     samples = next(trainer.buffer.minibatches(np.random.default_rng(1)))
-    weights, results = copy.deepcopy(trainer.model.state_dict()), []
+    weights, results = copied_weights(trainer), []
     trainer.optimizer.max_grad_norm = np.inf
     for divided, map_parts in ((parts, lanes.map), (parts, lanes.map), (1, map)):
         trainer.parts, trainer.map_parts = divided, map_parts
-        monkeypatch.setattr("buffer.MANY_FRAMES", 0 if divided == parts else 512)
-        trainer.model.load_state_dict(weights)
+        monkeypatch.setattr("memory.MANY_FRAMES", 0 if divided == parts else 512)
+        put_back(weights)
         losses = trainer._train_minibatch(samples, 0.1, 0.001)
         results.append((losses, trainer.optimizer.weights.grad.clone()))
     parted, again, whole = results
-    assert len(trainer.buffer.minibatch(samples, True).split(parts)) == parts
+    assert len(trainer.buffer.minibatch(samples).split(parts)) == parts
     for found, same, expected in zip(parted, again, whole, strict=True):
         assert torch.equal(found, same)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
@@ -104,14 +114,15 @@ def test_recall_targets(sampled):
     trainer = sampled(tiny("minigrid_published", recall_coefficient=0.5))
     buffer = trainer.buffer
     samples = next(buffer.minibatches(np.random.default_rng(1)))
-    targets, known = buffer.recall_targets(samples)
+    found = trainer.auxiliary["recall"].targets(buffer, samples)
+    targets, known = found["shown"], found["known"]
     frames = sorted({int(buffer.observation_index.flat[sample]) for sample in samples})
     assert targets.shape == (len(samples), len(frames)) and 0 < known.float().mean() < 1
     for row, sample in enumerate(samples):
         w, t = divmod(int(sample), buffer.worker_steps)
         step = int(buffer.step[w, t])
         if not known[row]:
-            assert step > t or step > trainer.config["transformer"]["memory_length"]
+            assert step > t or step > trainer.config.transformer.memory_length
             continue
         episode = {int(buffer.observation_index[w, earlier]) for earlier in range(t - step, t)}
         assert [int(target) for target in targets[row]] == [int(frame in episode) for frame in frames]
@@ -120,11 +131,11 @@ def test_recall_targets(sampled):
 def test_recall_teaches_the_encoder_about_the_past(sampled):
     """The loss of a step reaches the encoding of a frame that only an earlier step saw; PPO's does not."""
     trainer = sampled(tiny("minigrid_published", recall_coefficient=0.5))
-    frames = trainer.buffer.observations.frames[:2].permute(0, 3, 1, 2)
+    frames = trainer.buffer.observations.frames.frames[:2].permute(0, 3, 1, 2)
     embedded = trainer.model.embed(frames)
     embedded.retain_grad()
     output = torch.randn(1, embedded.shape[1])
-    trainer.model.recall(output, embedded)[0, 1].backward()
+    trainer.auxiliary["recall"](output, embedded)[0, 1].backward()
     assert embedded.grad[0].abs().sum() == 0 and embedded.grad[1].abs().sum() > 0
 
 
@@ -171,7 +182,7 @@ def test_operations_are_counted_from_the_shapes(sampled, name, relative):
     ],
 )
 def test_benchmark(arguments, tmp_path):
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny("minigrid_published")))
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny("minigrid_published").model_dump()))
     command = [sys.executable, ROOT / "benchmark.py", "--config=tiny.yaml", "--output=found.json", *arguments]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -201,8 +212,8 @@ def test_textbook_benchmark_does_the_same_work(name):
 def test_freed_memory_is_kept():
     """A tensor that is freed and made again soon costs no page faults any more."""
     code = """
-import utils, resource, torch
-utils.keep_memory()
+import kernels.allocator, resource, torch
+kernels.allocator.keep_memory()
 faults = []
 for _ in range(100):
     torch.ones(2**22)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import imageio.v2
 import numpy as np
@@ -19,7 +20,7 @@ from play.agent import Agent, first_unseen_seed, load_for_play, play_episodes
 from play.watch import SUMMARY_STEPS, SUMMARY_WIDTH, Painter, Player, draw_episode, episode_summary, write_video
 from run.checkpoint import save_model
 from run.cli import command_line
-from run.config import load_config
+from run.config import Config, check_config, load_config
 from utils import inspect_environment
 
 ROOT = Path(__file__).parent.parent
@@ -29,13 +30,13 @@ TASKS = ("poc_memory_env", "cartpole_masked", "mystery_path_grid", ENDLESS)
 
 def make_model(name: str, memory_length: int = 16, **transformer: object) -> tuple:
     """Return a small model with random weights of a task, its config and its task."""
-    config = load_config(ROOT / "configs" / f"{name}.yaml")
+    config = load_config(ROOT / "configs" / f"{name}.yaml").model_dump() | {"hidden_layer_size": 16}
     config["transformer"] |= {"embed_dim": 16, "num_heads": 2, "num_blocks": 2, "memory_length": memory_length}
-    config["transformer"] |= transformer
-    config |= {"hidden_layer_size": 16}
-    task = inspect_environment(config["environment"])
+    config["transformer"] |= {"query_position": False} | transformer
+    config = check_config(config, "test")
+    task, _ = inspect_environment(config.environment)
     torch.manual_seed(1)
-    model = ActorCriticModel(config, *vars(task).values())
+    model = ActorCriticModel(config, task)
     with torch.no_grad():  # attention that differs between steps
         for block in model.transformer.blocks:
             block.attention.query.weight *= 8
@@ -44,8 +45,8 @@ def make_model(name: str, memory_length: int = 16, **transformer: object) -> tup
 
 def write_model(path: Path, name: str = "poc_memory_env", run_id: str = "run", seed: int = 1, steps: int = 100) -> Path:
     """Write a small model and return its file."""
-    model, config, task = make_model(name)
-    save_model(path, model, config, task, {"run_id": run_id, "seed": seed, "steps": steps, "updates": 1})
+    model, config, _ = make_model(name)
+    save_model(path, model, config, {"run_id": run_id, "seed": seed, "steps": steps, "updates": 1})
     return path
 
 
@@ -78,15 +79,15 @@ def command(
 # ---------------------------------------------------------------------------------------------- the same as in training
 
 
-def record(model: ActorCriticModel, config: dict, task: object, seed: int, most: int) -> tuple:
+def record(model: ActorCriticModel, config: Config, task: object, seed: int, most: int) -> tuple:
     """Play an episode; return its moments and, per step, what was observed, its log-probabilities and its inputs."""
     seen, wanted, inputs = [], [], []
     act = Agent.act
 
     def acting(agent, arrays, rows):
         prediction, actions = act(agent, arrays, rows)
-        seen.append(arrays.observations[0].copy())
-        wanted.append([branch[0] for branch in prediction.log_probs] + [prediction.value[0]])
+        seen.append((arrays.vectors if task.frame is None else arrays.frames)[0].copy())
+        wanted.append([branch[0] for branch in prediction.policy.log_probs] + [prediction.value[0]])
         inputs.append(prediction.inputs[:, 0])
         return prediction, actions
 
@@ -109,19 +110,20 @@ def test_steps_are_what_training_computes(name, encoding):
     moments, seen, wanted, inputs = max(
         (record(model, config, task, seed, 150) for seed in seeds), key=lambda r: len(r[1])
     )
-    steps, length = np.arange(len(seen)), config["transformer"]["memory_length"]
-    timeline = Timeline(model, config["transformer"], 1, len(seen), torch.device("cpu"))
+    steps, length = np.arange(len(seen)), config.transformer.memory_length
+    timeline = Timeline(model, config.transformer, 1, len(seen), torch.device("cpu"))
     for t in steps:
         timeline.write(slice(0, 1), int(t), inputs[:, t : t + 1], np.array([t]))
     observations = torch.from_numpy(seen)
-    observations = observations.permute(0, 3, 1, 2) if task.visual else observations
+    observations = observations.permute(0, 3, 1, 2) if task.frame else observations
     timeline.in_place = False  # watching read windows where they lie
     with torch.no_grad():
         groups = [timeline.group(np.zeros_like(steps), steps, steps, per_group) for per_group in (8, 1)]
         views = [timeline.view(queries) for queries in groups]
-        batched, single = (model(model.embed(observations), view) for view in views)
+        embedded = model.complete(model.embed(observations), None, torch.from_numpy(steps))
+        batched, single = (model(embedded, view) for view in views)
     for t in steps:
-        expected = [branch[t] for branch in batched.log_probs] + [batched.value[t]]
+        expected = [branch[t] for branch in batched.policy.log_probs] + [batched.value[t]]
         for found, value in zip(wanted[t], expected, strict=True):
             torch.testing.assert_close(found, value, atol=1e-5, rtol=0)
     for t, moment in zip(steps, moments, strict=False):
@@ -156,8 +158,8 @@ def test_memory_goes_on_when_the_timeline_is_full(monkeypatch):
     model, config, task = make_model("cartpole_masked", memory_length=4, positional_encoding="relative")
     short, long = [], []
     for values, rollout in ((short, 5), (long, 500)):
-        monkeypatch.setattr("play.SHORTEST_ROLLOUT", rollout)
-        monkeypatch.setattr("play.OBSERVATIONS_KEPT", rollout)
+        monkeypatch.setattr("play.agent.SHORTEST_ROLLOUT", rollout)
+        monkeypatch.setattr("play.agent.OBSERVATIONS_KEPT", rollout)
         player = Player(model, config, task, render=False)
         values += [moment.value for moment in player.play(2)]
     assert len(short) > 3 * 5
@@ -179,7 +181,7 @@ def test_batched_episodes_are_those_of_the_player():
 
 def test_evaluation_is_repeatable_and_independent_of_processes(monkeypatch):
     """The same episodes with one process, with three, and again; others with another seed of the actions."""
-    monkeypatch.setattr("play.ENVIRONMENTS", 7)
+    monkeypatch.setattr("play.agent.ENVIRONMENTS", 7)
     model, config, task = make_model("poc_memory_env")
     seeds = list(range(100_000, 100_010))
     one, three, again, other = (
@@ -385,12 +387,13 @@ def test_a_task_that_changed_is_noticed(tmp_path):
 
     model, config, task = make_model("poc_memory_env")
     run = {"run_id": "run", "seed": 1, "steps": 1}
-    save_model(tmp_path / "m.nn", model, config, replace(task, max_episode_steps=99), run)
+    model.task = replace(task, max_episode_steps=99)
+    save_model(tmp_path / "m.nn", model, config, run)
     with pytest.raises(UserError, match="was trained where PocMemoryEnv was"):
         load_for_play(tmp_path / "m.nn", torch.device("cpu"))
 
 
 def test_unseen_seeds_lie_behind_those_of_training():
     """Start and number of the training seeds are respected, and have defaults."""
-    assert first_unseen_seed({"reset_params": {}}) == 100_000
-    assert first_unseen_seed({"reset_params": {"start-seed": 5, "num-seeds": 20}}) == 25
+    assert first_unseen_seed(SimpleNamespace(reset_params={})) == 100_000
+    assert first_unseen_seed(SimpleNamespace(reset_params={"start-seed": 5, "num-seeds": 20})) == 25
