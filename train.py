@@ -4,12 +4,10 @@ Usage:
     train.py [--config=<file>] [--run-id=<id>] [--seed=<n>] [--set=<key>]...
              [--init-from=<model>] [options]
     train.py --resume=<id> [options]
-    train.py -h | --help
 
 Options:
     --config=<file>      A config [default: configs/poc_memory_env.yaml].
-    --set=<key>          Another value for one of its keys, key=value, as in
-                         transformer.num_blocks=2; may be given repeatedly.
+    --set=<key>          Change a key of it, key=value; may be given repeatedly.
     --run-id=<id>        Name of the run; by default the config's, or numbered.
     --seed=<n>           Everything random derives from it; by default drawn.
     --init-from=<model>  Start from a model's weights.
