@@ -49,8 +49,8 @@ def sampled(tmp_path):
     """Return a function that makes a trainer and lets it sample two rollouts."""
     trainers = []
 
-    def make(config: Config) -> PPOTrainer:
-        trainer = PPOTrainer(config, "test", 3, Options(torch.device("cpu"), processes=1, folder=tmp_path))
+    def make(config: Config, seed: int = 3) -> PPOTrainer:
+        trainer = PPOTrainer(config, "test", seed, Options(torch.device("cpu"), processes=1, folder=tmp_path))
         trainers.append(trainer)
         trainer.start_workers()
         trainer.train_update()
@@ -67,7 +67,7 @@ def sampled(tmp_path):
     [("poc_memory_env", "learned"), ("minigrid", "absolute"), ("searing_spotlights", ""), ("mystery_path", "relative")],
 )
 def test_bf16_computes_the_same_but_for_rounding(sampled, name, encoding):
-    trainer = sampled(tiny(name, transformer={"positional_encoding": encoding, "query_position": False}))
+    trainer = sampled(tiny(name, transformer={"positional_encoding": encoding, "query_position": False}), seed=4)
     samples = next(trainer.buffer.minibatches(np.random.default_rng(1)))
     weights = copied_weights(trainer)
     expected = trainer._train_minibatch(samples, 0.1, 0.001)
@@ -193,7 +193,7 @@ def test_benchmark(arguments, tmp_path):
     assert not shares or sum(shares) == pytest.approx(1, abs=0.01)
 
 
-@pytest.mark.parametrize("name", ("mystery_path_grid", "mortar_mayhem_grid"))
+@pytest.mark.parametrize("name", ("mystery_path_grid_published", "mortar_mayhem_grid"))
 def test_textbook_benchmark_does_the_same_work(name):
     """The textbook formulation samples and learns what the fast one does."""
     trainers = [PPOTrainer(tiny(name), "test", 3, Options(torch.device("cpu"))) for _ in range(2)]
