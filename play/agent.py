@@ -135,15 +135,11 @@ def play_episodes(
     agent = Agent(model, config, task, count, deterministic)
     agent.generator.manual_seed(action_seed)
     episode_seed = partial(planned_seed, [[seed for seed, _ in episodes] for episodes in plan])
-    workers = Workers(
-        config.environment, task, count, episode_seed, processes, groups=2 if count > 1 else 1, max_steps=max_steps
-    )
+    workers = Workers(config.environment, task, count, episode_seed, processes, min(2, count), max_steps=max_steps)
     try:
         found = _play(agent, workers, [len(episodes) for episodes in plan], progress)
     finally:
         workers.close()
-    if len(found) < len(planned):
-        raise EnvironmentFailure("a process died, and its episodes cannot be repeated: the task is not deterministic")
     reported = {plan[index][number]: info for (index, number), info in found.items()}
     return [{"seed": s, "repetition": r} | reported[s, r] for s in seeds for r in range(repetitions)]
 
@@ -176,4 +172,6 @@ def _play(
                 agent.count_step(rows, arrays.terminated[rows] | arrays.truncated[rows])
             workers.send(group, agent.act(arrays, rows)[1])
             stepping.add(group)
+    if len(found) < sum(wanted):
+        raise EnvironmentFailure("a process died, and its episodes cannot be repeated: the task is not deterministic")
     return found
