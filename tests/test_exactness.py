@@ -613,7 +613,7 @@ class CheckedTrainer(PPOTrainer):
 def test_training_run(name, tmp_path, monkeypatch):
     """Three updates on real environments in processes of their own, every one checked from the outside."""
     if name != "PocMemoryEnv":
-        monkeypatch.setattr("trainer.PART_ROWS", 5)  # minibatches of 15 in three parts
+        monkeypatch.setattr("kernels.threads.PART_ROWS", 5)  # minibatches of 15 in three parts
     environment, transformer_config, reconstruction = RUNS[name]
     config = RUN | {"environment": environment, "reconstruction_coefficient": reconstruction}
     config["transformer"] = {"num_blocks": 2, "embed_dim": 12, "num_heads": 3, **transformer_config}
