@@ -263,11 +263,12 @@ class Novelty:
 
     def __init__(self, schedule: "Schedule", n_workers: int) -> None:
         self.schedule = schedule
-        self.seen: list[set[bytes]] = [set() for _ in range(n_workers)]  # observations of the running episodes
+        # Observations of the running episodes, in the order in which they were first shown.
+        self.seen: list[dict[bytes, None]] = [{} for _ in range(n_workers)]
 
     def begin(self, index: int, digest: bytes) -> None:
         """Begin the episode of an environment with its first observation."""
-        self.seen[index] = {digest}
+        self.seen[index] = {digest: None}
 
     def bonus(self, group: range, digests: list[bytes], ended: np.ndarray, update: int) -> np.ndarray:
         """Return the bonus (n,) of what a group of n environments shows.
@@ -287,5 +288,5 @@ class Novelty:
                 seen.clear()
             elif digest not in seen:
                 paid[place] = bonus
-            seen.add(digest)
+            seen[digest] = None
         return paid

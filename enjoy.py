@@ -43,7 +43,7 @@ def main() -> None:
     if arguments["--window"] and not has_display():
         raise UserError("--window: there is no display; write a video instead: --video=episode.mp4")
     from play.agent import first_unseen_seed, load_for_play
-    from play.watch import Player, write_video
+    from play.watch import Player, check_drawing
 
     video = output_file(arguments, "--video", (".mp4", ".gif"))
     device = choose_device(arguments)
@@ -51,23 +51,27 @@ def main() -> None:
     model, config, task, _ = load_for_play(Path(arguments["--model"]), device)
     first = first_unseen_seed(config.environment) + seed
     window = open_window(arguments["--window"], wanted=video is None)
+    if window or video:
+        check_drawing(model, config, task, "--video" if video else "--window", "without it results are printed")
     limit = step_limit(max_steps, task)
     player = Player(model, config, task, arguments["--deterministic"], render=bool(window or video), max_steps=limit)
     results: list[dict[str, float]] = []
     pictures = play(player, range(first, first + episodes), fps, window, results)
+    stopped = False
     try:
         if video is None:
             for _ in pictures:
                 pass
         else:
-            write_video(video, pictures, fps)
-            print(f"the video is {video}", file=sys.stderr)
+            stopped = film(video, pictures, fps, player)
     finally:
         player.close()
     if len(results) > 1:
         print(f"mean of {len(results)} episodes: {', '.join(describe_means(results))}")
     if window is None and video is None:
         print("There is no display here; to watch: --video=episode.mp4", file=sys.stderr)
+    if stopped:
+        sys.exit(130)
 
 
 def play(player, seeds: range, fps: int, window, results: list[dict[str, float]]) -> Iterator:
@@ -94,6 +98,33 @@ def play(player, seeds: range, fps: int, window, results: list[dict[str, float]]
                 yield picture
             if window is not None and not window.show(picture, fps):
                 return
+
+
+def film(video: Path, pictures: Iterator, fps: int, player) -> bool:
+    """Write pictures as a video, until the end or until SIGINT or SIGTERM; return whether it was stopped.
+
+    Args:
+        video: the file.
+        pictures: that a `watch.Player` plays.
+        fps: pictures per second.
+        player: who plays.
+    """
+    from play.watch import write_video
+    from run.lifecycle import StopRequest
+
+    stop = StopRequest()
+
+    def until_stopped() -> Iterator:
+        for picture in pictures:
+            yield picture
+            if stop.asked:
+                return
+
+    with stop.on_signals():
+        write_video(video, until_stopped(), fps)
+    where = f"stopped at step {player.steps:,} of an episode; " if stop.asked else ""
+    print(f"{where}the video is {video}", file=sys.stderr)
+    return stop.asked
 
 
 def describe_means(results: list[dict[str, float]]) -> list[str]:

@@ -16,6 +16,10 @@ class UserError(Exception):
     """Something that the user can put right; command lines print it without a traceback and exit with code 2."""
 
 
+class EnvironmentFailure(Exception):
+    """An environment failed while it was played; the message says which, its seed, its step and how."""
+
+
 def create_env(section: Section, render_mode: str | None = None) -> Any:
     """Create one environment.
 

@@ -24,7 +24,7 @@ import xxhash
 from environments import BrokenContract
 from environments.numbers import episode_numbers
 from environments.section import Section
-from utils import Task, UserError, check_observation, checked_step, create_env
+from utils import EnvironmentFailure, Task, UserError, check_observation, checked_step, create_env
 
 # How often the processes may be restarted at the same step before the run gives up.
 MAX_RESTARTS = 3
@@ -32,10 +32,6 @@ DIGEST_SIZE = 16
 
 # A frame, a vector, or both by these names.
 Observation = np.ndarray | dict[str, np.ndarray]
-
-
-class EnvironmentFailure(Exception):
-    """An environment raised an exception; the message holds its traceback, id, seed and step."""
 
 
 class SharedArrays:

@@ -12,8 +12,8 @@ from memory import ObservationStore, Timeline, policy_step
 from model import ActorCriticModel, Prediction, action_noise
 from run.checkpoint import load_model
 from run.config import Config
-from utils import Task, UserError, inspect_environment, seed_range
-from worker import EnvironmentFailure, SharedArrays, Workers
+from utils import EnvironmentFailure, Task, UserError, inspect_environment, seed_range
+from worker import SharedArrays, Workers
 
 # How many environments are played at once: enough for matrix products of a good size, and few enough that most of them
 # are still busy with their last episode when the longest ends.
@@ -72,6 +72,11 @@ class Agent:
         self.step[rows] = np.where(ended, 0, self.step[rows] + 1)
 
 
+def task_name(section: Section) -> str:
+    """Return what a person calls the task of a config's `environment` section."""
+    return getattr(section, "name", None) or section.type
+
+
 def first_unseen_seed(environment: Section) -> int:
     """Return the first episode seed that training cannot have drawn."""
     start, count = seed_range(environment)
@@ -127,7 +132,7 @@ def play_episodes(
         `cut` is 1 where it was cut. They are ordered by seed and repetition as given.
 
     Raises:
-        UserError, EnvironmentFailure: if an environment breaks its contract or fails.
+        EnvironmentFailure: if an environment breaks its contract or fails; the message is one line.
     """
     planned = [(seed, repetition) for repetition in range(repetitions) for seed in seeds]
     count = min(ENVIRONMENTS, len(planned))
@@ -138,6 +143,10 @@ def play_episodes(
     workers = Workers(config.environment, task, count, episode_seed, processes, min(2, count), max_steps=max_steps)
     try:
         found = _play(agent, workers, [len(episodes) for episodes in plan], progress)
+    except EnvironmentFailure as error:
+        where, *trace = str(error).splitlines()
+        what = " ".join([where, *trace[-1:]])  # what its traceback ends in
+        raise EnvironmentFailure(f"{task_name(config.environment)}, {what}") from error
     finally:
         workers.close()
     reported = {plan[index][number]: info for (index, number), info in found.items()}
