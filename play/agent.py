@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from environments.contract import Task
 from environments.section import Section
 from memory import ObservationStore, Timeline, policy_step
 from model import ActorCriticModel, Prediction, action_noise
 from run.checkpoint import load_model
 from run.config import Config
-from utils import EnvironmentFailure, Task, UserError, inspect_environment, seed_range
+from utils import EnvironmentFailure, UserError, inspect_environment, seed_range
 from worker import SharedArrays, Workers
 
 # How many environments are played at once: enough for matrix products of a good size, and few enough that most of them
