@@ -1,6 +1,7 @@
 """What watching and evaluating share: a model that acts with its memory, unseen episodes, and many of them at once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -143,15 +144,22 @@ def play_episodes(
     episode_seed = partial(planned_seed, [[seed for seed, _ in episodes] for episodes in plan])
     workers = Workers(config.environment, task, count, episode_seed, processes, min(2, count), max_steps=max_steps)
     try:
-        found = _play(agent, workers, [len(episodes) for episodes in plan], progress)
-    except EnvironmentFailure as error:
-        where, *trace = str(error).splitlines()
-        what = " ".join([where, *trace[-1:]])  # what its traceback ends in
-        raise EnvironmentFailure(f"{task_name(config.environment)}, {what}") from error
+        with naming(config.environment):
+            found = _play(agent, workers, [len(episodes) for episodes in plan], progress)
     finally:
         workers.close()
     reported = {plan[index][number]: info for (index, number), info in found.items()}
     return [{"seed": s, "repetition": r} | reported[s, r] for s in seeds for r in range(repetitions)]
+
+
+@contextmanager
+def naming(environment: Section) -> Iterator[None]:
+    """Let a failure say on one line which task it was of, and what its traceback ends in."""
+    try:
+        yield
+    except EnvironmentFailure as error:
+        where, *trace = str(error).splitlines()
+        raise EnvironmentFailure(f"{task_name(environment)}, {' '.join([where, *trace[-1:]])}") from error
 
 
 def planned_seed(seeds: list[list[int]], index: int, episode: int) -> int:
