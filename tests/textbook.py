@@ -173,9 +173,9 @@ def forward(
 ) -> Step:
     """The transformer and the heads.
 
-    embedded (N, D) is h0, without position; windows (N, S, blocks, D), mask (N, S) and positions (N, S) describe each sample's memory,
-    which is constant; steps (N,) are the samples' own episode steps. A sample without items attends to nothing: its
-    context is zero.
+    embedded (N, D) is h0, without position; windows (N, S, blocks, D), mask (N, S) and positions (N, S) describe each
+    sample's memory, which is constant; steps (N,) are the samples' own episode steps. A sample without items attends to
+    nothing: its context is zero.
     """
     windows = windows.detach().to(embedded.dtype)
     distances = steps.unsqueeze(1) - positions  # (N, 1) - (N, S) -> (N, S)
