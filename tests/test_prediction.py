@@ -181,7 +181,7 @@ def rows(batch, part) -> np.ndarray:
 # -------------------------------------------------------------------------------------------------- what is reported
 
 
-def hand_made(trainer: PPOTrainer, target: list[int]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def hand_made(trainer: PPOTrainer, target: list[int]) -> tuple[Tensor, list[Tensor], tuple[Tensor, ...]]:
     """Return the loss of samples that say frames 0, 1, 2, 0 of three, by what was to be said; reports, gradients."""
     task: NextObservation = trainer.auxiliary["prediction"]
     with torch.no_grad():
