@@ -56,6 +56,7 @@ LOSS_PARTS = {
 def product_config(config: dict[str, Any]) -> Config:
     """Returns what model and loss read of a product config; `memory_slots` become the memory length."""
     transformer = {name: config[name] for name in TRANSFORMER} | {"memory_length": config["memory_slots"]}
+    transformer["query_position"] = config.get("query_position", False)
     return Config.model_construct(  # not validated: there is no environment
         transformer=TransformerConfig.model_construct(**transformer),
         hidden_layer_size=config["hidden_layer_size"],

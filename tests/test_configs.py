@@ -335,7 +335,7 @@ def test_a_config_is_checked_without_a_simulator():
 
 
 def test_overrides():
-    path = SHIPPED[0].parent / "mortar_mayhem_grid.yaml"
+    path = SHIPPED[0].parent / "mortar_mayhem_grid_published.yaml"
     config = load_config(
         path,
         ["transformer.num_blocks=2", "learning_rate_schedule.initial=3e-4", "clip_range_schedule.final=0.05",

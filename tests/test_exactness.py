@@ -194,7 +194,8 @@ class Rollouts:
         self.timeline.in_place = per_group is None
         worker, t = np.divmod(samples, self.worker_steps)
         view = self.timeline.view(self.timeline.group(worker, t, self.step[worker, t], per_group))
-        return self.model(self.model.embed(self.observations[worker, t]), view)
+        embedded, step = self.model.embed(self.observations[worker, t]), torch.from_numpy(self.step[worker, t])
+        return self.model(self.model.complete(embedded, None, step), view)
 
     def check_training(self, samples: np.ndarray, per_groups: tuple[int, ...] = (1, 3, 8)) -> None:
         """Requires that training's outputs and gradients are the textbook's, for samples w·T + t of the rollout."""
@@ -270,6 +271,20 @@ def test_memory_longer_than_any_episode(encoding):
     for _ in range(2):
         rollouts.play()
     rollouts.check_minibatches()
+
+
+@pytest.mark.parametrize("gtrxl", (False, True))
+@pytest.mark.parametrize("encoding", ("absolute", "learned"))
+def test_rollouts_with_the_position_of_the_query(encoding, gtrxl):
+    """The query's own position counts in what is predicted, remembered and, where it is learned, differentiated."""
+    changes = {"positional_encoding": encoding, "query_position": True, "gtrxl": gtrxl, "max_episode_steps": 9}
+    rollouts = Rollouts(changes, ends=0.05, seed=6)
+    for _ in range(2):
+        rollouts.play()
+        rollouts.check_minibatches()
+    shown = torch.randn(1, 5).expand(2, 5)
+    first, second = rollouts.model.complete(rollouts.model.embed(shown), None, torch.tensor([0, 8]))
+    assert (first - second).abs().max() > 1e-2
 
 
 @every_encoding
@@ -436,17 +451,25 @@ RUN = {
         for name, value in (("learning_rate", 3e-3), ("beta", 0.01), ("clip_range", 0.1))
     },
 }
+# Environment, transformer, and the auxiliary losses' coefficients
 RUNS = {
     "PocMemoryEnv": (
         {"type": "PocMemoryEnv"},
-        {"memory_length": 5, "positional_encoding": "learned", "layer_norm": "pre", "gtrxl": True, "gtrxl_bias": 1},
-        0.0,
+        {
+            "memory_length": 5,
+            "positional_encoding": "learned",
+            "query_position": True,
+            "layer_norm": "pre",
+            "gtrxl": True,
+            "gtrxl_bias": 1,
+        },
+        {"prediction_coefficient": 0.3},
     ),
     # Some episodes fall over, the others are cut off.
     "CartPole": (
         {"type": "Gymnasium", "name": "CartPole-v1", "max_episode_steps": 12},
         {"memory_length": 14, "positional_encoding": "relative", "layer_norm": "pre", "gtrxl": False},
-        0.0,
+        {"prediction_coefficient": 0.5},
     ),
     "Minigrid": (
         {
@@ -456,8 +479,14 @@ RUNS = {
             "view_size": 3,
             "max_episode_steps": 24,
         },
-        {"memory_length": 20, "positional_encoding": "absolute", "layer_norm": "post", "gtrxl": False},
-        0.5,
+        {
+            "memory_length": 20,
+            "positional_encoding": "absolute",
+            "query_position": True,
+            "layer_norm": "post",
+            "gtrxl": False,
+        },
+        {"reconstruction_coefficient": 0.5, "prediction_coefficient": 0.5},
     ),
 }
 
@@ -503,16 +532,23 @@ class CheckedTrainer(PPOTrainer):
         self.check_sampling()
         self.check_recomputed()
         self.check_advantages()
+        self.auxiliary_before, self.gradients = copy.deepcopy(self.auxiliary).double(), {}
         batches, minibatches = [], buffer.minibatches
-        decoder = copy.deepcopy(self.auxiliary["reconstruction"]) if "reconstruction" in self.auxiliary else None
         buffer.minibatches = lambda generator: (batches.append(batch) or batch for batch in minibatches(generator))
         statistics = super().optimise()
         del buffer.minibatches
-        self.check_loss(statistics[0], batches[0], decoder)
+        self.check_loss(statistics[0], batches[0])
         epochs = np.split(np.concatenate(batches), self.config.epochs)
         assert all(sorted(epoch.tolist()) == [*range(self.samples)] for epoch in epochs)
         assert any((one != other).any() for one, other in zip(epochs, epochs[1:], strict=False))
         return statistics
+
+    def _accumulate_gradient(self, *arguments) -> Tensor:
+        losses = super()._accumulate_gradient(*arguments)
+        if not self.gradients:  # of the first minibatch, before they are clipped
+            found = canonical.gradients(self.model) | {n: p.grad for n, p in self.auxiliary.named_parameters()}
+            self.gradients = {name: gradient.clone() for name, gradient in found.items()}
+        return losses
 
     def check_steps(self) -> None:
         """Episode steps count up, also across rollouts, and begin again behind every end."""
@@ -560,8 +596,10 @@ class CheckedTrainer(PPOTrainer):
         for samples in (np.arange(self.samples), order, *np.array_split(order, 7), order[:1]):
             memory = buffer.timeline.view(buffer.group(samples))
             observations, _, which, _ = buffer.observe(samples)
-            prediction = self.model(canonical.embed(self.model, observations, which), memory)
             worker, t = np.divmod(samples, buffer.worker_steps)
+            embedded = canonical.embed(self.model, observations, which)
+            step = torch.from_numpy(buffer.step[worker, t])
+            prediction = self.model(self.model.complete(embedded, None, step), memory)
             assert_close(prediction.policy.log_prob(buffer.actions[worker, t]), buffer.log_probs[worker, t])
             assert_close(prediction.value, buffer.values[worker, t])
 
@@ -584,8 +622,8 @@ class CheckedTrainer(PPOTrainer):
         )
         assert_close(buffer.advantages, expected)
 
-    def check_loss(self, statistics: Tensor, samples: np.ndarray, decoder: nn.Module | None) -> None:
-        """The first minibatch's losses and the norm of its gradient are the textbook's."""
+    def check_loss(self, statistics: Tensor, samples: np.ndarray) -> None:
+        """The first minibatch's losses and all gradients are the textbook's."""
         buffer, history = self.buffer, self.history
         worker, t = np.divmod(samples, buffer.worker_steps)
         first = len(history.items[0]) - buffer.worker_steps
@@ -594,20 +632,54 @@ class CheckedTrainer(PPOTrainer):
         batch = [tensor[worker, t] for tensor in (buffer.actions, buffer.log_probs, buffer.advantages, buffer.values)]
         batch = [tensor.double() if tensor.is_floating_point() else tensor for tensor in batch]
         expected = textbook.loss(self.settings, step.log_softmaxes, step.value, *batch)
-        leaves, total = list(self.parameters.values()), expected["loss"]
-        if decoder is not None:
-            logits, frames = decoder.double()(step.output), self.observations[samples].double() / 255
+        expected |= self.expected_auxiliary(step.output, samples)
+        total = expected["loss"]
+        for name in self.auxiliary:
+            total = total + getattr(self.config, f"{name}_coefficient") * expected[name]
+        total.backward()
+        found = dict(zip(self.reports, statistics, strict=False))
+        parts = canonical.LOSS_PARTS | {name: name for task in self.auxiliary.values() for name in task.reports}
+        for name, part in parts.items():
+            assert_close(found[name], torch.as_tensor(expected[part]).detach(), name)
+        assert_close(found["total"], total.detach(), "total")
+        leaves = self.parameters | dict(self.auxiliary_before.named_parameters())
+        assert leaves.keys() == self.gradients.keys()
+        for name, gradient in self.gradients.items():
+            plain = torch.zeros_like(leaves[name]) if leaves[name].grad is None else leaves[name].grad
+            assert canonical.excess(gradient, plain, **GRADIENT_TOLERANCE) <= 1, name
+        norm = torch.stack([leaf.grad.norm() for leaf in leaves.values() if leaf.grad is not None]).norm()
+        assert canonical.excess(statistics[-1], norm, relative=1e-4, floor=0) <= 1
+
+    def expected_auxiliary(self, output: Tensor, samples: np.ndarray) -> dict[str, Tensor | float]:
+        """Returns the textbook's auxiliary losses of samples by their outputs (N, D), and what is reported of them."""
+        seen, expected = self.observations[samples].double(), {}
+        if "reconstruction" in self.auxiliary:
+            logits, frames = self.auxiliary_before["reconstruction"](output), seen / 255
             likelihood = frames * logits.sigmoid().log() + (1 - frames) * (-logits).sigmoid().log()
             expected["reconstruction"] = -likelihood.mean()
-            total = total + self.config.reconstruction_coefficient * expected["reconstruction"]
-            leaves += decoder.parameters()
-        total.backward()
-        norm = torch.stack([leaf.grad.norm() for leaf in leaves if leaf.grad is not None]).norm()
-        found = dict(zip(self.reports, statistics, strict=False))
-        for name, part in {**canonical.LOSS_PARTS, "reconstruction": "reconstruction"}.items():
-            assert_close(found.get(name, torch.zeros(())), torch.as_tensor(expected.get(part, 0.0)).detach(), name)
-        assert_close(found["total"], total.detach(), "total")
-        assert canonical.excess(statistics[-1], norm, relative=1e-4, floor=0) <= 1
+        if "prediction" in self.auxiliary:
+            own = dict(self.auxiliary_before["prediction"].named_parameters())
+            actions, following = self.buffer.actions.flatten(0, 1)[samples], self.following(samples)
+            questions = textbook.question(own, False, output, actions)
+            if self.task.frame is None:
+                expected["prediction"] = textbook.vector_prediction(own, questions, following)
+            else:
+                distinct = torch.unique(self.observations[samples], dim=0)
+                candidates = textbook.encode(self.parameters, self.settings, distinct)
+                frames = [frame.numpy().tobytes() for frame in distinct]
+                following = [None if frame is None else frame.numpy().tobytes() for frame in following]
+                loss, told, possible = textbook.frame_prediction(own, questions, candidates, frames, following)
+                expected["prediction"] = loss
+                expected["predicted"], expected["predictable"] = told / len(samples), possible / len(samples)
+        return expected
+
+    def following(self, samples: np.ndarray) -> list[Tensor | None]:
+        """Returns the observation behind each of `samples`, None where the episode ended there."""
+        shown, ended = self.observations.unflatten(0, self.buffer.step.shape), self.buffer.terminated
+        last = torch.from_numpy(np.stack(self.shown))
+        behind = torch.cat((shown, last[:, None]), dim=1)[:, 1:].flatten(0, 1)
+        ended = (ended | self.buffer.truncated).flat[samples]
+        return [None if end else observation for end, observation in zip(ended, behind[samples], strict=True)]
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -615,8 +687,8 @@ def test_training_run(name, tmp_path, monkeypatch):
     """Three updates on real environments in processes of their own, every one checked from the outside."""
     if name != "PocMemoryEnv":
         monkeypatch.setattr("kernels.threads.PART_ROWS", 5)  # minibatches of 15 in three parts
-    environment, transformer_config, reconstruction = RUNS[name]
-    config = RUN | {"environment": environment, "reconstruction_coefficient": reconstruction}
+    environment, transformer_config, coefficients = RUNS[name]
+    config = RUN | {"environment": environment} | coefficients
     config["transformer"] = {"num_blocks": 2, "embed_dim": 12, "num_heads": 3, **transformer_config}
     options = Options(CPU, processes=2, overlap=name != "PocMemoryEnv", folder=tmp_path)
     trainer = CheckedTrainer(check_config(config, name), "exact", 3, options)

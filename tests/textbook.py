@@ -73,16 +73,29 @@ def sinusoid(angles_at: Tensor, dimension: int) -> Tensor:
     return torch.cat([torch.sin(angles), torch.cos(angles)], dim=-1)  # (..., D)
 
 
+def position_of(parameters: Parameters, config: Config, steps: Tensor) -> Tensor:
+    """The encoding (..., D) of episode steps (...), where the config asks for an absolute or a learned one."""
+    if config["positional_encoding"] == "absolute":
+        remaining = config["max_episode_steps"] - 1 - steps
+        return sinusoid(remaining, config["embed_dim"])
+    return parameters["position"][steps]  # (T, D)[(...)] -> (..., D)
+
+
 def add_positions(parameters: Parameters, config: Config, items: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
     """Adds the encoding of their episode steps to the items (N, S, D) of one block, where the config asks for it."""
+    if config["positional_encoding"] in ("", "relative"):
+        return items
     positions = positions.masked_fill(~mask, 0)  # whatever an empty slot says, it must not index out of range
-    if config["positional_encoding"] == "absolute":
-        remaining = config["max_episode_steps"] - 1 - positions  # (N, S)
-        return items + sinusoid(remaining, config["embed_dim"]).to(items.dtype)
-    if config["positional_encoding"] == "learned":
-        return items + parameters["position"][positions]  # (T, D)[(N, S)] -> (N, S, D)
-    assert config["positional_encoding"] in ("", "relative")
-    return items
+    return items + position_of(parameters, config, positions).to(items.dtype)
+
+
+def add_own_position(parameters: Parameters, config: Config, embedded: Tensor, steps: Tensor) -> Tensor:
+    """Adds the encoding of the samples' own episode steps (N,) to h0 (N, D), where the config asks for it."""
+    if not config.get("query_position", False):
+        return embedded
+    # What a time limit leaves behind the last step stands where that step stood.
+    steps = steps.clamp(max=config["max_episode_steps"] - 1)
+    return embedded + position_of(parameters, config, steps).to(embedded.dtype)
 
 
 def relative_scores(parameters: Parameters, name: str, config: Config, query: Tensor, distances: Tensor) -> Tensor:
@@ -160,13 +173,13 @@ def forward(
 ) -> Step:
     """The transformer and the heads.
 
-    embedded (N, D) is h0; windows (N, S, blocks, D), mask (N, S) and positions (N, S) describe each sample's memory,
-    which is constant; steps (N,) are the samples' own episode steps. A sample without items attends to nothing: its
-    context is zero.
+    embedded (N, D) is h0, without position; windows (N, S, blocks, D), mask (N, S) and positions (N, S) describe each
+    sample's memory, which is constant; steps (N,) are the samples' own episode steps. A sample without items attends to
+    nothing: its context is zero.
     """
     windows = windows.detach().to(embedded.dtype)
     distances = steps.unsqueeze(1) - positions  # (N, 1) - (N, S) -> (N, S)
-    hidden, memory, attention = embedded, [], []
+    hidden, memory, attention = add_own_position(parameters, config, embedded, steps), [], []
     for index in range(config["num_blocks"]):
         memory.append(hidden)
         items = add_positions(parameters, config, windows[:, :, index], mask, positions)  # (N, S, D)
@@ -223,6 +236,61 @@ def loss(
         "approx_kl": ((ratio - 1) - log_ratio).mean(),
         "clip_fraction": ((ratio - 1).abs() > clip).to(ratio.dtype).mean(),
     }
+
+
+# ----------------------------------------------------------------------------------------------------- prediction
+
+
+def question(parameters: Parameters, continuous: bool, output: Tensor, actions: Tensor) -> Tensor:
+    """W o * (1 + E[a]) (N, D) of outputs (N, D) and actions (N, branches), or (N, entries) of continuous ones.
+
+    `actions.J.weight` (D, number of actions) holds a column per action of branch J; the branches' columns are summed.
+    """
+    if continuous:
+        change = actions.to(output.dtype) @ parameters["actions.0.weight"].T
+    else:
+        change = torch.zeros_like(output)
+        for branch in range(actions.shape[1]):
+            change = change + parameters[f"actions.{branch}.weight"].T[actions[:, branch]]  # (n, D)[(N,)] -> (N, D)
+    return linear(parameters, "query", output) * (1 + change)
+
+
+def frame_prediction(
+    parameters: Parameters, questions: Tensor, candidates: Tensor, frames: Sequence[bytes], following: Sequence
+) -> tuple[Tensor, int, int]:
+    """Cross-entropy of telling the next frame among a minibatch's distinct ones, how many are told, how many could be.
+
+    questions (N, D); candidates (M, D), the distinct frames embedded; frames[m] is the m-th frame itself, following[n]
+    the one behind sample n, None where the episode ended there. A frame that is not among the distinct ones is left out
+    as well. The sum is divided by all N.
+    """
+    total, told, possible = torch.zeros((), dtype=questions.dtype), 0, 0
+    for sample, frame in enumerate(following):
+        if frame is None or frame not in frames:
+            continue
+        logits = []
+        for candidate in candidates:
+            agreement = (questions[sample] * candidate).sum() / len(candidate) ** 0.5
+            logits.append(agreement + linear(parameters, "prior", candidate)[0])
+        log_probs = torch.log_softmax(torch.stack(logits), dim=0)
+        total = total - log_probs[frames.index(frame)]
+        told += int(log_probs.argmax() == frames.index(frame))
+        possible += 1
+    return total / len(questions), told, possible
+
+
+def vector_prediction(parameters: Parameters, questions: Tensor, following: Sequence) -> Tensor:
+    """Mean squared error of the next vector (n,), None where the episode ended: the sum divided by all N samples."""
+    total = torch.zeros((), dtype=questions.dtype)
+    for sample, vector in enumerate(following):
+        if vector is not None:
+            total = total + ((linear(parameters, "regression", questions[sample]) - vector) ** 2).mean()
+    return total / len(questions)
+
+
+def normalise(vectors: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    """Vectors (N, n) brought to mean 0 and variance 1, at most 10 standard deviations away."""
+    return ((vectors - mean) / (variance + 1e-8) ** 0.5).clamp(-10, 10)
 
 
 # ----------------------------------------------------------------------------------------------------- advantages

@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Ablations of the auxiliary tasks and of the query's own position, two seeds each, alike in steps and schedules.
+# In the repository's folder:
+#
+#     docs/results/ablations.sh                            names all runs
+#     docs/results/ablations.sh mystery_path_grid-both-1   carries out that run, or what is left of it
+#
+# One run per core, here on cores 0 and 1; what was interrupted goes on where it stopped, what is finished is skipped:
+#
+#     docs/results/ablations.sh | sed -n '1~2p' | OMP_NUM_THREADS=1 taskset -c 0 xargs -n 1 docs/results/ablations.sh
+#     docs/results/ablations.sh | sed -n '2~2p' | OMP_NUM_THREADS=1 taskset -c 1 xargs -n 1 docs/results/ablations.sh
+#
+# UPDATES says how many updates a run has, of 16,384 steps each. A figure of one task:
+#
+#     python evaluate.py checkpoints/mystery_path_grid-* --seeds=100 --repetitions=1 --metric=success --cpu \
+#         --output=docs/results/mystery_path_grid_ablations --plot=docs/results/mystery_path_grid_ablations.png
+set -euo pipefail
+
+UPDATES=${UPDATES:-240}
+
+declare -A CHANGES=(
+    [nothing]="prediction_coefficient=0 recall_coefficient=0"
+    [recall]="prediction_coefficient=0 recall_coefficient=0.1"
+    [prediction]="prediction_coefficient=0.1 recall_coefficient=0"
+    [both]="prediction_coefficient=0.1 recall_coefficient=0.1"
+    # With absolute positions, the only ones beside learned that a query can carry.
+    [with_query]="prediction_coefficient=0.1 transformer.positional_encoding=absolute transformer.query_position=True"
+    [without_query]="prediction_coefficient=0.1 transformer.positional_encoding=absolute transformer.query_position=False"
+)
+
+if [ $# -eq 0 ]; then
+    for seed in 1 2; do
+        for variant in nothing recall prediction both with_query without_query; do
+            for task in mystery_path_grid mortar_mayhem_grid; do
+                # On Mortar Mayhem Grid this is what `prediction` is.
+                [ "$task-$variant" = mortar_mayhem_grid-with_query ] || echo "$task-$variant-$seed"
+            done
+        done
+    done
+    exit
+fi
+
+IFS=- read -r task variant seed <<< "$1"
+if [ -f "models/$1.nn" ]; then
+    echo "$1 is finished"
+elif compgen -G "checkpoints/$1/checkpoint-*.pt" > /dev/null; then
+    exec python train.py --resume="$1" --cpu --processes=1
+else
+    settings=(--set "updates=$UPDATES" --set checkpoint_interval=10 --set model_interval=30)
+    for change in ${CHANGES[$variant]}; do
+        settings+=(--set "$change")
+    done
+    exec python train.py --config="configs/$task.yaml" --run-id="$1" --seed="$seed" --cpu --processes=1 "${settings[@]}"
+fi

@@ -1,0 +1,226 @@
+"""Train all of POPGym's tasks, evaluate them, and set them beside published figures.
+
+Usage:
+    popgym_table [options]
+
+What is there already is not done again, so it may be interrupted at any time:
+finished runs are skipped, others resumed from their newest checkpoint.
+Options:
+    --seeds=<n>      Runs of each task, with the seeds 1 to n [default: 3].
+    --tasks=<text>   Only tasks whose names contain it, such as Easy.
+    --parallel=<n>   Runs at a time, a core each; by default one per core.
+    --config=<file>  Setting of all runs [default: configs/popgym.yaml].
+    --updates=<n>    Updates of each run, by default the config's.
+    --output=<file>  Write <file>.csv and <file>.md [default: docs/results/popgym].
+    -h --help        Show this.
+
+Example: python -m play.popgym_table --seeds=1 --tasks=Easy
+"""
+
+import csv
+import importlib.util
+import io
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from queue import SimpleQueue
+
+import numpy as np
+
+from run.checkpoint import list_checkpoints, write_file
+from run.cli import arguments_of, command_line, output_file, whole_number
+from run.folders import run_paths
+from utils import UserError
+
+PUBLISHED = Path(__file__).resolve().parent.parent / "docs" / "published" / "popgym.csv"
+FAMILIES = (
+    "Autoencode", "Battleship", "Concentration", "CountRecall", "HigherLower", "MineSweeper", "MultiarmedBandit",
+    "NoisyPositionOnlyCartPole", "NoisyPositionOnlyPendulum", "PositionOnlyCartPole", "PositionOnlyPendulum",
+    "RepeatFirst", "RepeatPrevious", "VelocityOnlyCartpole",
+)  # fmt: skip
+COLUMNS = ("task", "seed", "steps", "mmer", "mmer_65536", "reward_mean", "reward_low", "reward_high", "seconds")
+# Episodes that a mean return is taken over at least, as in POPGym.
+EPISODES = 100
+# Steps of one of POPGym's updates: the best of many short means is larger than the best of few long ones.
+PUBLISHED_UPDATE = 65_536
+
+
+class Failed(Exception):
+    """A run came to nothing; says why."""
+
+
+def main() -> None:
+    """Parse the command line, carry out the runs that are missing, and write the table."""
+    arguments = arguments_of(__doc__)
+    seeds = whole_number(arguments, "--seeds", 1, 1000)
+    updates = whole_number(arguments, "--updates", 1)
+    output = output_file(arguments, "--output", ("",))
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [-1] * (os.cpu_count() or 1)
+    parallel = whole_number(arguments, "--parallel", 1, len(cores)) or len(cores)
+    if importlib.util.find_spec("popgym") is None:
+        raise UserError("POPGym is not installed: pip install popgym")
+    published = read_published()
+    tasks = [task for task in task_names(published) if (arguments["--tasks"] or "") in task]
+    if not tasks:
+        raise UserError(f"--tasks: no task's name contains {arguments['--tasks']!r}")
+    table = Table(output, published)
+    runs = [(task, seed) for seed in range(1, seeds + 1) for task in tasks if (task, seed) not in table.rows]
+    free: SimpleQueue = SimpleQueue()
+    for core in cores[:parallel]:
+        free.put(core)
+    with ThreadPoolExecutor(parallel) as pool:
+        failures = list(pool.map(partial(carry_out, table, free, arguments["--config"], updates), runs))
+    table.write()
+    if any(failures):
+        sys.exit(1)
+
+
+def task_names(published: dict[str, dict[str, str]]) -> list[str]:
+    """Return all tasks without navigation, those with published figures first."""
+    names = [family + level for family in FAMILIES for level in ("Easy", "Medium", "Hard")]
+    return sorted(names, key=lambda name: name not in published)
+
+
+def read_published() -> dict[str, dict[str, str]]:
+    """Return the published figures of each task."""
+    return {row["task"]: row for row in csv.DictReader(io.StringIO(PUBLISHED.read_text(encoding="utf-8")))}
+
+
+def carry_out(table: "Table", free: SimpleQueue, config: str, updates: int | None, run: tuple[str, int]) -> bool:
+    """Train and evaluate one run on a core that is free; return whether that failed."""
+    task, seed = run
+    core = free.get()
+    try:
+        print(f"{task}, seed {seed}", file=sys.stderr, flush=True)
+        run_id = f"popgym-{task}-{seed}"
+        train(run_id, task, seed, config, updates, core)
+        table.add({"task": task, "seed": seed} | training_figures(run_id) | evaluation_figures(run_id, core))
+    except Failed as failure:
+        print(f"{task}, seed {seed}: {failure}", file=sys.stderr, flush=True)
+        return True
+    finally:
+        free.put(core)
+    return False
+
+
+def train(run_id: str, task: str, seed: int, config: str, updates: int | None, core: int) -> None:
+    """Train a run to its end, from its newest checkpoint if it has one."""
+    options = [f"--resume={run_id}"]
+    if not list_checkpoints(run_paths(run_id)[1]):
+        name = f"environment.name=popgym:popgym-{task}-v0"
+        options = [f"--run-id={run_id}", "--overwrite", f"--seed={seed}", f"--config={config}", f"--set={name}"]
+    if updates is not None:
+        options.append(f"--updates={updates}")
+    command("train.py", *options, core=core, log=run_id)
+
+
+def command(script: str, *options: str, core: int, log: str) -> None:
+    """Run one of the project's command lines on one core; its output goes to a file beside the summaries.
+
+    Raises:
+        Failed: if it did; says what it said last.
+    """
+    arguments = [sys.executable, script, *options, "--cpu", "--processes=1"]
+    # Without a limit PyTorch would start a thread for every core of the machine.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pin = partial(os.sched_setaffinity, 0, {core}) if core >= 0 else None
+    path = Path("summaries") / f"{log}.log"
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        code = subprocess.run(arguments, env=environment, stdout=file, stderr=file, preexec_fn=pin).returncode
+    if code:
+        last = path.read_text(encoding="utf-8").splitlines()[-1:]
+        raise Failed(f"{script} ended with code {code}: {''.join(last)} (see {path})")
+
+
+def training_figures(run_id: str) -> dict[str, float]:
+    """Return steps, seconds and the best mean episodic return of a run, read from its summaries."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = sorted(path for path in (Path("summaries") / run_id).iterdir() if path.is_dir())[-1]
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    speed = {event.step: event.value for event in events.Scalars("performance/update_steps_per_second")}
+    rewards = {event.step: event.value for event in events.Scalars("episode/reward_mean")}
+    lengths = {event.step: event.value for event in events.Scalars("episode/length_mean")}
+    steps = np.array(sorted(step for step in rewards if step >= EPISODES * lengths[step]))
+    if len(steps) == 0:
+        raise Failed(f"fewer than {EPISODES} episodes have ended")
+    means = np.array([rewards[step] for step in steps])
+    size = min(speed)  # steps of an update
+    width = min(max(1, PUBLISHED_UPDATE // size), len(means))
+    wide = np.convolve(means, np.full(width, 1 / width), mode="valid")
+    seconds = sum(size / value for value in speed.values())
+    best = {"mmer": means.max(), "mmer_65536": wide.max()}
+    return {"steps": max(speed), "seconds": round(seconds)} | {name: round(float(v), 4) for name, v in best.items()}
+
+
+def evaluation_figures(run_id: str, core: int) -> dict[str, float]:
+    """Return the mean return of a trained model over unseen episodes, with its interval."""
+    output = Path("summaries") / f"{run_id}-evaluation"
+    model = run_paths(run_id)[0]
+    options = (f"--seeds={EPISODES}", "--repetitions=1", f"--output={output}")
+    command("evaluate.py", str(model), *options, core=core, log=run_id)
+    rows = list(csv.DictReader(io.StringIO(output.with_name(output.name + ".csv").read_text(encoding="utf-8"))))
+    names = ("reward_mean", "reward_low", "reward_high")
+    return {name: round(float(rows[0][name]), 4) for name in names}
+
+
+class Table:
+    """What all runs came to, in a CSV that has a row for each, and as a Markdown table of a row for each task.
+
+    Args:
+        output: the files, without their suffixes.
+        published: figures to set it beside.
+    """
+
+    def __init__(self, output: Path, published: dict[str, dict[str, str]]) -> None:
+        self.path, self.published = output.with_name(output.name + ".csv"), published
+        self.rows: dict[tuple[str, int], dict] = {}
+        self.lock = threading.Lock()
+        if self.path.exists():
+            rows = csv.DictReader(io.StringIO(self.path.read_text(encoding="utf-8")))
+            self.rows = {(row["task"], int(row["seed"])): row for row in rows}
+
+    def add(self, row: dict) -> None:
+        """Keep a run's figures, by the names of `COLUMNS`, at once."""
+        with self.lock:
+            self.rows[row["task"], row["seed"]] = row
+            self.write()
+
+    def write(self) -> None:
+        """Write both files."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(row for _, row in sorted(self.rows.items()))
+        write_file(self.path, text.getvalue().encode())
+        write_file(self.path.with_suffix(".md"), "\n".join(self.lines()).encode() + b"\n")
+
+    def lines(self) -> list[str]:
+        """Return the lines of the Markdown table."""
+        lines = [
+            "| task | seeds | steps | MMER (65,536 steps) | MMER | final evaluation | published GRU | published best |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for task in sorted({task for task, _ in self.rows}):
+            rows = [row for (name, _), row in self.rows.items() if name == task]
+            cells = [mean_of(rows, name) for name in ("mmer_65536", "mmer", "reward_mean")]
+            known = self.published.get(task, {"gru_mmer": "–", "best_mmer": "–", "best_model": ""})
+            best = f"{known['best_mmer']} {known['best_model']}".rstrip()
+            steps = "–".join(f"{steps:,}" for steps in sorted({int(row["steps"]) for row in rows}))
+            lines.append(f"| {' | '.join((task, str(len(rows)), steps, *cells, known['gru_mmer'], best))} |")
+        return lines
+
+
+def mean_of(rows: list[dict], name: str) -> str:
+    """Return mean and standard deviation over runs, as text."""
+    values = np.array([float(row[name]) for row in rows])
+    return f"{values.mean():.3f}" + (f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else "")
+
+
+if __name__ == "__main__":
+    command_line(main)
