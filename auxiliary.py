@@ -43,9 +43,7 @@ class AuxiliaryTask(nn.Module):
         """Return what `loss` needs of `samples` (N,), a tensor (N, …) each."""
         return {}
 
-    def loss(
-        self, prediction: Prediction, part: Minibatch, embedded: Tensor, targets: Targets
-    ) -> tuple[Tensor, list[Tensor]]:
+    def loss(self, prediction: Prediction, part: Minibatch, embedded: Tensor, targets: Targets) -> Loss:
         """Return the loss of n samples and what is reported of it.
 
         Args:
@@ -85,9 +83,7 @@ class Reconstruction(AuxiliaryTask):
         x = F.relu(upsample(x, self.deconv2, self.sizes[1]))
         return upsample(x, self.deconv1, self.sizes[0])
 
-    def loss(
-        self, prediction: Prediction, part: Minibatch, embedded: Tensor, targets: Targets
-    ) -> tuple[Tensor, list[Tensor]]:
+    def loss(self, prediction: Prediction, part: Minibatch, embedded: Tensor, targets: Targets) -> Loss:
         """Return the mean binary cross-entropy of all pixels; see `AuxiliaryTask.loss`."""
         loss = FrameCrossEntropy.apply(self(prediction.output), part.observations, part.which)
         return loss, [loss.detach()]
@@ -139,9 +135,7 @@ class Recall(AuxiliaryTask):
         to_device = buffer.timeline.to_device
         return {"shown": to_device(shown), "known": to_device(known)[:, None]}
 
-    def loss(
-        self, prediction: Prediction, part: Minibatch, embedded: Tensor, targets: Targets
-    ) -> tuple[Tensor, list[Tensor]]:
+    def loss(self, prediction: Prediction, part: Minibatch, embedded: Tensor, targets: Targets) -> Loss:
         """Return the mean binary cross-entropy over what is known; see `AuxiliaryTask.loss`."""
         shown = targets["shown"].float()
         logits = self(prediction.output, embedded[: part.distinct])
@@ -213,9 +207,7 @@ class NextObservation(AuxiliaryTask):
             targets["known"] = to_device(following >= 0)[:, None]
         return targets
 
-    def loss(
-        self, prediction: Prediction, part: Minibatch, embedded: Tensor, targets: Targets
-    ) -> tuple[Tensor, list[Tensor]]:
+    def loss(self, prediction: Prediction, part: Minibatch, embedded: Tensor, targets: Targets) -> Loss:
         """Return cross-entropy and squared error per sample; see `AuxiliaryTask.loss`.
 
         Reported are the loss, and of frames the shares of samples that were predicted and that could be.
@@ -263,11 +255,12 @@ class Novelty:
 
     def __init__(self, schedule: "Schedule", n_workers: int) -> None:
         self.schedule = schedule
-        self.seen: list[set[bytes]] = [set() for _ in range(n_workers)]  # observations of the running episodes
+        # Observations of the running episodes, in the order in which they were first shown.
+        self.seen: list[dict[bytes, None]] = [{} for _ in range(n_workers)]
 
     def begin(self, index: int, digest: bytes) -> None:
         """Begin the episode of an environment with its first observation."""
-        self.seen[index] = {digest}
+        self.seen[index] = {digest: None}
 
     def bonus(self, group: range, digests: list[bytes], ended: np.ndarray, update: int) -> np.ndarray:
         """Return the bonus (n,) of what a group of n environments shows.
@@ -287,5 +280,5 @@ class Novelty:
                 seen.clear()
             elif digest not in seen:
                 paid[place] = bonus
-            seen.add(digest)
+            seen[digest] = None
         return paid

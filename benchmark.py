@@ -327,7 +327,7 @@ def measure_environments(config: Config) -> dict[str, float]:
         rate = measure_workers(config, task, processes, actions)
         results[f"shared memory, {processes} processes, steps/s"] = rate
     say("one process per environment over pipes")
-    results["pipes, a process per environment, steps/s"] = measure_pipes(config, actions)
+    results["pipes, a process per environment, steps/s"] = measure_pipes(config, task, actions)
     return results
 
 
@@ -343,7 +343,7 @@ def measure_workers(config: Config, task, processes: int, actions) -> float:
     workers.start()
 
     def step(chosen) -> None:
-        workers.send(workers.groups[0], chosen)
+        workers.send(workers.groups[0], permitted(chosen, workers.arrays.masks, task.branches))
         workers.receive(workers.groups[0])
 
     try:
@@ -352,7 +352,7 @@ def measure_workers(config: Config, task, processes: int, actions) -> float:
         workers.close()
 
 
-def measure_pipes(config: Config, actions) -> float:
+def measure_pipes(config: Config, task, actions) -> float:
     """Return steps per second of Gymnasium's vector environment with observations pickled through pipes."""
     from functools import partial
 
@@ -362,12 +362,29 @@ def measure_pipes(config: Config, actions) -> float:
 
     make = partial(create_env, config.environment)
     vector = AsyncVectorEnv([make] * config.n_workers, shared_memory=False, context="forkserver")
-    vector.reset(seed=1)
+    info = vector.reset(seed=1)[1]
     single = actions.shape[2] == 1 and actions.dtype.kind == "i"
+
+    def step(chosen) -> None:
+        nonlocal info
+        chosen = permitted(chosen, info.get("action_mask"), task.branches)
+        info = vector.step(chosen[:, 0] if single else chosen)[4]
+
     try:
-        return rate_of(lambda chosen: vector.step(chosen[:, 0] if single else chosen), actions)
+        return rate_of(step, actions)
     finally:
         vector.close(terminate=True)
+
+
+def permitted(actions, masks, branches: tuple[int, ...]):
+    """Return actions (n, branches) with the first allowed one in place of each that the masks (n, choices) forbid."""
+    import numpy as np
+
+    if masks is None:
+        return actions
+    rows, parts = np.arange(len(actions)), np.split(masks, np.cumsum(branches)[:-1], axis=1)
+    chosen = zip(parts, actions.T, strict=True)
+    return np.stack([np.where(part[rows, branch], branch, part.argmax(axis=1)) for part, branch in chosen], axis=1)
 
 
 def rate_of(step, actions) -> float:

@@ -22,12 +22,12 @@ Example:
     python enjoy.py --model=models/poc_memory_env.nn --video=episode.mp4
 """
 
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from environments.numbers import episode_means
+from play.window import has_display, open_window
 from run.cli import arguments_of, choose_device, command_line, output_file, step_limit, use_cores, whole_number
 from utils import UserError
 
@@ -43,31 +43,35 @@ def main() -> None:
     if arguments["--window"] and not has_display():
         raise UserError("--window: there is no display; write a video instead: --video=episode.mp4")
     from play.agent import first_unseen_seed, load_for_play
-    from play.watch import Player, write_video
+    from play.watch import Player, check_drawing
 
     video = output_file(arguments, "--video", (".mp4", ".gif"))
     device = choose_device(arguments)
     use_cores(device)
     model, config, task, _ = load_for_play(Path(arguments["--model"]), device)
     first = first_unseen_seed(config.environment) + seed
-    window = open_window(arguments["--window"], wanted=video is None)
+    window = open_window(WIDTH, arguments["--window"], wanted=video is None)
+    if window or video:
+        check_drawing(model, config, task, "--video" if video else "--window", "without it results are printed")
     limit = step_limit(max_steps, task)
     player = Player(model, config, task, arguments["--deterministic"], render=bool(window or video), max_steps=limit)
     results: list[dict[str, float]] = []
     pictures = play(player, range(first, first + episodes), fps, window, results)
+    stopped = False
     try:
         if video is None:
             for _ in pictures:
                 pass
         else:
-            write_video(video, pictures, fps)
-            print(f"the video is {video}", file=sys.stderr)
+            stopped = film(video, pictures, fps, player)
     finally:
         player.close()
     if len(results) > 1:
         print(f"mean of {len(results)} episodes: {', '.join(describe_means(results))}")
     if window is None and video is None:
         print("There is no display here; to watch: --video=episode.mp4", file=sys.stderr)
+    if stopped:
+        sys.exit(130)
 
 
 def play(player, seeds: range, fps: int, window, results: list[dict[str, float]]) -> Iterator:
@@ -96,6 +100,33 @@ def play(player, seeds: range, fps: int, window, results: list[dict[str, float]]
                 return
 
 
+def film(video: Path, pictures: Iterator, fps: int, player) -> bool:
+    """Write pictures as a video, until the end or until SIGINT or SIGTERM; return whether it was stopped.
+
+    Args:
+        video: the file.
+        pictures: that a `watch.Player` plays.
+        fps: pictures per second.
+        player: who plays.
+    """
+    from play.watch import write_video
+    from run.lifecycle import StopRequest
+
+    stop = StopRequest()
+
+    def until_stopped() -> Iterator:
+        for picture in pictures:
+            yield picture
+            if stop.asked:
+                return
+
+    with stop.on_signals():
+        write_video(video, until_stopped(), fps)
+    where = f"stopped at step {player.steps:,} of an episode; " if stop.asked else ""
+    print(f"{where}the video is {video}", file=sys.stderr)
+    return stop.asked
+
+
 def describe_means(results: list[dict[str, float]]) -> list[str]:
     """Return the mean of each number in words, with how many episodes report it where some do not."""
     words = []
@@ -103,58 +134,6 @@ def describe_means(results: list[dict[str, float]]) -> list[str]:
         words.append(f"{name.replace('_', ' ')} {found.mean:.2f}" + (f" ({found.note})" if found.note else ""))
     cut = sum("cut" in result for result in results)
     return words + ([f"{cut:,} of {len(results):,} episodes cut"] if cut else [])
-
-
-def has_display() -> bool:
-    """Return whether there is a screen to open a window on."""
-    return sys.platform != "linux" or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
-
-
-def open_window(required: bool, wanted: bool) -> "Window | None":
-    """Return a window; None where it is not wanted, or where none can be opened and it is not required."""
-    if not required and not (wanted and has_display()):
-        return None
-    import pygame
-
-    try:
-        return Window()
-    except pygame.error as error:
-        if required:
-            raise UserError(f"--window: cannot be opened: {error}") from error
-        return None
-
-
-class Window:
-    """A window of the size of what it shows first. The environments draw off screen and do not touch it."""
-
-    def __init__(self) -> None:
-        import pygame
-
-        self.pygame = pygame
-        pygame.display.init()
-        pygame.display.set_caption("Esc closes, space pauses")
-        self.surface = pygame.display.set_mode((WIDTH, WIDTH))
-        if "SDL_VIDEODRIVER" not in os.environ and pygame.display.get_driver() in ("dummy", "offscreen"):
-            raise pygame.error("there is no screen behind DISPLAY or WAYLAND_DISPLAY")
-        self.clock, self.paused = pygame.time.Clock(), False
-
-    def show(self, picture, fps: int) -> bool:
-        """Show a PIL picture for 1/fps seconds, or while paused; return False once somebody closed the window."""
-        pygame = self.pygame
-        if self.surface.get_size() != picture.size:
-            self.surface = pygame.display.set_mode(picture.size)
-        self.surface.blit(pygame.image.frombytes(picture.tobytes(), picture.size, "RGB"), (0, 0))
-        while True:
-            pygame.display.flip()
-            self.clock.tick(fps)
-            for event in pygame.event.get():
-                pressed = event.key if event.type == pygame.KEYDOWN else None
-                if event.type == pygame.QUIT or pressed == pygame.K_ESCAPE:
-                    pygame.display.quit()
-                    return False
-                self.paused ^= pressed == pygame.K_SPACE
-            if not self.paused:
-                return True
 
 
 if __name__ == "__main__":

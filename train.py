@@ -47,7 +47,7 @@ def main() -> None:
     # Imports PyTorch, which neither --help nor the worker processes, which import this file, should have to.
     from run.lifecycle import Interrupted, NonFinite, Unwritable
     from trainer import Options, PPOTrainer
-    from worker import EnvironmentFailure
+    from utils import EnvironmentFailure
 
     device = choose_device(arguments)
     use_cores(device)

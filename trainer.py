@@ -1,71 +1,33 @@
 """PPO with episodic Transformer-XL memory: sample → advantages → epochs of minibatches → log."""
 
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, suppress
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.tensorboard.summary import Summary
 
 from auxiliary import Novelty, auxiliary_tasks
 from buffer import Buffer, Minibatch
-from environments.numbers import count_missing_success, episode_scalars
 from kernels.allocator import release_memory
 from kernels.optimizer import Optimizer
-from memory import policy_step, to_device
+from kernels.threads import divide, use_threads
+from kernels.transfer import to_device
+from memory import policy_step
 from model import ActorCriticModel, Prediction, action_noise
 from run.checkpoint import provenance
 from run.config import Config
 from run.lifecycle import Keeper, StopRequest, check_finite, check_task
 from run.logger import Logger
-from run.world import World
-from utils import Task, derived_seed, inspect_environment, polynomial_decay, training_seed
+from run.options import Options
+from run.report import collect_episodes, update_scalars
+from utils import derived_seed, inspect_environment, polynomial_decay, training_seed
 from worker import Workers
 
-# Multiply-adds of a typical product, N·D², from which on a second thread pays.
-PARALLEL_WORTH = 2**21
-# So many environments with frames take turns in two halves on the CPU, too: half a batch costs the policy more than
-# half, which has to be less than what the other half of the environments takes.
-OVERLAP_WORTH = 32
-# Samples of a minibatch that a thread differentiates by itself, and the fewest for which a second one pays.
-PART_ROWS, FEWEST_ROWS = 512, 256
-# Episode statistics are means over this many of the latest episodes.
-EPISODES_KEPT = 100
 # What PPO reports of a minibatch, in this order; then come the auxiliary tasks, the total loss and gradient norms.
 LOSS_PARTS = ("policy", "value", "entropy", "kl", "clip_fraction")
-
-
-@dataclass
-class Options:
-    """How a run is carried out; nothing in here changes what is learned but for rounding.
-
-    Attributes:
-        device: where the model and the buffer live.
-        processes: how many processes step the environments.
-        overlap: whether half of the environments step while the policy looks at the other half; by default where a GPU
-            computes, or from `OVERLAP_WORTH` environments with frames on.
-        precision: "float32", or "bf16" for matrix products in bfloat16.
-        compile: whether to compile the model with torch.compile.
-        folder: where the folders models, checkpoints and summaries lie.
-        world: all processes that train together.
-        film: returns an episode as an animated picture for TensorBoard, where videos are wanted.
-    """
-
-    device: torch.device
-    processes: int = 1
-    overlap: bool | None = None
-    precision: str = "float32"
-    compile: bool = False
-    folder: Path = Path(".")
-    world: World = World()
-    film: Callable[[ActorCriticModel, Config, Task, str], Summary] | None = None
 
 
 def ppo_loss(
@@ -127,14 +89,15 @@ class PPOTrainer:
         self.buffer = Buffer(config, self.model, self.device, self.world)
         self.buffer.timeline.in_place &= not options.compile  # what torch.compile cannot look into
         self.generator = torch.Generator(self.device)
-        self._divide_among_threads()
+        self.threads = torch.get_num_threads()
+        # A whole minibatch fills a GPU, and a compiled model belongs to one thread.
+        divisible = self.device.type == "cpu" and not options.compile
+        self.parts, self.map_parts = divide(self.buffer.minibatch_size // self.world.size, divisible)
         self.reports = (*LOSS_PARTS, *(name for task in self.auxiliary.values() for name in task.reports), "total")
         front = {*self.model.encoder.parameters(), *self.model.embedding.parameters()}
         self.behind = [parameter for parameter in self.optimizer.parameters if parameter not in front]
-        own, overlap = self.world.share(config.n_workers), options.overlap
-        if overlap is None:
-            many_frames = self.task.frame is not None and config.n_workers >= OVERLAP_WORTH
-            overlap = self.device.type == "cuda" or many_frames
+        own = self.world.share(config.n_workers)
+        overlap = options.overlaps(self.task, config.n_workers)
         episode_seed = partial(training_seed, seed, config.environment)
         groups = 2 if overlap and len(own) > 1 else 1
         self.workers = Workers(
@@ -147,18 +110,6 @@ class PPOTrainer:
         self.finished: list[dict[str, float]] = []  # what the latest episodes reported
         self.run = {"run_id": run_id, "seed": seed} | provenance(self.device)
         self.keeper = Keeper(self, options.folder, checkpoint)
-
-    def _divide_among_threads(self) -> None:
-        """Decide how many parts a minibatch is differentiated in, each by a thread of its own."""
-        self.threads = torch.get_num_threads()
-        # A whole minibatch fills a GPU, and a compiled model belongs to one thread.
-        divided = self.device.type == "cpu" and not self.options.compile
-        size = self.buffer.minibatch_size // self.world.size
-        self.parts = max(1, size // PART_ROWS, min(2, size // FEWEST_ROWS)) if divided else 1
-        lanes = min(self.parts, self.threads)
-        pool = ThreadPoolExecutor(lanes, initializer=torch.set_num_threads, initargs=(self.threads // lanes,))
-        # Both keep the order of the parts, so that sums do not depend on which thread is the fastest.
-        self.map_parts = map if self.parts == 1 else pool.map
 
     @property
     def samples(self) -> int:
@@ -201,10 +152,10 @@ class PPOTrainer:
         self.buffer.timeline.roll(self.config.worker_steps)
         if self.config.normalize_observations:
             self._update_moments()
-        self._collect_reports()
+        collect_episodes(self)
         self.keeper.remember()
         release_memory()
-        return self._scalars(statistics, np.diff(times))
+        return update_scalars(self, statistics, np.diff(times))
 
     def start_workers(self) -> None:
         """Start the environments, with the running episodes of a resumed run replayed."""
@@ -220,14 +171,14 @@ class PPOTrainer:
 
         The environments of one group step while the policy looks at the other group.
         """
-        buffer, groups = self.buffer, self.workers.groups
+        config, buffer, groups = self.config, self.buffer, self.workers.groups
         # Where the policy and the environments work at the same time, they share the cores.
-        self._use_threads(len(groups[0]), max(1, self.threads // len(groups)))
+        use_threads(len(groups[0]), config.transformer.embed_dim, max(1, self.threads // len(groups)))
         buffer.begin()
         # Noise depends on environment and step only: not on groups, nor on who steps the environment.
         self.generator.manual_seed(derived_seed(self.seed, self.update))
-        noise = action_noise(self.task, (buffer.worker_steps, self.config.n_workers), self.generator)
-        own = self.world.share(self.config.n_workers)
+        noise = action_noise(self.task, (buffer.worker_steps, config.n_workers), self.generator)
+        own = self.world.share(config.n_workers)
         noise = noise[:, own.start : own.stop]
         with self._precision(), self.model.transformer.constant_weights():
             for t in range(buffer.worker_steps):
@@ -285,7 +236,7 @@ class PPOTrainer:
         self.optimizer.set_learning_rate(polynomial_decay(config.learning_rate_schedule, self.update))
         clip_range = polynomial_decay(config.clip_range_schedule, self.update)
         beta = polynomial_decay(config.beta_schedule, self.update)
-        self._use_threads(self.buffer.minibatch_size, self.threads)
+        use_threads(self.buffer.minibatch_size, config.transformer.embed_dim, self.threads)
         statistics = []
         for epoch in range(config.epochs):
             for samples in self.buffer.minibatches(np.random.default_rng((self.seed, self.update, epoch))):
@@ -353,16 +304,9 @@ class PPOTrainer:
         gradients = torch.autograd.grad(loss * share, [embedded, *self.behind])
         return gradients, share * torch.stack([*reported, loss.detach()])
 
-    def _use_threads(self, rows: int, most: int) -> None:
-        """Compute with `most` threads if that pays for so many rows, else with one: waiting for each other costs."""
-        pays = rows * self.config.transformer.embed_dim**2 >= PARALLEL_WORTH
-        torch.set_num_threads(most if pays else 1)
-
-    @contextmanager
-    def _precision(self) -> Iterator[None]:
+    def _precision(self) -> AbstractContextManager[None]:
         """Compute matrix products as `options.precision` says."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16"):
-            yield
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16")
 
     # ------------------------------------------------------------------------------------------------------ statistics
 
@@ -371,41 +315,3 @@ class PPOTrainer:
         moments = self.buffer.observations.moments()
         self.world.add(moments)
         self.model.moments.update(moments)
-
-    def _collect_reports(self) -> None:
-        """Add what all processes' episodes reported during this update, in the order in which they ended."""
-        ended = [report for reports in self.world.gather(self.ended) for report in reports]
-        self.finished += [report for _, _, report in sorted(ended, key=lambda report: report[:2])]
-        count_missing_success(self.finished)
-        self.ended.clear()
-        del self.finished[:-EPISODES_KEPT]
-
-    def _scalars(self, statistics: Tensor, seconds: np.ndarray) -> dict[str, float]:
-        """Return all that is logged of an update by its TensorBoard tag.
-
-        Args:
-            statistics: (minibatches, names) of `optimise`.
-            seconds: that sampling and optimisation took.
-        """
-        buffer, config = self.buffer, self.config
-        names = [f"losses/{name}" for name in self.reports]
-        names += [f"gradients/{module}" for module in (*self.optimizer.modules, "all")]
-        scalars = dict(zip(names, statistics.mean(dim=0).tolist(), strict=True))
-        for name in ("kl", "clip_fraction"):
-            scalars[f"training/{name}"] = scalars.pop(f"losses/{name}")
-        if "losses/predictable" in scalars:
-            predicted, predictable = scalars.pop("losses/predicted"), scalars.pop("losses/predictable")
-            scalars["training/prediction_accuracy"] = predicted / max(predictable, 1e-8)
-        scalars["losses/policy"] *= -1  # what is minimised
-        values, advantages = self.world.join_rows(buffer.values), buffer.all_advantages.view(config.n_workers, -1)
-        returns = values + advantages
-        scalars["training/value"] = values.mean().item()
-        scalars["training/advantage"] = advantages.mean().item()
-        variance = returns.var()
-        scalars["training/explained_variance"] = (1 - (returns - values).var() / variance.clamp(min=1e-8)).item()
-        for name in ("learning_rate", "clip_range", "beta", "novelty"):
-            scalars[f"training/{name}"] = polynomial_decay(getattr(config, f"{name}_schedule"), self.update - 1)
-        scalars["performance/distinct_observations"] = len(buffer.observations)
-        for name, duration in zip(("sampling", "optimisation", "update"), (*seconds, seconds.sum()), strict=True):
-            scalars[f"performance/{name}_steps_per_second"] = self.samples / duration
-        return scalars | episode_scalars(self.finished)

@@ -489,16 +489,16 @@ def as_picture(rendered: Any, name: str = "the environment") -> np.ndarray:
         Picture of shape (height, width, 3), uint8, a copy.
 
     Raises:
-        ValueError: if it is no picture.
+        BrokenContract: if it is no picture.
     """
     picture = last_picture(rendered)
     if picture is None or picture.size == 0 or picture.dtype.kind not in "biuf":
         what = shorten(rendered) if picture is None or picture.dtype.kind not in "biuf" else f"shape {picture.shape}"
-        raise ValueError(f"{name}: render returned {what}, should be a picture (height, width, 3)")
+        raise BrokenContract(f"{name}: render returned {what}, should be a picture (height, width, 3)")
     if picture.dtype != np.uint8:
         low, high = picture.min(), picture.max()
         if not (low >= 0 and high <= 255):  # NaN included
-            raise ValueError(f"{name}: render returned values from {low} to {high}, should be 0..255 or 0..1")
+            raise BrokenContract(f"{name}: render returned values from {low} to {high}, should be 0..255 or 0..1")
         is_share = picture.dtype.kind == "b" or (picture.dtype.kind == "f" and high <= 1)
         picture = np.rint(picture * (255.0 if is_share else 1.0)).astype(np.uint8)
     # Grey with a share of opacity, and RGBA: only the colours are looked at.

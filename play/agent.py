@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from environments.contract import Task
 from environments.section import Section
 from memory import ObservationStore, Timeline, policy_step
 from model import ActorCriticModel, Prediction, action_noise
 from run.checkpoint import load_model
 from run.config import Config
-from utils import Task, UserError, inspect_environment, seed_range
-from worker import EnvironmentFailure, SharedArrays, Workers
+from utils import EnvironmentFailure, UserError, inspect_environment, seed_range
+from worker import SharedArrays, Workers
 
 # How many environments are played at once: enough for matrix products of a good size, and few enough that most of them
 # are still busy with their last episode when the longest ends.
@@ -72,6 +73,11 @@ class Agent:
         self.step[rows] = np.where(ended, 0, self.step[rows] + 1)
 
 
+def task_name(section: Section) -> str:
+    """Return what a person calls the task of a config's `environment` section."""
+    return getattr(section, "name", None) or section.type
+
+
 def first_unseen_seed(environment: Section) -> int:
     """Return the first episode seed that training cannot have drawn."""
     start, count = seed_range(environment)
@@ -107,41 +113,46 @@ def play_episodes(
 ) -> list[dict[str, float]]:
     """Play an episode per seed and repetition, many at once.
 
-    Every environment has a fixed list of episodes, so that processes and their speed do not matter. Whoever is done
-    plays on until the others are done too; that is not counted.
+    Every environment has a fixed list of episodes, so that processes do not matter; it plays on until all are done.
 
     Args:
-        model: on the device where it is to compute.
-        config: its config.
-        task: what its environment is like.
+        model: on the device where it is to compute, with its `config` and `task`.
         seeds: reset seeds of the episodes.
         repetitions: how often each seed is played.
         action_seed: all actions are drawn from it.
         deterministic: whether the most probable actions are taken instead.
         processes: number of processes that step the environments.
-        max_steps: after how many steps an episode is cut, None where only its end ends it.
+        max_steps: after how many steps an episode is cut, if at all.
         progress: called with the number of episodes that have just ended.
 
     Returns:
-        Per episode its `seed`, its `repetition` (from 0) and what the environment reports of it (reward, length, …);
-        `cut` is 1 where it was cut. They are ordered by seed and repetition as given.
+        Per episode, ordered as given, its `seed`, its `repetition` (from 0) and what the environment reports of it
+        (reward, length, …); `cut` is 1 where it was cut.
 
     Raises:
-        UserError, EnvironmentFailure: if an environment breaks its contract or fails.
+        EnvironmentFailure: in one line, if an environment breaks its contract or fails.
     """
     planned = [(seed, repetition) for repetition in range(repetitions) for seed in seeds]
     count = min(ENVIRONMENTS, len(planned))
     plan = [planned[index::count] for index in range(count)]
     agent = Agent(model, config, task, count, deterministic)
     agent.generator.manual_seed(action_seed)
-    episode_seed = partial(planned_seed, [[seed for seed, _ in episodes] for episodes in plan])
-    workers = Workers(config.environment, task, count, episode_seed, processes, min(2, count), max_steps=max_steps)
+    seed_of = partial(planned_seed, [[seed for seed, _ in episodes] for episodes in plan])
+    workers = Workers(config.environment, task, count, seed_of, processes, min(2, count), max_steps=max_steps)
     try:
         found = _play(agent, workers, [len(episodes) for episodes in plan], progress)
+    except EnvironmentFailure as error:
+        raise EnvironmentFailure(f"{task_name(config.environment)}, {in_one_line(error)}") from error
     finally:
         workers.close()
     reported = {plan[index][number]: info for (index, number), info in found.items()}
     return [{"seed": s, "repetition": r} | reported[s, r] for s in seeds for r in range(repetitions)]
+
+
+def in_one_line(error: EnvironmentFailure) -> str:
+    """Return where an environment failed and what its traceback ends in."""
+    where, *trace = str(error).splitlines()
+    return " ".join([where, *trace[-1:]])
 
 
 def planned_seed(seeds: list[list[int]], index: int, episode: int) -> int:

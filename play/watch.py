@@ -4,6 +4,7 @@ import io
 import math
 import multiprocessing
 import os
+import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,13 +15,14 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.tensorboard.summary import Summary
 
+from environments import BrokenContract
+from environments.contract import Task, check_observation, checked_step
 from environments.numbers import episode_numbers
-from environments.section import Section
 from model import ActorCriticModel, Prediction
-from play.agent import Agent, first_unseen_seed
+from play.agent import Agent, first_unseen_seed, task_name
+from processes.arrays import SharedArrays
 from run.config import Config
-from utils import Task, UserError, checked_step, create_env, reason_of
-from worker import SharedArrays
+from utils import EnvironmentFailure, UserError, create_env, reason_of
 
 # TensorBoard's episode: how many steps at most, how wide, how fast.
 SUMMARY_STEPS, SUMMARY_WIDTH, SUMMARY_FPS = 200, 480, 6
@@ -84,6 +86,7 @@ class Player:
     ) -> None:
         self.model, self.config, self.task, self.deterministic, self.render = model, config, task, deterministic, render
         self.max_steps = math.inf if max_steps is None else max_steps
+        self.steps = 0  # of the running episode
         self.env = create_env(config.environment, "rgb_array" if render else None)
         self.arrays = SharedArrays(1, task, multiprocessing.get_context("spawn"))
 
@@ -96,28 +99,48 @@ class Player:
 
         Args:
             seed: of the environment and of the actions.
+
+        Raises:
+            EnvironmentFailure: if the environment fails or breaks its contract; the message is one line.
         """
+        self.steps = 0
+        try:
+            yield from self._play(seed)
+        except Exception as error:  # whatever an environment does
+            where = f"{task_name(self.config.environment)}, reset seed {seed}, step {self.steps}"
+            raise EnvironmentFailure(f"{where}: {failure_of(error)}") from error
+
+    def _play(self, seed: int) -> Iterator[Moment]:
         agent = Agent(self.model, self.config, self.task, 1, self.deterministic)
         agent.generator.manual_seed(seed)
         observation, info = self.env.reset(seed=seed)
-        total, ended, step = 0.0, False, -1
-        while not ended and step + 1 < self.max_steps:
+        check_observation(self.env, observation, self.task)
+        total, ended = 0.0, False
+        while not ended and self.steps < self.max_steps:
             self.arrays.show(0, observation, info.get("action_mask"))
             agent.advance()
             prediction, actions = agent.act(self.arrays, slice(0, 1))
-            step = int(agent.step[0])
-            attention = past_attention(prediction, min(step, agent.timeline.length))
-            moment = Moment(step, *self._pictures(), actions[0], float(prediction.value[0]), total, attention)
+            attention = past_attention(prediction, min(self.steps, agent.timeline.length))
+            moment = Moment(self.steps, *self._pictures(), actions[0], float(prediction.value[0]), total, attention)
             yield moment
+            self.steps += 1
             observation, reward, terminated, truncated, info = checked_step(self.env, actions[0], self.task)
             total, ended = total + float(reward), terminated or truncated
             agent.count_step(slice(0, 1), np.array([ended]))
         cut = {} if ended else self.env.numbers_so_far() | {"cut": 1.0}
         numbers = episode_numbers(info) | cut
-        yield Moment(step + 1, *self._pictures(), None, moment.value, total, attention, numbers)
+        yield Moment(self.steps, *self._pictures(), None, moment.value, total, attention, numbers)
 
     def _pictures(self) -> tuple[np.ndarray | None, np.ndarray | None]:
         return (self.env.render(), self.env.agent_view()) if self.render else (None, None)
+
+
+def failure_of(error: Exception) -> str:
+    """Return what went wrong in an environment on one line; where, too, unless the line is meant for its user."""
+    if isinstance(error, UserError | BrokenContract):
+        return str(error)
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{reason_of(error)} ({type(error).__name__}, {where.filename}:{where.lineno})"
 
 
 def past_attention(prediction: Prediction, valid: int) -> np.ndarray:
@@ -319,11 +342,6 @@ def draw_episode(player: Player, seed: int, width: int, fps: int) -> Iterator[tu
             yield picture, moment
 
 
-def task_name(section: Section) -> str:
-    """Return what a person calls the task of a config's `environment` section."""
-    return getattr(section, "name", None) or section.type
-
-
 def write_video(path: Path, pictures: Iterable[Image.Image], fps: int) -> None:
     """Write pictures of one even size to an .mp4 (H.264) or .gif, whole or not at all."""
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
@@ -358,8 +376,22 @@ def encode_gif(pictures: Iterable[Image.Image], fps: int) -> bytes:
     return stream.getvalue()
 
 
-def check_drawing(model: ActorCriticModel, config: Config, task: Task) -> None:
-    """Draw the first step of an episode; UserError, in one line, where the environment cannot be drawn."""
+def check_drawing(
+    model: ActorCriticModel,
+    config: Config,
+    task: Task,
+    wanted_by: str = "video_interval",
+    way_out: str = "allowed is 0",
+) -> None:
+    """Draw the first step of an episode; UserError, in one line, where the environment cannot be drawn.
+
+    Args:
+        model: the actor-critic.
+        config: its config.
+        task: what its environment is like.
+        wanted_by: what asks for pictures.
+        way_out: what to do where there are none.
+    """
     try:
         player = Player(model, config, task)
         try:
@@ -369,8 +401,8 @@ def check_drawing(model: ActorCriticModel, config: Config, task: Task) -> None:
     except UserError:
         raise
     except Exception as error:  # whatever an environment's own drawing does
-        name = task_name(config.environment)
-        raise UserError(f"video_interval: {name} cannot be drawn ({reason_of(error)}); allowed is 0") from error
+        name, reason = task_name(config.environment), reason_of(error.__cause__ or error)
+        raise UserError(f"{wanted_by}: {name} cannot be drawn ({reason}); {way_out}") from error
 
 
 def episode_summary(model: ActorCriticModel, config: Config, task: Task, tag: str) -> Summary:

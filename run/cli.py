@@ -9,19 +9,25 @@ from pathlib import Path
 from docopt import DocoptExit, docopt
 
 from kernels.allocator import keep_memory
-from utils import UserError
+from utils import EnvironmentFailure, UserError
 
 # Where nothing else ends an episode, watching and evaluating cut it after this many steps.
 MAX_STEPS = 10_000
 
 
 def command_line(main: Callable[[], None]) -> None:
-    """Run a command line: exit code 2 and one line per problem for what the user can put right, no traceback."""
+    """Run a command line: exit code 2 and one line per problem for what the user can put right, no traceback.
+
+    The exit code is 1 where an environment fails while it is played.
+    """
     try:
         main()
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+    except EnvironmentFailure as error:
+        print(error, file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output is gone, as in `| head`

@@ -13,12 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from environments.contract import Task
 from model import ActorCriticModel
+from processes.arrays import DIGEST_SIZE
+from processes.runner import Episode
 from run.checkpoint import list_checkpoints, save_checkpoint, save_model, without_auxiliary
 from run.config import Config
 from run.logger import Logger
-from utils import Task, UserError, reason_of
-from worker import EnvironmentFailure, Episode
+from utils import EnvironmentFailure, UserError, reason_of
 
 if TYPE_CHECKING:
     from trainer import PPOTrainer
@@ -201,7 +203,7 @@ def state_of(trainer: "PPOTrainer") -> dict[str, Any]:
     episodes = [
         {
             "number": episode.number,
-            "actions": torch.tensor(episode.actions, dtype=torch.uint8),
+            "actions": as_tensor(episode.actions),
             "digest": episode.digest.hex(),
         }
         for episode in trainer.workers.episodes
@@ -218,7 +220,7 @@ def state_of(trainer: "PPOTrainer") -> dict[str, Any]:
         "item_step": timeline.item_step[:, : timeline.length].clone(),
         "step": trainer.step.tolist(),
         "episodes": episodes,
-        "seen": [sorted(seen) for seen in trainer.novelty.seen],
+        "seen": [as_tensor(b"".join(seen)) for seen in trainer.novelty.seen],
         "finished": list(trainer.finished),
     }
 
@@ -239,7 +241,7 @@ def restore(trainer: "PPOTrainer", state: dict[str, Any]) -> None:
     ):
         raise ValueError("its description is none")
     trainer.step = np.array(state["step"], dtype=np.int64)
-    trainer.novelty.seen = [set(seen) for seen in state["seen"]]
+    trainer.novelty.seen = [dict.fromkeys(digests_of(seen)) for seen in state["seen"]]
     trainer.workers.episodes = [
         Episode(episode["number"], actions_of(episode["actions"], trainer), bytes.fromhex(episode["digest"]))
         for episode in state["episodes"]
@@ -256,6 +258,19 @@ def start_from(trainer: "PPOTrainer", model: ActorCriticModel, path: Path) -> No
             raise UserError(f"--init-from: {path}: {name} is {there}, this config has it {here}")
     trainer.model.load_state_dict(given)
     trainer.keeper.remember()
+
+
+def as_tensor(data: bytes | bytearray) -> Tensor:
+    """Return a copy of bytes as a tensor: a million of them cost next to nothing in a checkpoint."""
+    return torch.from_numpy(np.frombuffer(data, np.uint8).copy())
+
+
+def digests_of(stored: Any) -> list[bytes]:
+    """Return digests as novelty keeps them; older checkpoints hold a list of them."""
+    if isinstance(stored, list):
+        return stored
+    data = stored.numpy().tobytes()
+    return [data[first : first + DIGEST_SIZE] for first in range(0, len(data), DIGEST_SIZE)]
 
 
 def actions_of(stored: Any, trainer: "PPOTrainer") -> bytearray:
