@@ -116,6 +116,25 @@ class WrongShape(Toy):
         return np.zeros(5 if self.age == FAULT_STEP else 3, dtype=np.float32)
 
 
-for toy in (Toy, Exit, ExitOnce, Raise, NotANumber, InfiniteReward, Random, Slow, WrongShape):
+class Masked(Toy):
+    """Allows other actions at every step and breaks where a forbidden one is taken."""
+
+    action_space = gymnasium.spaces.MultiDiscrete([4, 3])
+
+    def reset(self, *, seed=None, options=None):
+        return super().reset(seed=seed)[0], {"action_mask": self.mask()}
+
+    def step(self, action):
+        if not self.mask()[[action[0], 4 + action[1]]].all():
+            raise ArithmeticError(f"{action} is not allowed at step {self.age}")
+        observation, *rest, info = super().step(action[1])
+        return observation, *rest, info | {"action_mask": self.mask()}
+
+    def mask(self):
+        return np.array([self.age > 0, 1, self.age % 2, 0, 1, self.age % 3 == 0, self.age > 5], dtype=np.int8)
+
+
+TOYS = (Toy, Exit, ExitOnce, Raise, NotANumber, InfiniteReward, Random, Slow, WrongShape, Masked)
+for toy in TOYS:
     if f"{toy.__name__}-v0" not in gymnasium.registry:
         gymnasium.register(f"{toy.__name__}-v0", entry_point=toy, max_episode_steps=LONGEST)
