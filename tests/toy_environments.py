@@ -147,14 +147,21 @@ class Acted(Toy):
 
 
 class Masked(Toy):
-    """Allows only every other action."""
+    """Allows other actions at every step and breaks where a forbidden one is taken."""
+
+    action_space = gymnasium.spaces.MultiDiscrete([4, 3])
 
     def reset(self, *, seed=None, options=None):
-        return super().reset(seed=seed, options=options)[0], {"action_mask": np.array([1, 0, 1], np.int8)}
+        return super().reset(seed=seed)[0], {"action_mask": self.mask()}
 
     def step(self, action):
-        assert action != 1
-        return *super().step(action)[:4], {"action_mask": np.array([1, 0, 1], np.int8)}
+        if not self.mask()[[action[0], 4 + action[1]]].all():
+            raise ArithmeticError(f"{action} is not allowed at step {self.age}")
+        observation, *rest, info = super().step(action[1])
+        return observation, *rest, info | {"action_mask": self.mask()}
+
+    def mask(self):
+        return np.array([self.age > 0, 1, self.age % 2, 0, 1, self.age % 3 == 0, self.age > 5], dtype=np.int8)
 
 
 TOYS = (Toy, Exit, ExitOnce, Raise, NotANumber, InfiniteReward, Random, Slow, WrongShape, Often, Seldom, Acted, Masked)
