@@ -1,6 +1,7 @@
 """What watching and evaluating share: a model that acts with its memory, unseen episodes, and many of them at once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -140,19 +141,22 @@ def play_episodes(
     seed_of = partial(planned_seed, [[seed for seed, _ in episodes] for episodes in plan])
     workers = Workers(config.environment, task, count, seed_of, processes, min(2, count), max_steps=max_steps)
     try:
-        found = _play(agent, workers, [len(episodes) for episodes in plan], progress)
-    except EnvironmentFailure as error:
-        raise EnvironmentFailure(f"{task_name(config.environment)}, {in_one_line(error)}") from error
+        with naming(config.environment):
+            found = _play(agent, workers, [len(episodes) for episodes in plan], progress)
     finally:
         workers.close()
     reported = {plan[index][number]: info for (index, number), info in found.items()}
     return [{"seed": s, "repetition": r} | reported[s, r] for s in seeds for r in range(repetitions)]
 
 
-def in_one_line(error: EnvironmentFailure) -> str:
-    """Return where an environment failed and what its traceback ends in."""
-    where, *trace = str(error).splitlines()
-    return " ".join([where, *trace[-1:]])
+@contextmanager
+def naming(environment: Section) -> Iterator[None]:
+    """Let a failure say on one line which task it was of, and what its traceback ends in."""
+    try:
+        yield
+    except EnvironmentFailure as error:
+        where, *trace = str(error).splitlines()
+        raise EnvironmentFailure(f"{task_name(environment)}, {' '.join([where, *trace[-1:]])}") from error
 
 
 def planned_seed(seeds: list[list[int]], index: int, episode: int) -> int:

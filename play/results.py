@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rliable.library import get_interval_estimates
-from rliable.metrics import aggregate_iqm, aggregate_mean
+from scipy.stats import trim_mean
 
 from environments.numbers import count_missing_success, metrics_of
 from play.reference import Reference
@@ -152,14 +151,13 @@ def summarise(scores: np.ndarray, aggregate: str = "runs") -> dict[str, float]:
     with np.errstate(over="ignore", invalid="ignore"):  # a task may report 1e308
         if aggregate == "episodes":
             episodes = rows[~np.isnan(rows)]
-            low, high = interval(rows, lambda chosen: aggregate_iqm(chosen[~np.isnan(chosen)]))
-            numbers = (episodes.mean(), low, high, aggregate_iqm(episodes), episodes.std())
+            low, high = interval(rows, lambda chosen: interquartile_mean(chosen[~np.isnan(chosen)]))
+            numbers = (episodes.mean(), low, high, interquartile_mean(episodes), episodes.std())
         else:
             averages = np.nanmean(rows, axis=1)
             std = averages.std() if len(averages) > 1 else math.nan
             if several:
-                runs = averages[:, None]
-                numbers = (aggregate_mean(runs), *interval(runs, aggregate_mean), aggregate_iqm(runs), std)
+                numbers = (averages.mean(), *interval(averages, np.mean), interquartile_mean(averages), std)
             else:
                 mean = np.nanmean(rows)
                 numbers = (mean, *interval(rows, np.nanmean), mean, std)
@@ -167,23 +165,26 @@ def summarise(scores: np.ndarray, aggregate: str = "runs") -> dict[str, float]:
 
 
 def interval(rows: np.ndarray, statistic: Callable[[np.ndarray], float]) -> tuple[float, float]:
-    """Return the 95 % interval of a statistic: rliable's stratified bootstrap (Agarwal et al. 2021).
+    """Return the 95 % interval of a statistic by the stratified bootstrap of Agarwal et al. 2021, with percentiles.
 
-    Whole rows are resampled: the scores within one belong to the same seed or run and are not independent.
+    Whole rows are resampled: the scores within one belong to the same seed or run and are not independent. The draws
+    are those of rliable, their package, so that its numbers come out to the last digit.
 
     Args:
-        rows: (runs or seeds, scores of each); of a single row nothing can be said, the interval is NaN.
+        rows: (runs or seeds, …) their scores; of a single row nothing can be said, the interval is NaN.
         statistic: of rows.
     """
     if len(rows) < 2:
         return math.nan, math.nan
-    np.random.seed(0)  # rliable draws from NumPy's global generator, whatever random_state it is given
-    indices = {"": np.arange(len(rows))[:, None]}
-    _, intervals = get_interval_estimates(
-        indices, lambda chosen: np.array([statistic(rows[chosen[:, 0]])]), reps=RESAMPLES
-    )
-    low, high = intervals[""][:, 0]
+    generator = np.random.RandomState(0)
+    found = [statistic(rows[generator.choice(len(rows), len(rows))]) for _ in range(RESAMPLES)]
+    low, high = np.percentile(found, (2.5, 97.5))
     return low, high
+
+
+def interquartile_mean(scores: np.ndarray) -> float:
+    """Return the mean of the middle half of all scores, as Agarwal et al. 2021 define it."""
+    return float(trim_mean(scores, 0.25, axis=None))
 
 
 def group_runs(models: list[Evaluated], aggregate: str = "runs") -> list[Group]:
