@@ -25,6 +25,7 @@ class CartPole(WrappedEnv):
             render_mode: "rgb_array", or None if nothing is to be looked at.
         """
         super().__init__(render_mode)
+        self.vector_names = ("cart position", "cart velocity", "pole angle", "pole velocity")
         self._is_masked = section.type == "CartPoleMasked"
         self.max_episode_steps = section.max_episode_steps
         # The task of CartPole-v0, which Gymnasium calls deprecated, but for the number of steps

@@ -49,7 +49,7 @@ class GymnasiumEnv(WrappedEnv):
             raise ValueError(
                 f"name: {self._name!r} has the action space {short(self._env.action_space)}; {error}"
             ) from error
-        self.action_space = self._actor.space
+        self.action_space, self.action_bounds = self._actor.space, self._actor.bounds
         self._masks = action_masks_of(self._env)
         self.observation_space = self._declare()
         self.vector_names = self._named()

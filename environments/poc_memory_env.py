@@ -33,6 +33,7 @@ class PocMemoryEnv(EpisodeEnv):
     """
 
     max_episode_steps = MAX_EPISODE_STEPS
+    vector_names = ("left goal", "position", "right goal")
 
     def __init__(self, section: PocMemorySection, render_mode: str | None = None):
         """

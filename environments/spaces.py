@@ -323,7 +323,10 @@ class Actor:
         space: Discrete or MultiDiscrete, both from 0, or float32 Box (n,) without bounds.
         branches: how many actions each branch has; empty for numbers.
         size: entries that `features` writes.
+        bounds: lowest and highest (n,) of numbers; None where there are branches.
     """
+
+    bounds: tuple[np.ndarray, np.ndarray] | None = None
 
     def __init__(self, space: gymnasium.Space) -> None:
         """
@@ -339,10 +342,11 @@ class Actor:
         if self._leaves and all(isinstance(part, spaces.Box) for part in self._leaves):
             self.size = sum(math.prod(part.shape) for part in self._leaves)
             self.space: gymnasium.Space = spaces.Box(-np.inf, np.inf, (self.size,), np.float32)
-            self._low, self._high = (
+            low, high = (
                 np.concatenate([np.ravel(getattr(part, end)).astype(np.float64) for part in self._leaves])
                 for end in ("low", "high")
             )
+            self.bounds = low, high
         else:
             self.branches = tuple(count for part in self._leaves for count in branch_sizes(part))
             self.size = sum(self.branches)
@@ -393,7 +397,7 @@ class Actor:
         return flat
 
     def _clipped(self, action: Any) -> np.ndarray:
-        return np.clip(np.asarray(action, dtype=np.float64).reshape(self.size), self._low, self._high)
+        return np.clip(np.asarray(action, dtype=np.float64).reshape(self.size), *self.bounds)
 
 
 def branch_sizes(space: gymnasium.Space) -> list[int]:

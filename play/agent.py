@@ -114,35 +114,32 @@ def play_episodes(
 ) -> list[dict[str, float]]:
     """Play an episode per seed and repetition, many at once.
 
-    Every environment has a fixed list of episodes, so that processes and their speed do not matter. Whoever is done
-    plays on until the others are done too; that is not counted.
+    Every environment has a fixed list of episodes, so that processes do not matter; it plays on until all are done.
 
     Args:
-        model: on the device where it is to compute.
-        config: its config.
-        task: what its environment is like.
+        model: on the device where it is to compute, with its `config` and `task`.
         seeds: reset seeds of the episodes.
         repetitions: how often each seed is played.
         action_seed: all actions are drawn from it.
         deterministic: whether the most probable actions are taken instead.
         processes: number of processes that step the environments.
-        max_steps: after how many steps an episode is cut, None where only its end ends it.
+        max_steps: after how many steps an episode is cut, if at all.
         progress: called with the number of episodes that have just ended.
 
     Returns:
-        Per episode its `seed`, its `repetition` (from 0) and what the environment reports of it (reward, length, …);
-        `cut` is 1 where it was cut. They are ordered by seed and repetition as given.
+        Per episode, ordered as given, its `seed`, its `repetition` (from 0) and what the environment reports of it
+        (reward, length, …); `cut` is 1 where it was cut.
 
     Raises:
-        EnvironmentFailure: if an environment breaks its contract or fails; the message is one line.
+        EnvironmentFailure: in one line, if an environment breaks its contract or fails.
     """
     planned = [(seed, repetition) for repetition in range(repetitions) for seed in seeds]
     count = min(ENVIRONMENTS, len(planned))
     plan = [planned[index::count] for index in range(count)]
     agent = Agent(model, config, task, count, deterministic)
     agent.generator.manual_seed(action_seed)
-    episode_seed = partial(planned_seed, [[seed for seed, _ in episodes] for episodes in plan])
-    workers = Workers(config.environment, task, count, episode_seed, processes, min(2, count), max_steps=max_steps)
+    seed_of = partial(planned_seed, [[seed for seed, _ in episodes] for episodes in plan])
+    workers = Workers(config.environment, task, count, seed_of, processes, min(2, count), max_steps=max_steps)
     try:
         with naming(config.environment):
             found = _play(agent, workers, [len(episodes) for episodes in plan], progress)

@@ -35,7 +35,10 @@ THUMBNAILS = 5
 SMALLEST_TEXT = 11
 # The fewest past steps that fill a strip.
 SHORTEST_STRIP = 16
+# Numbers side by side and on top of each other; what is beyond is counted. So many numbers of an action are in words.
+PANEL_COLUMNS, PANEL_ROWS, MOST_ACTIONS = 3, 5, 2
 WHITE, INK, FAINT, EMPTY, MARK = (255, 255, 255), (30, 30, 40), (110, 110, 125), (232, 232, 238), (213, 94, 0)
+BAR = (0, 114, 178)
 VIRIDIS = np.array([matplotlib.colormaps["viridis"](level)[:3] for level in range(256)]) * 255
 
 
@@ -51,6 +54,7 @@ class Moment:
         value: the return that the agent expects from here on.
         reward: sum of the rewards up to here.
         attention: (blocks, n) mean over the heads of the weights of the last n steps, oldest first; each row sums to 1.
+        vector: (n,) the numbers that the agent sees, None where it sees none, and at the end.
         result: what the environment reports of the finished episode; None in front of its end.
     """
 
@@ -61,7 +65,90 @@ class Moment:
     value: float
     reward: float
     attention: np.ndarray
+    vector: np.ndarray | None = None
     result: dict[str, float] | None = None
+
+
+@dataclass
+class Entry:
+    """A number, or a choice, as it is shown.
+
+    Attributes:
+        name: what it is.
+        text: its value.
+        bar: from where to where its bar goes, as shares of the width; None without.
+    """
+
+    name: str
+    text: str
+    bar: tuple[float, float] | None = None
+
+
+@dataclass
+class NumberPanel:
+    """What there is to show of vectors and of actions that are numbers.
+
+    Attributes:
+        names: of the entries of the vector, empty where they are not known.
+        bounds: lowest and highest (n,) of an action of n numbers; None for other actions.
+        is_continuous: whether actions are numbers.
+    """
+
+    names: tuple[str, ...]
+    bounds: tuple[np.ndarray, np.ndarray] | None
+    is_continuous: bool
+
+    def entries(self, moment: Moment) -> list[Entry]:
+        """Return what to show of a moment in front of the end, always equally many; the rest is counted."""
+        actions = self._actions(moment.action) if self.is_continuous else []
+        numbers = [] if moment.vector is None else self._numbers(moment.vector)
+        found, most = [*actions, *numbers], PANEL_COLUMNS * PANEL_ROWS
+        return found if len(found) <= most else [*found[: most - 1], Entry(f"and {len(found) - most + 1:,} more", "")]
+
+    def _actions(self, action: np.ndarray) -> list[Entry]:
+        """Return the numbers of an action as the environment takes them, clipped, with their bounds."""
+        low, high = (np.full(len(action), end) for end in (-math.inf, math.inf)) if self.bounds is None else self.bounds
+        found = []
+        for index, (number, *ends) in enumerate(zip(np.clip(action, low, high), low, high, strict=True)):
+            bounded = all(map(math.isfinite, ends)) and ends[0] < ends[1]
+            share = (number - ends[0]) / (ends[1] - ends[0]) if bounded else half_open(number)
+            text = f"{number:.2f} in {ends[0]:g}…{ends[1]:g}"
+            found.append(Entry(f"action[{index}]", text, (0.0 if bounded else 0.5, share)))
+        return found
+
+    def _numbers(self, vector: np.ndarray) -> list[Entry]:
+        """Return the entries of a vector; choices that are one-hot are one entry."""
+        names = self.names if len(self.names) == len(vector) else tuple(f"[{index}]" for index in range(len(vector)))
+        choices: dict[str, list[str]] = {}
+        found: list[Entry] = []
+        for name, number in zip(names, vector.tolist(), strict=True):
+            root, is_choice, value = name.rpartition("=")
+            if not is_choice:
+                found.append(Entry(name, f"{number:.2f}", (0.5, half_open(number))))
+                continue
+            if root not in choices:
+                choices[root] = []
+                found.append(Entry(root, ""))
+            choices[root] += [value] if number else []
+        for entry in found:
+            if entry.name in choices and entry.bar is None:
+                entry.text = "= " + (" ".join(choices[entry.name]) or "–")
+        return found
+
+
+def half_open(number: float) -> float:
+    """Return where a number without bounds lies on a bar: 0 in the middle, whatever its size within the bar."""
+    return 0.5 + 0.5 * math.tanh(number)
+
+
+def shortened(text: str, room: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """Return a text that is not wider than `room` pixels: its middle gives way."""
+    kept = len(text)
+    short = text
+    while kept > 1 and font.getlength(short) > room:
+        kept -= 1
+        short = f"{text[: (kept + 1) // 2]}…{text[len(text) - kept // 2 :]}"
+    return short
 
 
 class Player:
@@ -90,6 +177,14 @@ class Player:
         self.steps = 0  # of the running episode
         self.env = create_env(config.environment, "rgb_array" if render else None)
         self.arrays = SharedArrays(1, task, multiprocessing.get_context("spawn"))
+
+    @property
+    def panel(self) -> NumberPanel | None:
+        """What shows the numbers of its moments; None where there are none."""
+        if not self.task.vector and not self.task.continuous:
+            return None
+        bounds = getattr(self.env, "action_bounds", None)
+        return NumberPanel(tuple(getattr(self.env, "vector_names", ())), bounds, self.task.continuous > 0)
 
     def close(self) -> None:
         """Close the environment."""
@@ -122,7 +217,9 @@ class Player:
             agent.advance()
             prediction, actions = agent.act(self.arrays, slice(0, 1))
             attention = past_attention(prediction, min(self.steps, agent.timeline.length))
-            moment = Moment(self.steps, *self._pictures(), actions[0], float(prediction.value[0]), total, attention)
+            vector = None if self.arrays.vectors is None else self.arrays.vectors[0].copy()
+            value = float(prediction.value[0])
+            moment = Moment(self.steps, *self._pictures(), actions[0], value, total, attention, vector)
             yield moment
             self.steps += 1
             observation, reward, terminated, truncated, info = checked_step(self.env, actions[0], self.task)
@@ -130,7 +227,7 @@ class Player:
             agent.count_step(slice(0, 1), np.array([ended]))
         cut = {} if ended else self.env.numbers_so_far() | {"cut": 1.0}
         numbers = episode_numbers(info) | cut
-        yield Moment(self.steps, *self._pictures(), None, moment.value, total, attention, numbers)
+        yield Moment(self.steps, *self._pictures(), None, moment.value, total, attention, result=numbers)
 
     def _pictures(self) -> tuple[np.ndarray | None, np.ndarray | None]:
         return (self.env.render(), self.env.agent_view()) if self.render else (None, None)
@@ -158,17 +255,21 @@ def past_attention(prediction: Prediction, valid: int) -> np.ndarray:
 class Painter:
     """Draws moments as pictures that all have the same, even size.
 
-    From top to bottom: what happens in words, the global view with the agent's own beside it, a strip per block with
-    the attention to past steps, and the past steps that get most of it.
+    From top to bottom: what happens in words, the global view with the agent's own beside it, the numbers that the
+    agent sees and its actions where they are numbers, a strip per block with the attention to past steps, and the past
+    steps that get most of it.
 
     Args:
         title: what is played.
         moment: the first one, for the sizes.
         width: of the pictures.
         memory_length: L, the most past steps of a strip.
+        panel: of the numbers.
     """
 
-    def __init__(self, title: str, moment: Moment, width: int, memory_length: int) -> None:
+    def __init__(
+        self, title: str, moment: Moment, width: int, memory_length: int, panel: NumberPanel | None = None
+    ) -> None:
         self.title, self.memory_length = title, memory_length
         self.width, self.scale = width - width % 2, width / BASE_WIDTH
         self.font, self.small = (ImageFont.load_default(max(SMALLEST_TEXT, self._size(size))) for size in (18, 14))
@@ -176,7 +277,10 @@ class Painter:
         pictures = [picture for picture in (moment.frame, moment.view) if picture is not None]
         self.sizes = self._picture_sizes(pictures)
         self.top = self._size(64)
-        self.strips_top = self.top + max(height for _, height in self.sizes) + self._size(34)
+        self.panel, self.panel_top = panel, self.top + max(height for _, height in self.sizes) + self._size(30)
+        self.row = round(self.small.size * 1.25) + self._size(7)
+        rows = 0 if panel is None else -(-len(panel.entries(moment)) // PANEL_COLUMNS)
+        self.strips_top = self.panel_top + self._size(4) + rows * self.row + self._size(8) * (rows > 0)
         self.strip_height, self.strip_left = self._size(18), self._size(84)
         self.axis = self.strips_top + len(moment.attention) * (self.strip_height + self._size(4))
         self.thumbnails_top = self.axis + self._size(46)
@@ -193,10 +297,10 @@ class Painter:
         """Return (width, height) of the views: equally high, as large as fits, whole multiples of small pixels."""
         aspects = [picture.shape[1] / picture.shape[0] for picture in pictures]
         room = self.width - 2 * self.margin - (len(pictures) - 1) * self.gap
-        height = int(min(self._size(360), room / sum(aspects)))
+        height = max(1, int(min(self._size(360), room / sum(aspects))))
         smallest = min(picture.shape[0] for picture in pictures)
         height -= height % smallest if height > smallest else 0
-        return [(round(height * aspect), height) for aspect in aspects]
+        return [(max(1, round(height * aspect)), height) for aspect in aspects]
 
     def _thumbnail_size(self, picture: np.ndarray) -> tuple[int, int]:
         room = (self.width - 2 * self.margin - (THUMBNAILS - 1) * self.gap) / THUMBNAILS
@@ -215,6 +319,8 @@ class Painter:
         self._draw_views(canvas, draw, moment)
         # At the end, what the last action was taken on stays.
         self.last = moment if moment.result is None else self.last
+        if self.panel is not None:
+            self._draw_numbers(draw, self.panel.entries(self.last))
         self._draw_attention(canvas, draw, self.last)
         if moment.result is None:
             shown = moment.frame if moment.view is None else moment.view
@@ -228,7 +334,9 @@ class Painter:
             outcome = "over: " + ", ".join(describe(moment.result))
             draw.text((self.margin, self._size(37)), outcome, MARK, self.small)
             return
-        action = " ".join(str(branch) for branch in moment.action.tolist())
+        action = " ".join(f"{number:.2f}" if isinstance(number, float) else str(number)
+                          for number in moment.action.tolist()[:MOST_ACTIONS])  # fmt: skip
+        action += " …" * (len(moment.action) > MOST_ACTIONS)
         fields = (f"step {moment.step}", f"action {action}", f"reward {moment.reward:.2f}", f"value {moment.value:.2f}")
         for index, text in enumerate(fields):
             left = self.margin + index * (self.width - 2 * self.margin) // len(fields)
@@ -253,6 +361,22 @@ class Painter:
             middle = (left + size[0] // 2, self.top + size[1] + self._size(3))
             draw.text(middle, name, FAINT, self.small, anchor="ma")
             left += size[0] + self.gap
+
+    def _draw_numbers(self, draw: ImageDraw.ImageDraw, entries: list["Entry"]) -> None:
+        """Draw a cell for each entry: its name, its value and, under both, a bar from the middle or the lower end."""
+        width = (self.width - 2 * self.margin - (PANEL_COLUMNS - 1) * self.gap) // PANEL_COLUMNS
+        for index, entry in enumerate(entries):
+            left = self.margin + index % PANEL_COLUMNS * (width + self.gap)
+            top = self.panel_top + index // PANEL_COLUMNS * self.row
+            room = width - draw.textlength(f"{entry.text}  ", self.small)
+            draw.text((left, top), shortened(entry.name, room, self.small), FAINT, self.small)
+            draw.text((left + width, top), entry.text, INK, self.small, anchor="ra")
+            if entry.bar is None:
+                continue
+            low, high = (left + round(end * width) for end in sorted(entry.bar))
+            bar = top + self.row - self._size(6)
+            draw.rectangle((left, bar, left + width, bar + self._size(2)), EMPTY)
+            draw.rectangle((low, bar, high, bar + self._size(2)), BAR)
 
     def _draw_attention(self, canvas: Image.Image, draw: ImageDraw.ImageDraw, moment: Moment) -> None:
         """Draw a strip per block, in which a past step keeps its place while the present moves to the right."""
@@ -346,7 +470,7 @@ def draw_episode(player: Player, seed: int, width: int, fps: int) -> Iterator[tu
     for moment in player.play(seed):
         if painter is None:
             title = f"{task_name(player.config.environment)}, seed {seed}"
-            painter = Painter(title, moment, width, player.config.transformer.memory_length)
+            painter = Painter(title, moment, width, player.config.transformer.memory_length, player.panel)
         picture = painter.draw(moment)
         for _ in range(1 if moment.result is None else math.ceil(HOLD_SECONDS * fps)):
             yield picture, moment

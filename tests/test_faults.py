@@ -33,10 +33,10 @@ import utils
 from environments.contract import Task
 from memory import Timeline
 from model import ActorCriticModel
-from run import checkpoint
+from run import checkpoint, lifecycle
 from run.cli import command_line
 from run.config import Config, check_config
-from trainer import PPOTrainer
+from trainer import Options, PPOTrainer
 from utils import UserError
 from worker import MAX_RESTARTS
 
@@ -1158,6 +1158,28 @@ def test_unwritable_folder(name, obstacle, tmp_path):
         return
     assert code == 2
     assert said.count("\n") == 1 and name in said, said
+
+
+@pytest.mark.parametrize("name, size", [("Toy", 1), ("Acted", 8)])
+def test_a_long_episode_costs_a_checkpoint_little(name, size, tmp_path):
+    """Actions take a byte per branch, or 4 per number, novelty 16 per observation; older files hold lists of them."""
+    schedule = {"initial": 0.1, "final": 0.1, "power": 1.0, "max_decay_steps": 1}
+    changes = {"n_workers": 1, "novelty_schedule": schedule}
+    trainer = PPOTrainer(
+        check_config(small_config(toy(name), 1, **changes), ""), "run", 1, Options(torch.device("cpu"))
+    )
+    steps, data = 10_000, np.random.default_rng(1).bytes
+    empty = checkpoint.save_checkpoint(tmp_path, 1, lifecycle.state_of(trainer)).stat().st_size
+    actions, seen = data(steps * size), [data(16) for _ in range(steps)]
+    trainer.workers.episodes[0].actions, trainer.novelty.seen[0] = bytearray(actions), dict.fromkeys(seen)
+    path = checkpoint.save_checkpoint(tmp_path, 2, lifecycle.state_of(trainer))
+    assert path.stat().st_size < empty + steps * (size + 16) + 1000
+    state = checkpoint.load(path, "checkpoint")
+    trainer.workers.episodes[0].actions, trainer.novelty.seen[0] = bytearray(), {}
+    lifecycle.restore(trainer, state)
+    assert trainer.workers.episodes[0].actions == actions and list(trainer.novelty.seen[0]) == seen
+    lifecycle.restore(trainer, state | {"seen": [seen]})
+    assert list(trainer.novelty.seen[0]) == seen
 
 
 def test_existing_run_is_kept(tmp_path):

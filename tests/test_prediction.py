@@ -14,6 +14,7 @@ from auxiliary import NextObservation
 from model import Categorical, Prediction
 from run.config import check_config
 from run.lifecycle import state_of
+from run.report import update_scalars
 from trainer import Options, PPOTrainer
 
 SIDE, LONGEST = 5, 12
@@ -137,7 +138,7 @@ def expected_loss(
 @pytest.mark.parametrize("shown", SHOWN)
 def test_prediction_is_the_textbooks(sampled, monkeypatch, shown, actions):
     """Loss, shares, and gradients by outputs, embedded frames and own weights, in one part and in two."""
-    monkeypatch.setattr("memory.MANY_FRAMES", 0)  # so that frames are filled up
+    monkeypatch.setattr("kernels.store.MANY_FRAMES", 0)  # so that frames are filled up
     trainer = sampled(config(shown, actions))
     task, coverage = trainer.auxiliary["prediction"], []
     unsettle(task, 0)
@@ -211,7 +212,7 @@ def test_accuracy(sampled, target, told, possible, accuracy):
     statistics = torch.zeros(2, len(names))  # of another minibatch in which nothing could be told, too
     for name, share in zip(("predicted", "predictable"), reported[1:], strict=True):
         statistics[0, names.index(name)] = share
-    scalars = trainer._scalars(statistics, np.ones(2))
+    scalars = update_scalars(trainer, statistics, np.ones(2))
     assert scalars["training/prediction_accuracy"] == pytest.approx(accuracy)
     tags = {tag for tag in scalars if "predict" in tag}
     assert tags == {"losses/prediction", "training/prediction_accuracy", "gradients/prediction"}
@@ -239,7 +240,7 @@ def test_episodes_of_one_step(sampled, shown):
 )
 @pytest.mark.parametrize("precision", ("float32", "bf16"))
 def test_it_is_learned_with_everything_else(sampled, precision, actions, transformer, changes):
-    """With gates, positions, recall and bf16: the loss falls, and bf16 starts where float32 does."""
+    """With gates, positions, recall and bf16: the loss falls."""
     settings = config("both", actions, transformer=transformer, epochs=4, **changes)
     trainer = sampled(settings | {"learning_rate_schedule": settings["beta_schedule"] | {"initial": 1e-2}})
     trainer.options.precision = precision

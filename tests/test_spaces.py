@@ -1,4 +1,4 @@
-"""Tests of observations and actions of any kind: what is shown arrives, what is done is allowed, errors are clear."""
+"""Observations and actions of any kind: what is shown arrives, what is allowed is done, both are learned from."""
 
 import re
 from pathlib import Path
@@ -10,12 +10,19 @@ import torch
 import yaml
 from gymnasium import spaces
 from pydantic import TypeAdapter
+from torch import nn
+from torch.nn import functional as F
 
 from environments import BrokenContract
 from environments.gymnasium_env import GymnasiumEnv
 from environments.minigrid_env import MinigridEnv
 from environments.section import Environment, GymnasiumSection, MinigridSection
 from environments.spaces import Actor, Observer, as_picture, frame_picture, hidden_entries
+from model import Normal, RunningMoments
+from run.config import Config, check_config
+from run.lifecycle import state_of
+from trainer import Options, PPOTrainer
+from utils import training_seed
 
 PIXELS = {"low": 0, "high": 255, "dtype": np.uint8}
 
@@ -506,3 +513,134 @@ def test_documented_sections(entries):
     env.action_space.seed(0)
     assert env.observation_space.contains(env.step(env.action_space.sample())[0])
     env.close()
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+PENDULUM = {"type": "Gymnasium", "name": "Pendulum-v1", "hide": [2], "previous_action": True, "previous_reward": True}
+MASKED = {"type": "Gymnasium", "name": "tests.toy_environments:Masked-v0"}
+MISSIONS = {"type": "Minigrid", "name": "BabyAI-GoToLocal-v0", "mission": True}
+
+
+def tiny(environment: dict, **changes) -> Config:
+    """Return a config that trains in moments."""
+    schedule = {"initial": 1e-2, "final": 1e-2, "max_decay_steps": 1}
+    transformer = {"num_blocks": 2, "embed_dim": 16, "memory_length": 8, "positional_encoding": "relative"}
+    whole = {
+        "environment": environment, "updates": 3, "n_workers": 4, "worker_steps": 24, "n_mini_batch": 2,
+        "hidden_layer_size": 16, "transformer": transformer, "learning_rate_schedule": schedule,
+        "normalize_observations": True,
+    }  # fmt: skip
+    return check_config(whole | changes, "test")
+
+
+@pytest.fixture
+def trainer_of(tmp_path):
+    """Return a function that makes a trainer whose environments run in two processes."""
+    trainers = []
+
+    def make(config: Config, checkpoint: dict | None = None) -> PPOTrainer:
+        options = Options(torch.device("cpu"), processes=2, folder=tmp_path)
+        trainers.append(PPOTrainer(config, "test", 3, options, checkpoint))
+        trainers[-1].start_workers()
+        return trainers[-1]
+
+    yield make
+    for trainer in trainers:
+        trainer.workers.close()
+
+
+def recomputed(trainer: PPOTrainer) -> tuple:
+    """Return the whole rollout as one minibatch, and what the model says about it in training."""
+    batch = trainer.buffer.minibatch(np.arange(trainer.samples))
+    x = trainer.model.complete(
+        F.embedding(batch.which, trainer.model.embed(batch.observations)), batch.vectors, batch.step
+    )
+    return batch, trainer.model(x, trainer.buffer.timeline.view(batch.groups), batch.masks)
+
+
+@pytest.mark.parametrize("environment", [PENDULUM, MASKED, MISSIONS], ids=["Box", "masked", "frame and vector"])
+def test_training_begins_where_sampling_ended(trainer_of, environment):
+    """The ratio is 1 before the first step of an update: same memory, same masks, same normalisation, same density."""
+    trainer = trainer_of(tiny(environment))
+    trainer.train_update()
+    assert trainer.model.moments.count >= trainer.samples  # vectors are normalised from here on
+    trainer.sample()
+    batch, prediction = recomputed(trainer)
+    log_ratio = prediction.policy.log_prob(batch.actions) - batch.log_probs
+    assert batch.log_probs.std() > 1e-3
+    assert log_ratio.exp().sub(1).abs().max() < 1e-6
+    torch.testing.assert_close(prediction.value, batch.values, rtol=0, atol=1e-5)
+
+
+def test_forbidden_actions_have_no_probability(trainer_of):
+    trainer = trainer_of(tiny(MASKED))
+    for _ in range(2):  # the environment breaks where a forbidden action is drawn
+        trainer.train_update()
+    trainer.sample()
+    batch, prediction = recomputed(trainer)
+    odd = (batch.step % 2).bool()
+    expected = [batch.step > 0, odd | True, odd, odd & False, odd | True, batch.step % 3 == 0, batch.step > 5]
+    assert torch.equal(batch.masks, torch.stack(expected, dim=1))
+    probabilities = torch.cat(prediction.policy.log_probs, dim=1).exp()
+    assert torch.equal(probabilities > 0, batch.masks)
+    assert torch.isfinite(prediction.policy.entropy()).all()
+    gradient = torch.autograd.grad(prediction.policy.entropy().sum(), trainer.model.policy[0].weight)[0]
+    assert torch.isfinite(gradient).all() and (gradient[3] == 0).all()  # the action that is never allowed
+
+
+def test_rollouts_hold_what_environments_show(trainer_of):
+    """Hidden entries, previous actions and rewards reach the model as Pendulum itself says, step by step."""
+    trainer = trainer_of(tiny(PENDULUM, normalize_observations=False))
+    trainer.sample()
+    buffer, twins = trainer.buffer, [gymnasium.make("Pendulum-v1") for _ in range(4)]
+    vectors = recomputed(trainer)[0]
+    vectors = vectors.observations[vectors.which].view(4, 24, -1)
+    for worker, twin in enumerate(twins):
+        shown, _ = twin.reset(seed=training_seed(trainer.seed, trainer.config.environment, worker, 0))
+        action, reward = 0.0, 0.0
+        for t in range(24):
+            expected = [*shown[:2], 0.0, action, reward]
+            assert vectors[worker, t].tolist() == pytest.approx(expected, abs=1e-6)
+            action = np.clip(float(buffer.actions[worker, t]), -2, 2)
+            shown, reward, *_ = twin.step(np.array([action], np.float32))
+
+
+def test_normalisation_survives_resuming(trainer_of):
+    config = tiny(PENDULUM, prediction_coefficient=0.5)
+    straight = trainer_of(config)
+    straight.train_update()
+    resumed = trainer_of(config, state_of(straight))
+    for trainer in (straight, resumed):
+        trainer.train_update()
+    seen = straight.buffer.observations.vectors[: straight.samples]
+    assert straight.model.moments.count > straight.samples and seen.std() > 0
+    for (name, expected), found in zip(
+        straight.model.state_dict().items(), resumed.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(found, expected), name
+
+
+def test_moments_are_those_of_all_that_was_seen():
+    moments, seen = RunningMoments(3), torch.randn(50, 3, dtype=torch.float64) * torch.tensor([1.0, 9.0, 0.0]) + 5
+    for part in seen.split([1, 19, 30]):
+        moments.update(torch.cat([torch.tensor([float(len(part))]).double(), part.sum(0), (part**2).sum(0)]))
+    torch.testing.assert_close(moments.mean, seen.mean(0))
+    torch.testing.assert_close(moments.variance, seen.var(0, correction=0))
+    assert moments(torch.full((1, 3), 1e9)).max() == 10
+
+
+def test_normal_is_that_of_torch():
+    torch.manual_seed(0)
+    mean, log_std = nn.Parameter(torch.randn(7, 3)), nn.Parameter(torch.randn(3))
+    actions, weights = torch.randn(7, 3) * 2, torch.randn(7, 2)
+    own = Normal(mean, log_std)
+    found = torch.cat((own.log_prob(actions), own.entropy()[:, None]), dim=1)
+    reference = torch.distributions.Independent(torch.distributions.Normal(mean, log_std.exp()), 1)
+    expected = torch.stack((reference.log_prob(actions), reference.entropy()), dim=1)
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad((values * weights).sum(), (mean, log_std)) for values in (found, expected)]
+    torch.testing.assert_close(*gradients)
+    noise = torch.randn(7, 3)
+    assert torch.equal(own.sample(noise), mean + log_std.exp() * noise)
+    assert torch.equal(own.mode(), reference.mean)

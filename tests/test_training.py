@@ -193,6 +193,14 @@ def test_benchmark(arguments, tmp_path):
     assert not shares or sum(shares) == pytest.approx(1, abs=0.01)
 
 
+def test_benchmark_takes_allowed_actions():
+    """Forbidden actions give way to the first allowed one of their branch, others stay."""
+    masks = np.array([[True, True, False, True, True], [False, True, False, False, True]])
+    actions = np.array([[0, 0], [0, 2]])
+    assert benchmark.permitted(actions, masks, (2, 3)).tolist() == [[0, 1], [1, 2]]
+    assert benchmark.permitted(actions, None, (2, 3)) is actions
+
+
 @pytest.mark.parametrize("name", ("mystery_path_grid_published", "mortar_mayhem_grid"))
 def test_textbook_benchmark_does_the_same_work(name):
     """The textbook formulation samples and learns what the fast one does."""
@@ -245,9 +253,9 @@ def test_poc_memory_env_is_learned(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STATED)
 def test_shipped_model_is_as_good_as_stated(name, tmp_path):
-    """On 50 unseen seeds × 5, the reward lies within the interval of docs/results/models.json."""
+    """On 50 unseen seeds × 5, the mean reward lies within the interval of docs/results/models.json."""
     command = [sys.executable, ROOT / "evaluate.py", ROOT / "models" / name, "--output=found", "--cpu"]
     assert subprocess.run(command, cwd=tmp_path).returncode == 0
     (model,) = json.loads((tmp_path / "found.json").read_text())["models"]
     reward = STATED[name]["reward"]
-    assert reward["low"] <= model["statistics"]["reward"]["iqm"] <= reward["high"]
+    assert reward["low"] <= model["statistics"]["reward"]["mean"] <= reward["high"]

@@ -1,6 +1,7 @@
 """Watching and evaluating: the same policy as in training, the right pictures, files, numbers and command lines."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,21 +18,38 @@ import evaluate
 from buffer import Timeline
 from model import ActorCriticModel
 from play.agent import Agent, first_unseen_seed, load_for_play, play_episodes
-from play.watch import SUMMARY_STEPS, SUMMARY_WIDTH, Painter, Player, draw_episode, episode_summary, write_video
+from play.results import Evaluated, group_runs
+from play.watch import (
+    SUMMARY_STEPS,
+    SUMMARY_WIDTH,
+    Moment,
+    NumberPanel,
+    Painter,
+    Player,
+    draw_episode,
+    episode_summary,
+    write_video,
+)
 from play.window import Window
 from run.checkpoint import save_model
 from run.cli import command_line
 from run.config import Config, check_config, load_config
-from utils import inspect_environment
+from utils import EnvironmentFailure, inspect_environment
 
 ROOT = Path(__file__).parent.parent
 ENDLESS = "endless_mystery_path"
 TASKS = ("poc_memory_env", "cartpole_masked", "mystery_path_grid", ENDLESS)
 
 
-def make_model(name: str, memory_length: int = 16, **transformer: object) -> tuple:
-    """Return a small model with random weights of a task, its config and its task."""
+def toy(name: str) -> dict:
+    """Return the `environment` section of a toy."""
+    return {"type": "Gymnasium", "name": f"tests.toy_environments:{name}-v0"}
+
+
+def make_model(name: str, memory_length: int = 16, environment: dict | None = None, **transformer: object) -> tuple:
+    """Return a small model with random weights of a config's task, or another one, its config and its task."""
     config = load_config(ROOT / "configs" / f"{name}.yaml").model_dump() | {"hidden_layer_size": 16}
+    config["environment"] = environment or config["environment"]
     config["transformer"] |= {"embed_dim": 16, "num_heads": 2, "num_blocks": 2, "memory_length": memory_length}
     config["transformer"] |= {"query_position": False} | transformer
     config = check_config(config, "test")
@@ -255,6 +273,86 @@ def test_no_half_video_is_left(tmp_path):
     with pytest.raises(RuntimeError):
         write_video(path, pictures(), 5)
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["video.mp4"]
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_video_is_kept(tmp_path, capsys, suffix, number):
+    """It holds what there was, can be played, and one line says where it was stopped."""
+
+    def pictures():
+        for step in range(100):
+            player.steps = step
+            if step == 4:
+                os.kill(os.getpid(), number)
+            yield Image.new("RGB", (64, 48), (20 * step % 256, 0, 0))
+
+    player, path = SimpleNamespace(steps=0), tmp_path / f"video{suffix}"
+    path.write_bytes(b"old")
+    assert enjoy.film(path, pictures(), 5, player)
+    assert len(imageio.v2.mimread(path)) == 5 and os.listdir(tmp_path) == [path.name]
+    assert capsys.readouterr().err == f"stopped at step 4 of an episode; the video is {path}\n"
+
+
+def test_numbers_are_shown_by_name():
+    """Choices are one entry; actions are clipped and have their bounds; what has no room is counted."""
+    moment = Moment(0, None, None, np.array([2.5, -1.0]), 0.0, 0.0, np.zeros((1, 0)), np.array([0.25, 0, 1, 0, 0]))
+    bounds = np.array([-2.0, 0.0]), np.array([2.0, np.inf])
+    panel = NumberPanel(("x", "suit=0", "suit=1", "rank=0", "rank=1"), bounds, True)
+    shown = [(entry.name, entry.text) for entry in panel.entries(moment)]
+    assert shown == [
+        ("action[0]", "2.00 in -2…2"), ("action[1]", "0.00 in 0…inf"), ("x", "0.25"), ("suit", "= 1"), ("rank", "= –")
+    ]  # fmt: skip
+    assert panel.entries(moment)[0].bar == (0.0, 1.0)
+    moment.vector = np.arange(40.0)
+    entries = panel.entries(moment)
+    assert len(entries) == 15 and entries[-1].name == "and 28 more" and entries[2].name == "[0]"
+
+
+@pytest.mark.parametrize("width", [480, 720])
+def test_numbers_have_a_place_in_the_picture(width):
+    """What the agent sees and how it acts are drawn between views and attention, and change with them."""
+    player = Player(*make_model("cartpole_masked", environment=toy("Acted")))
+    (before, moment), (after, _) = (pair for _, pair in zip(range(2), draw_episode(player, 3, width, 4), strict=False))
+    painter = Painter("title", moment, width, 16, player.panel)
+    player.close()
+    assert before.size == (width, painter.height)
+    assert Painter("title", moment, width, 16).height < painter.height
+    rows = slice(painter.panel_top, painter.strips_top)
+    assert (np.asarray(before)[rows] != np.asarray(after)[rows]).any()
+
+
+def test_an_environment_that_fails_is_named():
+    """One line with environment, seed and step, whether one episode is watched or many are evaluated."""
+    model, config, task = make_model("cartpole_masked", environment=toy("NotANumber"))
+    message = r"^tests.toy_environments:NotANumber-v0, {}reset seed 100000, step 9: .* is not finite: [^\n]*$"
+    player = Player(model, config, task, render=False)
+    with pytest.raises(EnvironmentFailure, match=message.format("")):
+        list(player.play(100_000))
+    with pytest.raises(EnvironmentFailure, match=message.format("environment 0, ")):
+        play_episodes(model, config, task, [100_000])
+
+
+def test_a_failure_is_one_line(monkeypatch, capsys):
+    """Exit code 1 and no traceback."""
+
+    def main():
+        raise EnvironmentFailure("task, reset seed 5, step 3: broken")
+
+    with pytest.raises(SystemExit) as stopped:
+        command_line(main)
+    assert stopped.value.code == 1 and capsys.readouterr().err == "task, reset seed 5, step 3: broken\n"
+
+
+@pytest.mark.parametrize(("name", "chance"), [("Often", 0.8), ("Seldom", 0.2)])
+def test_success_by_chance_is_evaluated_as_such(name, chance):
+    """Over 100 seeds the true share, of an environment that mentions only its successes, lies within the interval."""
+    model, config, task = make_model("cartpole_masked", environment=toy(name))
+    episodes = play_episodes(model, config, task, list(range(100_000, 100_100)))
+    run = {"run_id": "run", "seed": 1, "steps": 1}
+    (group,) = group_runs([Evaluated("run.nn", name, {}, run, episodes)])
+    success = group.points[0].statistics["success"]
+    assert success["episodes"] == 100 and success["low"] <= chance <= success["high"] < success["low"] + 0.2
 
 
 def test_summary_is_an_animated_picture_and_the_same_each_time():

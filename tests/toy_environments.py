@@ -116,6 +116,55 @@ class WrongShape(Toy):
         return np.zeros(5 if self.age == FAULT_STEP else 3, dtype=np.float32)
 
 
-for toy in (Toy, Exit, ExitOnce, Raise, NotANumber, InfiniteReward, Random, Slow, WrongShape):
+class Often(Toy):
+    """Succeeds by chance in 80 % of the episodes, and says nothing where it does not."""
+
+    chance = 0.8
+
+    def step(self, action):
+        observation, reward, terminated, truncated, _ = super().step(action)
+        return observation, reward, terminated, truncated, {"is_success": True} if terminated and self.good else {}
+
+    def reset(self, *, seed=None, options=None):
+        first = super().reset(seed=seed, options=options)
+        self.end, self.good = 3, self.np_random.random() < self.chance
+        return first
+
+
+class Seldom(Often):
+    """Succeeds in 20 % of the episodes."""
+
+    chance = 0.2
+
+
+class Acted(Toy):
+    """Is acted in by two numbers, of which one has bounds, and draws nothing."""
+
+    action_space = gymnasium.spaces.Box(np.array([-2.0, 0.0], np.float32), np.array([2.0, np.inf], np.float32))
+
+    def step(self, action):
+        return super().step(round(float(action[0])))
+
+
+class Masked(Toy):
+    """Allows other actions at every step and breaks where a forbidden one is taken."""
+
+    action_space = gymnasium.spaces.MultiDiscrete([4, 3])
+
+    def reset(self, *, seed=None, options=None):
+        return super().reset(seed=seed)[0], {"action_mask": self.mask()}
+
+    def step(self, action):
+        if not self.mask()[[action[0], 4 + action[1]]].all():
+            raise ArithmeticError(f"{action} is not allowed at step {self.age}")
+        observation, *rest, info = super().step(action[1])
+        return observation, *rest, info | {"action_mask": self.mask()}
+
+    def mask(self):
+        return np.array([self.age > 0, 1, self.age % 2, 0, 1, self.age % 3 == 0, self.age > 5], dtype=np.int8)
+
+
+TOYS = (Toy, Exit, ExitOnce, Raise, NotANumber, InfiniteReward, Random, Slow, WrongShape, Often, Seldom, Acted, Masked)
+for toy in TOYS:
     if f"{toy.__name__}-v0" not in gymnasium.registry:
         gymnasium.register(f"{toy.__name__}-v0", entry_point=toy, max_episode_steps=LONGEST)
