@@ -12,6 +12,7 @@ from memory import ObservationStore, Timeline, policy_step
 from model import ActorCriticModel, Prediction, action_noise
 from run.checkpoint import load_model
 from run.config import Config
+from run.world import World
 from utils import EnvironmentFailure, Task, UserError, inspect_environment, seed_range
 from worker import SharedArrays, Workers
 
@@ -35,12 +36,22 @@ class Agent:
         task: what the environments are like.
         count: n.
         deterministic: whether it takes the most probable actions instead of drawing them.
+        own: which of how many environments of all processes these are; by default there are no others.
     """
 
-    def __init__(self, model: ActorCriticModel, config: Config, task: Task, count: int, deterministic: bool) -> None:
+    def __init__(
+        self,
+        model: ActorCriticModel,
+        config: Config,
+        task: Task,
+        count: int,
+        deterministic: bool,
+        own: tuple[range, int] | None = None,
+    ) -> None:
         device = next(model.parameters()).device
         transformer = config.transformer
-        self.model, self.task, self.deterministic, self.count = model, task, deterministic, count
+        self.model, self.task, self.deterministic = model, task, deterministic
+        self.own, self.everyone = own or (range(count), count)
         self.rollout = max(transformer.memory_length, SHORTEST_ROLLOUT)
         self.timeline = Timeline(model, transformer, count, self.rollout, device)
         self.capacity = max(OBSERVATIONS_KEPT, count)
@@ -55,7 +66,8 @@ class Agent:
         if self.t == self.rollout:
             self.timeline.roll(self.rollout)
             self.t = 0
-        self.noise = action_noise(self.task, (self.count,), self.generator)
+        noise = action_noise(self.task, (self.everyone,), self.generator)
+        self.noise = noise[self.own.start : self.own.stop]
 
     def act(self, arrays: SharedArrays, rows: slice) -> tuple[Prediction, np.ndarray]:
         """Look at what n neighbouring environments show; return the prediction and the actions (n, branches)."""
@@ -109,6 +121,7 @@ def play_episodes(
     processes: int = 1,
     max_steps: int | None = None,
     progress: Callable[[int], None] = lambda count: None,
+    world: World | None = None,
 ) -> list[dict[str, float]]:
     """Play an episode per seed and repetition, many at once.
 
@@ -126,6 +139,7 @@ def play_episodes(
         processes: number of processes that step the environments.
         max_steps: after how many steps an episode is cut, None where only its end ends it.
         progress: called with the number of episodes that have just ended.
+        world: all processes, which share the episodes out; by default there are no others.
 
     Returns:
         Per episode its `seed`, its `repetition` (from 0) and what the environment reports of it (reward, length, …);
@@ -137,19 +151,28 @@ def play_episodes(
     planned = [(seed, repetition) for repetition in range(repetitions) for seed in seeds]
     count = min(ENVIRONMENTS, len(planned))
     plan = [planned[index::count] for index in range(count)]
-    agent = Agent(model, config, task, count, deterministic)
+    world = world or World()
+    own = world.share(count)
+    agent = Agent(model, config, task, len(own), deterministic, (own, count))
     agent.generator.manual_seed(action_seed)
     episode_seed = partial(planned_seed, [[seed for seed, _ in episodes] for episodes in plan])
-    workers = Workers(config.environment, task, count, episode_seed, processes, min(2, count), max_steps=max_steps)
+    workers = Workers(
+        config.environment, task, len(own), episode_seed, processes, min(2, len(own)), own.start, max_steps
+    )
+    found = {}
     try:
-        found = _play(agent, workers, [len(episodes) for episodes in plan], progress)
+        with world.agree_on(EnvironmentFailure):
+            if own:
+                found = _play(agent, workers, [len(plan[index]) for index in own], progress)
     except EnvironmentFailure as error:
         where, *trace = str(error).splitlines()
         what = " ".join([where, *trace[-1:]])  # what its traceback ends in
         raise EnvironmentFailure(f"{task_name(config.environment)}, {what}") from error
     finally:
         workers.close()
-    reported = {plan[index][number]: info for (index, number), info in found.items()}
+    reported = {}
+    for part in world.gather({plan[own[index]][number]: info for (index, number), info in found.items()}):
+        reported |= part
     return [{"seed": s, "repetition": r} | reported[s, r] for s in seeds for r in range(repetitions)]
 
 

@@ -16,7 +16,7 @@ from run.cli import choose_device
 from run.config import Config
 from run.pulse import Pulse
 from run.world import Lost, World
-from utils import UserError
+from utils import EnvironmentFailure, UserError
 
 # How long a process waits for the others to arrive.
 JOIN_SECONDS = 30
@@ -46,8 +46,8 @@ def together(arguments: dict) -> Iterator[tuple[World, torch.device]]:
     try:
         join(world, backend)
         yield world, device
-    except UserError as error:
-        code = 2
+    except (UserError, EnvironmentFailure) as error:
+        code = 2 if isinstance(error, UserError) else 1
         if world.local_rank == 0:  # a line on each machine
             print(error, file=sys.stderr)
     except SystemExit as leaving:

@@ -1,6 +1,5 @@
 """Several processes train as one would: the same episodes, actions and weights; and when one fails, none is left."""
 
-import json
 import os
 import signal
 import socket
@@ -13,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from run.checkpoint import load
 from run.config import load_config
 
 ROOT = Path(__file__).parent.parent
@@ -48,7 +48,12 @@ class Ranks:
     """
 
     def __init__(self, folder, commands, prefixes=None, address="127.0.0.1", **environment):
-        place = {"MASTER_ADDR": address, "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        place = {
+            "MASTER_ADDR": address,
+            "MASTER_PORT": str(free_port()),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+        }
         local = len(commands) if prefixes is None else 1
         self.processes = []
         for rank, command in enumerate(commands):
@@ -59,7 +64,7 @@ class Ranks:
                 subprocess.Popen(
                     [*(prefixes[rank] if prefixes else ()), sys.executable, *command],
                     cwd=folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-                    env=os.environ | place | environment | {name: str(value) for name, value in numbers.items()},
+                    env=os.environ | place | {name: str(value) for name, value in numbers.items()} | environment,
                 )
             )  # fmt: skip
         self.folder = folder
@@ -186,3 +191,193 @@ def test_a_run_of_two_goes_on_with_one_and_with_four(runs, name):
     one, four = runs[name, 1]["resumed"], runs[name, 4]["resumed"]
     assert (one - four).abs().max() < 1e-5
     assert not torch.equal(one, runs[name, 1]["weights"])
+
+
+# ------------------------------------------------------------------------------------------------------------- failures
+
+LONG = small("poc_memory_env", updates=10_000, checkpoint_interval=2)
+
+
+def said_of(text: str, words: str) -> list[str]:
+    """Return the lines that hold some words."""
+    return [line for line in text.splitlines() if words in line]
+
+
+@pytest.mark.parametrize("victim", (1, pytest.param(0, marks=pytest.mark.slow)))
+def test_a_process_is_killed(tmp_path, victim):
+    ranks = train(tmp_path, 3, write(tmp_path, LONG | {"n_workers": 6}))
+    ranks.wait_for("update 2/")
+    started = time.monotonic()
+    ranks.processes[victim].kill()
+    codes = ranks.finish(PATIENCE)
+    assert codes[victim] == -signal.SIGKILL and codes.count(1) == 2, ranks.text()
+    lines = said_of(ranks.text(), "another process of the run is gone")
+    # Process 0 keeps the store in which they tell each other who has said so; with torchrun that is torchrun.
+    assert 1 <= len(lines) <= (2 if victim == 0 else 1)
+    assert "--resume=run" in lines[0] and "Traceback" not in ranks.text()
+    assert time.monotonic() - started < PATIENCE
+
+
+@pytest.mark.slow
+def test_a_process_is_suspended(tmp_path):
+    """As a machine that hangs or a cable that is cut, it closes no connection."""
+    ranks = train(tmp_path, 2, write(tmp_path, LONG))
+    ranks.wait_for("update 2/")
+    ranks.processes[1].send_signal(signal.SIGSTOP)
+    try:
+        assert ranks.processes[0].wait(PATIENCE) == 1
+    finally:
+        ranks.processes[1].kill()
+        ranks.finish()
+    assert len(said_of(ranks.text(), "nothing heard of process 1 for 20 s")) == 1
+    assert "Traceback" not in ranks.text()
+
+
+def test_one_is_asked_to_stop_and_all_stop(tmp_path):
+    ranks = train(tmp_path, 2, write(tmp_path, LONG))
+    ranks.wait_for("update 2/")
+    ranks.processes[1].terminate()
+    assert ranks.finish(PATIENCE) == [130, 130], ranks.text()
+    assert len(said_of(ranks.text(), "stopped; to go on: torchrun … train.py --resume=run")) == 1
+    checkpoints = sorted((tmp_path / "checkpoints" / "run").glob("*.pt"))
+    done = said_of(ranks.text(), "update ")[-1].split()[1].split("/")[0]
+    assert checkpoints[-1].name == f"checkpoint-{int(done):09d}.pt"
+
+
+def test_an_environment_raises(tmp_path):
+    (tmp_path / "well").touch()
+    environment = {"type": "Gymnasium", "name": "tests.toy_environments:Raise-v0"}
+    ranks = train(tmp_path, 2, write(tmp_path, LONG | {"environment": environment}), TOY_FOLDER=str(tmp_path))
+    ranks.wait_for("update 2/")
+    (tmp_path / "well").unlink()
+    assert ranks.finish(PATIENCE) == [1, 1], ranks.text()
+    assert len(said_of(ranks.text(), "ArithmeticError: the toy is broken")) == 1
+    assert len(said_of(ranks.text(), "to go on from the last checkpoint")) == 1
+
+
+START = "import train; from run import cli, launch; {}; cli.command_line(train.main)"
+
+
+@pytest.mark.parametrize(
+    ("changes", "patch", "message"),
+    [
+        ({"gamma": 0.5}, "", "processes 0 and 1 differ in config gamma: 0.9, 0.5"),
+        ({}, "launch.code_digest = lambda: 'other'", "processes 0 and 1 differ in code: own, other"),
+        ({"n_workers": 3}, "", "n_workers: 3 environments cannot be divided among 2 processes; "
+                               "allowed numbers of processes are 1, 3"),
+    ],
+    ids=("config", "code", "not divisible"),
+)  # fmt: skip
+def test_what_cannot_start_says_why(tmp_path, changes, patch, message):
+    """On two machines, each with a folder of its own."""
+    config, other = LONG | {"gamma": 0.9, "n_workers": changes.get("n_workers", 4)}, tmp_path / "other"
+    other.mkdir()
+    patch = ("launch.code_digest = lambda: 'own'", patch or "launch.code_digest = lambda: 'own'")
+    arguments = [write(tmp_path, config), "--seed=5", "--cpu"]
+    write(other, config | changes)
+    commands = [["-c", START.format(text), *arguments] for text in patch]
+    ranks = Ranks(tmp_path, commands, prefixes=[["env"], ["env", "-C", str(other)]])
+    assert ranks.finish(60) == [2, 2]
+    assert {*ranks.text().splitlines()} == {message} and len(ranks.text().splitlines()) == 2  # one on each machine
+    assert not list(tmp_path.glob("checkpoints/*"))
+
+
+@pytest.mark.slow
+def test_the_others_never_come(tmp_path):
+    ranks = train(tmp_path, 1, write(tmp_path, LONG), WORLD_SIZE="2")
+    assert ranks.finish(60) == [1]
+    lines = ranks.text().splitlines()
+    assert len(lines) == 1 and "not all of the 2 processes came to 127.0.0.1:" in lines[0]
+
+
+# A process that kills itself in its third update, unless it was started anew or is told not to.
+DEADLY = """
+import os, signal
+import train, trainer
+from run import cli
+true = trainer.PPOTrainer.train_update
+def train_update(self):
+    if (self.update, self.world.rank, self.world.restarts) == (2, int(os.environ["VICTIM"]), 0):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return true(self)
+trainer.PPOTrainer.train_update = train_update
+if __name__ == "__main__":
+    cli.command_line(train.main)
+"""
+
+
+def test_torchrun_goes_on_by_itself(tmp_path):
+    """With the weights of an undisturbed run."""
+    config = write(tmp_path, LONG | {"updates": 4, "checkpoint_interval": 1})
+    (tmp_path / "deadly.py").write_text(DEADLY)
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    arguments = ["deadly.py", config, "--seed=5", "--cpu", "--processes=1"]
+    text = ""
+    for victim, run_id in ((0, "disturbed"), (-1, "undisturbed")):
+        command = [sys.executable, *launcher, "--max-restarts=1", *arguments, f"--run-id={run_id}"]
+        place = {"PYTHONPATH": str(ROOT), "VICTIM": str(victim), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            command, cwd=tmp_path, env=os.environ | place, capture_output=True, text=True, timeout=150
+        )
+        assert done.returncode == 0, done.stderr
+        text += done.stderr
+    assert len(said_of(text, "continuing disturbed behind update 2")) == 1
+    one, two = (load(tmp_path / "models" / f"{name}.nn", "model")["weights"] for name in ("disturbed", "undisturbed"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+# --------------------------------------------------------------------------------------------------------- two machines
+
+
+@pytest.fixture
+def cable():
+    """Two network namespaces with an address each, 10.77.0.1 and 10.77.0.2, and a cable between them."""
+    names = [f"ranks{os.getpid()}{side}" for side in "ab"]
+    commands = [f"ip netns add {name}" for name in names]
+    commands.append(
+        f"ip link add va{os.getpid()} netns {names[0]} type veth peer name vb{os.getpid()} netns {names[1]}"
+    )
+    for side, name in zip("ab", names, strict=True):
+        inside = f"ip -n {name}"
+        commands.append(f"{inside} addr add 10.77.0.{1 + (side == 'b')}/24 dev v{side}{os.getpid()}")
+        commands += [f"{inside} link set v{side}{os.getpid()} up", f"{inside} link set lo up"]
+    try:
+        for command in commands:
+            try:
+                subprocess.run(command.split(), check=True, capture_output=True)
+            except (OSError, subprocess.CalledProcessError) as error:
+                pytest.skip(f"no network namespaces here: {command}: {error}")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def on_two_machines(folder: Path, names: list[str], config: str, run_id: str) -> Ranks:
+    """Start a process on each of two machines."""
+    command = [str(ROOT / "train.py"), config, "--seed=5", "--cpu", "--processes=1", f"--run-id={run_id}"]
+    interfaces = [f"GLOO_SOCKET_IFNAME=v{side}{os.getpid()}" for side in "ab"]
+    prefixes = [["ip", "netns", "exec", name, "env", own] for name, own in zip(names, interfaces, strict=True)]
+    return Ranks(folder, [command] * 2, prefixes, "10.77.0.1")
+
+
+@pytest.mark.slow
+def test_two_machines_train_as_two_processes_of_one(cable, tmp_path):
+    config = write(tmp_path, LONG | {"updates": 3})
+    ranks = on_two_machines(tmp_path, cable, config, "machines")
+    assert ranks.finish() == [0, 0], ranks.text()
+    assert train(tmp_path, 2, config, "--run-id=local").finish() == [0, 0]
+    one, two = (load(tmp_path / "models" / f"{name}.nn", "model")["weights"] for name in ("machines", "local"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.slow
+def test_the_cable_is_cut(cable, tmp_path):
+    ranks = on_two_machines(tmp_path, cable, write(tmp_path, LONG), "run")
+    ranks.wait_for("update 2/")
+    subprocess.run(["ip", "-n", cable[1], "link", "set", f"vb{os.getpid()}", "down"], check=True)
+    started = time.monotonic()
+    assert ranks.finish(PATIENCE) == [1, 1], ranks.text()
+    assert time.monotonic() - started < PATIENCE
+    lines = said_of(ranks.text(), "nothing heard of process")
+    assert len(lines) == 2 and "Traceback" not in ranks.text(), ranks.text()
