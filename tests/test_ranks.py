@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -113,6 +114,7 @@ TASKS = {
     "vector": small("poc_memory_env", normalize_observations=True, prediction_coefficient=0.1),
     "visual": small("minigrid", prediction_coefficient=0.1, recall_coefficient=0.2, learning_rate_schedule=SLOW),
 }
+TASKS["vector"]["transformer"]["positional_encoding"] = "learned"
 TASKS["vector"]["environment"] = {
     "type": "Gymnasium", "name": "tests.toy_environments:Toy-v0", "reset_params": {"start-seed": 3}
 }  # fmt: skip
@@ -120,6 +122,7 @@ TASKS["vector"]["environment"] = {
 
 def train_small(folder: Path) -> None:
     """Train all tasks and write down what came of them; go on with what two processes left. Run by each process."""
+    from play.agent import play_episodes
     from run.checkpoint import load_newest
     from run.config import check_config
     from run.launch import together
@@ -152,7 +155,13 @@ def train_small(folder: Path) -> None:
             trainer = trained(world, name)
             actions, numbers = trainer.first
             found = {"actions": actions, "episodes": [n for part in world.gather(numbers) for n in part]}
-            found |= {"weights": trainer.optimizer.weights, "finished": trainer.finished}
+            found |= {"weights": trainer.optimizer.weights.clone(), "finished": trainer.finished}
+            found["played"] = play_episodes(
+                trainer.model, trainer.config, trainer.task, [*range(7)], action_seed=3, world=world
+            )
+            # A minibatch of process 0's samples alone: the others have nothing to differentiate, but take part.
+            trainer._train_minibatch(np.arange(0, 16, 2), 0.1, 0.001)
+            found["gradient"] = trainer.optimizer.gradient
             if world.size != 2:
                 checkpoint, _ = load_newest(folder / "checkpoints" / f"{name}-2")
                 found["resumed"] = trained(world, name, checkpoint).optimizer.weights
@@ -184,6 +193,13 @@ def test_several_processes_train_as_one(runs, name, count):
     assert one["episodes"] == several["episodes"] and sum(one["episodes"]) > 0
     assert one["finished"] == several["finished"]
     assert (one["weights"] - several["weights"]).abs().max() < 1e-5
+    assert (one["gradient"] - several["gradient"]).abs().max() < 1e-4 * one["gradient"].abs().max()
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("count", (2, 4))
+def test_several_processes_evaluate_as_one(runs, name, count):
+    assert runs[name, 1]["played"] == runs[name, count]["played"]
 
 
 @pytest.mark.parametrize("name", TASKS)
