@@ -37,11 +37,11 @@ class StopRequest:
     """Whether somebody asked the run to stop.
 
     Args:
-        world: all processes of the run; who asks one of them asks all.
+        world: all processes of the run, by default this one; who asks one of them asks all.
     """
 
-    def __init__(self, world: World) -> None:
-        self.world, self.asked = world, False
+    def __init__(self, world: World | None = None) -> None:
+        self.world, self.asked = world or World(), False
 
     def check(self) -> None:
         """Raise Interrupted if this process, or as far as it knows another one, was asked."""
