@@ -52,9 +52,7 @@ class AuxiliaryTask(nn.Module):
         """
         return {}
 
-    def loss(
-        self, prediction: Prediction, part: Minibatch, embedded: Tensor, targets: Targets
-    ) -> tuple[Tensor, list[Tensor]]:
+    def loss(self, prediction: Prediction, part: Minibatch, embedded: Tensor, targets: Targets) -> Loss:
         """Return the loss of n samples and what is reported of it.
 
         Args:
@@ -94,9 +92,7 @@ class Reconstruction(AuxiliaryTask):
         x = F.relu(upsample(x, self.deconv2, self.sizes[1]))
         return upsample(x, self.deconv1, self.sizes[0])
 
-    def loss(
-        self, prediction: Prediction, part: Minibatch, embedded: Tensor, targets: Targets
-    ) -> tuple[Tensor, list[Tensor]]:
+    def loss(self, prediction: Prediction, part: Minibatch, embedded: Tensor, targets: Targets) -> Loss:
         """Return the mean binary cross-entropy of all pixels; see `AuxiliaryTask.loss`."""
         loss = FrameCrossEntropy.apply(self(prediction.output), part.observations, part.which)
         return loss, [loss.detach()]
@@ -147,9 +143,7 @@ class Recall(AuxiliaryTask):
         to_device = buffer.timeline.to_device
         return {"shown": to_device(shown), "known": to_device(known)[:, None]}
 
-    def loss(
-        self, prediction: Prediction, part: Minibatch, embedded: Tensor, targets: Targets
-    ) -> tuple[Tensor, list[Tensor]]:
+    def loss(self, prediction: Prediction, part: Minibatch, embedded: Tensor, targets: Targets) -> Loss:
         """Return the mean binary cross-entropy over what is known; see `AuxiliaryTask.loss`."""
         shown = targets["shown"].float()
         logits = self(prediction.output, embedded[: part.distinct])
@@ -221,9 +215,7 @@ class NextObservation(AuxiliaryTask):
             targets["known"] = to_device(following >= 0)[:, None]
         return targets
 
-    def loss(
-        self, prediction: Prediction, part: Minibatch, embedded: Tensor, targets: Targets
-    ) -> tuple[Tensor, list[Tensor]]:
+    def loss(self, prediction: Prediction, part: Minibatch, embedded: Tensor, targets: Targets) -> Loss:
         """Return cross-entropy and squared error per sample; see `AuxiliaryTask.loss`.
 
         Reported are the loss, and of frames the shares of samples that were predicted and that could be.

@@ -22,12 +22,12 @@ Example:
     python enjoy.py --model=models/poc_memory_env.nn --video=episode.mp4
 """
 
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from environments.numbers import episode_means
+from play.window import has_display, open_window
 from run.cli import arguments_of, choose_device, command_line, output_file, step_limit, use_cores, whole_number
 from utils import UserError
 
@@ -50,7 +50,7 @@ def main() -> None:
     use_cores(device)
     model, config, task, _ = load_for_play(Path(arguments["--model"]), device)
     first = first_unseen_seed(config.environment) + seed
-    window = open_window(arguments["--window"], wanted=video is None)
+    window = open_window(WIDTH, arguments["--window"], wanted=video is None)
     if window or video:
         check_drawing(model, config, task, "--video" if video else "--window", "without it results are printed")
     limit = step_limit(max_steps, task)
@@ -134,58 +134,6 @@ def describe_means(results: list[dict[str, float]]) -> list[str]:
         words.append(f"{name.replace('_', ' ')} {found.mean:.2f}" + (f" ({found.note})" if found.note else ""))
     cut = sum("cut" in result for result in results)
     return words + ([f"{cut:,} of {len(results):,} episodes cut"] if cut else [])
-
-
-def has_display() -> bool:
-    """Return whether there is a screen to open a window on."""
-    return sys.platform != "linux" or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
-
-
-def open_window(required: bool, wanted: bool) -> "Window | None":
-    """Return a window; None where it is not wanted, or where none can be opened and it is not required."""
-    if not required and not (wanted and has_display()):
-        return None
-    import pygame
-
-    try:
-        return Window()
-    except pygame.error as error:
-        if required:
-            raise UserError(f"--window: cannot be opened: {error}") from error
-        return None
-
-
-class Window:
-    """A window of the size of what it shows first. The environments draw off screen and do not touch it."""
-
-    def __init__(self) -> None:
-        import pygame
-
-        self.pygame = pygame
-        pygame.display.init()
-        pygame.display.set_caption("Esc closes, space pauses")
-        self.surface = pygame.display.set_mode((WIDTH, WIDTH))
-        if "SDL_VIDEODRIVER" not in os.environ and pygame.display.get_driver() in ("dummy", "offscreen"):
-            raise pygame.error("there is no screen behind DISPLAY or WAYLAND_DISPLAY")
-        self.clock, self.paused = pygame.time.Clock(), False
-
-    def show(self, picture, fps: int) -> bool:
-        """Show a PIL picture for 1/fps seconds, or while paused; return False once somebody closed the window."""
-        pygame = self.pygame
-        if self.surface.get_size() != picture.size:
-            self.surface = pygame.display.set_mode(picture.size)
-        self.surface.blit(pygame.image.frombytes(picture.tobytes(), picture.size, "RGB"), (0, 0))
-        while True:
-            pygame.display.flip()
-            self.clock.tick(fps)
-            for event in pygame.event.get():
-                pressed = event.key if event.type == pygame.KEYDOWN else None
-                if event.type == pygame.QUIT or pressed == pygame.K_ESCAPE:
-                    pygame.display.quit()
-                    return False
-                self.paused ^= pressed == pygame.K_SPACE
-            if not self.paused:
-                return True
 
 
 if __name__ == "__main__":

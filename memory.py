@@ -7,11 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from environments.contract import Task
 from kernels.groups import MemoryView, QueryGroups, group_queries
+from kernels.store import FrameStore
+from kernels.transfer import to_device
 from kernels.windows import Windows
 from model import ActorCriticModel, Prediction
-from utils import Task
-from worker import SharedArrays
+from processes.arrays import SharedArrays
 
 if TYPE_CHECKING:
     from run.config import TransformerConfig
@@ -19,9 +21,6 @@ if TYPE_CHECKING:
 # How many columns beyond the longest window a group of training queries may stretch over: more columns serve more
 # queries with one product, but each query pays for all of them.
 STRETCH = 64
-# A minibatch of many distinct frames is filled up to a multiple: oneDNN takes five times as long for the gradient of a
-# layer's weights where it cannot divide the rows evenly.
-MANY_FRAMES, FRAMES_MULTIPLE = 512, 16
 
 
 class Timeline:
@@ -113,104 +112,9 @@ class Timeline:
         """Return what the queries that `group` got may look at."""
         if isinstance(groups, Windows):
             return groups
-        relative, learned = self.transformer.encoding == "relative", self.transformer.encoding == "learned"
-        per_group, slot, total = groups.per_group, groups.slot, self.items.shape[2]
-        columns = max(1, int(groups.widths().max())) if self.narrow else groups.columns  # K
-        start, count = np.minimum(groups.start, total - columns), len(groups.start)
-        places = count * per_group
-        source = np.zeros(places, dtype=np.int64)
-        source[slot] = np.arange(len(slot))
-        # Places that only fill up a group keep end = first = 0 and so see nothing.
-        place_first, place_end = np.zeros((2, places), dtype=np.int64)
-        place_first[slot] = groups.first - start[slot // per_group]
-        place_end[slot] = groups.end - start[slot // per_group]
-        ends = self.to_device(place_end).view(count, per_group, 1)
-        firsts = self.to_device(place_first).view(count, per_group, 1)
-        offsets = self.offsets[:columns]
-        rows = (self.to_device(groups.owner * total + start)[:, None] + offsets).flatten()  # (groups·K,)
-        items = self.items.flatten(1, 2).index_select(1, rows)
-        return MemoryView(
-            items=items.unflatten(1, (count, columns)),
-            mask=(offsets < ends) & (offsets >= firsts),
-            nonempty=self.to_device(groups.end > groups.first).float()[:, None],
-            distance=(ends - offsets).clamp(0, self.length) if relative else None,
-            item_step=self.item_step.flatten()[rows].view(count, columns) if learned else None,
-            source=self.to_device(source),
-            slot=self.to_device(slot),
-        )
-
-
-class FrameStore:
-    """The distinct uint8 frames of a rollout, with their features under the weights that sample it.
-
-    Grid worlds show the same frames over and over. Each is stored, sent to the device and encoded once.
-
-    Args:
-        shape: (C, H, W) of a frame.
-        embed_dim: D.
-        device: where it lives.
-    """
-
-    def __init__(self, shape: tuple[int, ...], embed_dim: int, device: torch.device) -> None:
-        channels, height, width = shape
-        self.frames = torch.empty(0, height, width, channels, dtype=torch.uint8, device=device)
-        self.features = torch.empty(0, embed_dim, device=device)
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget everything: a new rollout starts, under new weights."""
-        self.known: dict[bytes, int] = {}
-        self.encoded = 0
-
-    def __len__(self) -> int:
-        return len(self.known)
-
-    def add(self, frames: np.ndarray, digests: np.ndarray) -> np.ndarray:
-        """Store the frames (n, H, W, C) whose digests (n, 16) are new; return the index (n,) of all."""
-        count = len(self.known)
-        keys = [digest.tobytes() for digest in digests]
-        index = np.array([self.known.setdefault(key, len(self.known)) for key in keys], dtype=np.int64)
-        added = len(self.known) - count
-        if added:
-            _, first = np.unique(index, return_index=True)  # of frames that are new twice, the first
-            new = torch.from_numpy(frames[first[-added:]])  # a copy: the workers will write over theirs
-            self._reserve(count + added)
-            on_gpu = self.frames.is_cuda
-            self.frames[count : count + added].copy_(new.pin_memory() if on_gpu else new, non_blocking=on_gpu)
-        return index
-
-    def _reserve(self, count: int) -> None:
-        """Make room for `count` frames, at least twice as many as before."""
-        capacity = self.frames.shape[0]
-        if count > capacity:
-            capacity = max(count, 2 * capacity, 256)
-            for name in ("frames", "features"):
-                old = getattr(self, name)
-                new = old.new_empty(capacity, *old.shape[1:])
-                new[: len(old)] = old
-                setattr(self, name, new)
-
-    def embed(self, model: ActorCriticModel, index: np.ndarray) -> Tensor:
-        """Return (n, D) embedded frames while sampling; only those not seen before in this rollout are encoded."""
-        count = len(self.known)
-        if count > self.encoded:
-            new = slice(self.encoded, count)
-            self.features[new] = model.embed(self.frames[new].permute(0, 3, 1, 2)).float()
-            self.encoded = count
-        return self.features[to_device(index, self.features.device)]
-
-    def gather(self, index: np.ndarray) -> tuple[Tensor, int, Tensor]:
-        """Return the distinct frames (M, C, H, W) among `index` (N,), M, and the place (N,) of each sample among them.
-
-        Many frames are filled up with copies of the last one to a multiple of `FRAMES_MULTIPLE`.
-        """
-        distinct, inverse = np.unique(index, return_inverse=True)
-        count = len(distinct)
-        if len(distinct) > MANY_FRAMES:
-            distinct = np.pad(distinct, (0, -len(distinct) % FRAMES_MULTIPLE), mode="edge")
-        device = self.frames.device
-        frames = self.frames.index_select(0, to_device(distinct, device)).permute(0, 3, 1, 2)
-        return frames, count, to_device(inverse, device)
+        learned, relative = self.transformer.encoding == "learned", self.transformer.encoding == "relative"
+        item_step, longest = self.item_step if learned else None, self.length if relative else None
+        return groups.view(self.items, item_step, longest, self.narrow)
 
 
 class ObservationStore:
@@ -269,7 +173,7 @@ class ObservationStore:
         vectors, steps = self.vectors_of(index), to_device(step, self.device)
         if self.frames is None:
             return model.complete(model.embed(vectors), None, steps)
-        return model.complete(self.frames.embed(model, self.frame_index(index)), vectors, steps)
+        return model.complete(self.frames.embed(model.embed, self.frame_index(index)), vectors, steps)
 
     def gather(self, index: np.ndarray) -> tuple[Tensor, int, Tensor, Tensor | None]:
         """Return what observations `index` (N,) share, for `ActorCriticModel.embed` and `complete`.
@@ -288,12 +192,6 @@ class ObservationStore:
         vectors = self.vectors[: self.count].double()
         count = torch.tensor([float(self.count)], dtype=torch.float64, device=self.device)
         return torch.cat((count, vectors.sum(dim=0), (vectors**2).sum(dim=0)))
-
-
-def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """Copy a NumPy array to a device without waiting for it."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def policy_step(

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from environments.contract import Task
 from kernels.groups import MemoryView
 from kernels.products import Linear
 from kernels.windows import MASKED, Windows
 from transformer import Transformer
-from utils import Task
 
 if TYPE_CHECKING:
     from run.config import Config

@@ -49,7 +49,7 @@ def train(arguments: dict, world, device) -> None:
     from run.options import Options
     from run.start import chosen_run
     from trainer import PPOTrainer
-    from worker import EnvironmentFailure
+    from utils import EnvironmentFailure
 
     def tell(line: str) -> None:
         """Show a line once."""

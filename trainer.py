@@ -14,7 +14,8 @@ from buffer import Buffer, Minibatch
 from kernels.allocator import release_memory
 from kernels.optimizer import Optimizer
 from kernels.threads import divide, use_threads
-from memory import policy_step, to_device
+from kernels.transfer import to_device
+from memory import policy_step
 from model import ActorCriticModel, Prediction, action_noise
 from run.checkpoint import provenance
 from run.config import Config

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels.transfer import to_device
 from kernels.windows import MASKED
 
 
@@ -110,6 +111,39 @@ class QueryGroups:
             where = self.first[queries], self.end[queries], slot, self.owner[kept], self.start[kept]
             divided.append((queries, QueryGroups(*where, self.per_group, self.columns)))
         return divided
+
+    def view(self, items: Tensor, item_step: Tensor | None, longest: int | None, narrow: bool) -> MemoryView:
+        """Return what the queries may look at.
+
+        Args:
+            items: (blocks, environments, columns, D) the timeline.
+            item_step: (environments, columns) episode step at which each was written, where that is asked for.
+            longest: L, up to which distances are asked for, or None where they are not.
+            narrow: whether columns that no query of these looks at are left out.
+        """
+        per_group, slot, total, device = self.per_group, self.slot, items.shape[2], items.device
+        columns = max(1, int(self.widths().max())) if narrow else self.columns  # K
+        start, count = np.minimum(self.start, total - columns), len(self.start)
+        places = count * per_group
+        source = np.zeros(places, dtype=np.int64)
+        source[slot] = np.arange(len(slot))
+        # Places that only fill up a group keep end = first = 0 and so see nothing.
+        place_first, place_end = np.zeros((2, places), dtype=np.int64)
+        place_first[slot] = self.first - start[slot // per_group]
+        place_end[slot] = self.end - start[slot // per_group]
+        ends = to_device(place_end, device).view(count, per_group, 1)
+        firsts = to_device(place_first, device).view(count, per_group, 1)
+        offsets = torch.arange(columns, device=device)
+        rows = (to_device(self.owner * total + start, device)[:, None] + offsets).flatten()  # (groups·K,)
+        return MemoryView(
+            items=items.flatten(1, 2).index_select(1, rows).unflatten(1, (count, columns)),
+            mask=(offsets < ends) & (offsets >= firsts),
+            nonempty=to_device(self.end > self.first, device).float()[:, None],
+            distance=None if longest is None else (ends - offsets).clamp(0, longest),
+            item_step=None if item_step is None else item_step.flatten()[rows].view(count, columns),
+            source=to_device(source, device),
+            slot=to_device(slot, device),
+        )
 
 
 def group_queries(

@@ -1,19 +1,21 @@
 """What watching and evaluating share: a model that acts with its memory, unseen episodes, and many of them at once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from environments.contract import Task
 from environments.section import Section
 from memory import ObservationStore, Timeline, policy_step
 from model import ActorCriticModel, Prediction, action_noise
 from run.checkpoint import load_model
 from run.config import Config
 from run.world import World
-from utils import EnvironmentFailure, Task, UserError, inspect_environment, seed_range
+from utils import EnvironmentFailure, UserError, inspect_environment, seed_range
 from worker import SharedArrays, Workers
 
 # How many environments are played at once: enough for matrix products of a good size, and few enough that most of them
@@ -52,6 +54,7 @@ class Agent:
         transformer = config.transformer
         self.model, self.task, self.deterministic = model, task, deterministic
         self.own, self.everyone = own or (range(count), count)
+        self.section = config.environment
         self.rollout = max(transformer.memory_length, SHORTEST_ROLLOUT)
         self.timeline = Timeline(model, transformer, count, self.rollout, device)
         self.capacity = max(OBSERVATIONS_KEPT, count)
@@ -152,28 +155,25 @@ def play_episodes(
     count = min(ENVIRONMENTS, len(planned))
     plan = [planned[index::count] for index in range(count)]
     world = world or World()
-    own = world.share(count)
-    agent = Agent(model, config, task, len(own), deterministic, (own, count))
-    agent.generator.manual_seed(action_seed)
-    episode_seed = partial(planned_seed, [[seed for seed, _ in episodes] for episodes in plan])
-    workers = Workers(
-        config.environment, task, len(own), episode_seed, processes, min(2, len(own)), own.start, max_steps
-    )
-    found = {}
+    own, found = world.share(count), {}
+    with naming(config.environment), world.agree_on(EnvironmentFailure):
+        if own:
+            agent = Agent(model, config, task, len(own), deterministic, (own, count))
+            agent.generator.manual_seed(action_seed)
+            found = _play(agent, plan, processes, max_steps, progress)
+    reported = {plan[index][number]: info for (index, number), info in found.items()}
+    everyone = {episode: info for part in world.gather(reported) for episode, info in part.items()}
+    return [{"seed": s, "repetition": r} | everyone[s, r] for s in seeds for r in range(repetitions)]
+
+
+@contextmanager
+def naming(environment: Section) -> Iterator[None]:
+    """Let a failure say on one line which task it was of, and what its traceback ends in."""
     try:
-        with world.agree_on(EnvironmentFailure):
-            if own:
-                found = _play(agent, workers, [len(plan[index]) for index in own], progress)
+        yield
     except EnvironmentFailure as error:
         where, *trace = str(error).splitlines()
-        what = " ".join([where, *trace[-1:]])  # what its traceback ends in
-        raise EnvironmentFailure(f"{task_name(config.environment)}, {what}") from error
-    finally:
-        workers.close()
-    reported = {}
-    for part in world.gather({plan[own[index]][number]: info for (index, number), info in found.items()}):
-        reported |= part
-    return [{"seed": s, "repetition": r} | reported[s, r] for s in seeds for r in range(repetitions)]
+        raise EnvironmentFailure(f"{task_name(environment)}, {' '.join([where, *trace[-1:]])}") from error
 
 
 def planned_seed(seeds: list[list[int]], index: int, episode: int) -> int:
@@ -182,28 +182,45 @@ def planned_seed(seeds: list[list[int]], index: int, episode: int) -> int:
 
 
 def _play(
-    agent: Agent, workers: Workers, wanted: list[int], progress: Callable[[int], None]
+    agent: Agent,
+    plan: list[list[tuple[int, int]]],
+    processes: int,
+    max_steps: int | None,
+    progress: Callable[[int], None],
 ) -> dict[tuple[int, int], dict[str, float]]:
-    """Play until every environment has ended as many episodes as wanted; return infos by (environment, episode).
+    """Play until each of an agent's environments has ended its episodes; return infos by (environment, episode).
 
     The environments of one group step while the model looks at the other group.
+
+    Args:
+        agent: plays.
+        plan: (seed, repetition) of the episodes of each environment, of all processes.
+        processes: number of processes that step the environments.
+        max_steps: after how many steps an episode is cut.
+        progress: called with the number of episodes that have just ended.
     """
-    arrays, found = workers.arrays, {}
-    workers.start()
-    stepping = set()
-    while any(episode.number < number for episode, number in zip(workers.episodes, wanted, strict=True)):
-        agent.advance()
-        for group in workers.groups:
-            rows = slice(group.start, group.stop)
-            if group in stepping:
-                for index, info in workers.receive(group):
-                    number = workers.episodes[index].number - 1
-                    if number < wanted[index]:
-                        found[index, number] = info
-                        progress(1)
-                agent.count_step(rows, arrays.terminated[rows] | arrays.truncated[rows])
-            workers.send(group, agent.act(arrays, rows)[1])
-            stepping.add(group)
+    own, found, stepping = agent.own, {}, set()
+    episode_seed = partial(planned_seed, [[seed for seed, _ in episodes] for episodes in plan])
+    wanted = [len(plan[index]) for index in own]
+    workers = Workers(
+        agent.section, agent.task, len(own), episode_seed, processes, min(2, len(own)), own.start, max_steps
+    )
+    arrays = workers.arrays
+    with closing(workers):
+        workers.start()
+        while any(episode.number < number for episode, number in zip(workers.episodes, wanted, strict=True)):
+            agent.advance()
+            for group in workers.groups:
+                rows = slice(group.start, group.stop)
+                if group in stepping:
+                    for index, info in workers.receive(group):
+                        number = workers.episodes[index].number - 1
+                        if number < wanted[index]:
+                            found[own[index], number] = info
+                            progress(1)
+                    agent.count_step(rows, arrays.terminated[rows] | arrays.truncated[rows])
+                workers.send(group, agent.act(arrays, rows)[1])
+                stepping.add(group)
     if len(found) < sum(wanted):
         raise EnvironmentFailure("a process died, and its episodes cannot be repeated: the task is not deterministic")
     return found

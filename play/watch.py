@@ -16,12 +16,13 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.utils.tensorboard.summary import Summary
 
 from environments import BrokenContract
+from environments.contract import Task, check_observation, checked_step
 from environments.numbers import episode_numbers
 from model import ActorCriticModel, Prediction
 from play.agent import Agent, first_unseen_seed, task_name
+from processes.arrays import SharedArrays
 from run.config import Config
-from utils import EnvironmentFailure, Task, UserError, check_observation, checked_step, create_env, reason_of
-from worker import SharedArrays
+from utils import EnvironmentFailure, UserError, create_env, reason_of
 
 # TensorBoard's episode: how many steps at most, how wide, how fast.
 SUMMARY_STEPS, SUMMARY_WIDTH, SUMMARY_FPS = 200, 480, 6

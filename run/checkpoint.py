@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 import xxhash
 
+from environments.contract import Task
 from model import ActorCriticModel
 from run.config import Config, check_config
-from utils import Task, UserError, reason_of
+from utils import UserError, reason_of
 
 FORMAT = "ppo-transformer-xl"
 FORMAT_VERSION = 1

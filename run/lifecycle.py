@@ -13,13 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from environments.contract import Task
 from model import ActorCriticModel
+from processes.arrays import DIGEST_SIZE
+from processes.runner import Episode
 from run.checkpoint import list_checkpoints, save_checkpoint, save_model, without_auxiliary
 from run.config import Config
 from run.logger import Logger
 from run.world import Interrupted, World
-from utils import Task, UserError, reason_of
-from worker import DIGEST_SIZE, EnvironmentFailure, Episode
+from utils import EnvironmentFailure, UserError, reason_of
 
 if TYPE_CHECKING:
     from trainer import PPOTrainer

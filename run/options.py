@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch.utils.tensorboard.summary import Summary
 
+from environments.contract import Task
 from model import ActorCriticModel
 from run.config import Config
 from run.world import World
-from utils import Task
 
 # So many environments with frames take turns in two halves on the CPU, too: half a batch costs the policy more than
 # half, which has to be less than what the other half of the environments takes.

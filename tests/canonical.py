@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from environments.contract import Task
 from model import ActorCriticModel
 from run.config import Config, TransformerConfig
-from utils import Task
 
 # The tests' products are so small that a second thread only waits, for very long where the cores are busy.
 torch.set_num_threads(1)

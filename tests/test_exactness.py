@@ -25,13 +25,14 @@ from buffer import generalised_advantages
 from kernels import gating, products
 from kernels.frames import FrameCrossEntropy
 from kernels.groups import group_queries
+from kernels.store import FrameStore
 from kernels.windows import MASKED, Windows
-from memory import STRETCH, FrameStore, ObservationStore, Timeline, policy_step
+from memory import STRETCH, ObservationStore, Timeline, policy_step
 from model import Categorical, Prediction
+from processes.arrays import SharedArrays
 from run.config import check_config
 from trainer import Options, PPOTrainer
 from utils import UserError, create_env, training_seed
-from worker import SharedArrays
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-5  # of outputs, absolute
@@ -759,7 +760,7 @@ def test_frame_store(monkeypatch):
             shown.append(np.concatenate((generator.integers(0, known, count), generator.integers(0, known, 3))))
             given.append(store.add(frames[shown[-1]], digests(frames[shown[-1]])))
             with torch.no_grad():
-                features.append(store.embed(model, given[-1]).clone())
+                features.append(store.embed(model.embed, given[-1]).clone())
         shown, given = np.concatenate(shown), np.concatenate(given)
         assert len(store) == len(set(shown.tolist())) == len(set(given.tolist())) > 256
         distinct, count, which = store.gather(given)
@@ -769,7 +770,7 @@ def test_frame_store(monkeypatch):
         with torch.no_grad():
             assert_close(torch.cat(features), model.embed(plain))
         with monkeypatch.context() as patch:
-            patch.setattr("memory.MANY_FRAMES", 100)
+            patch.setattr("kernels.store.MANY_FRAMES", 100)
             filled, count, which = store.gather(given)
             assert count == len(distinct)
             assert len(filled) % 16 == 0 <= len(filled) - len(distinct) < 16

@@ -30,13 +30,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train
 import utils
+from environments.contract import Task
 from memory import Timeline
 from model import ActorCriticModel
 from run import checkpoint
 from run.cli import command_line
 from run.config import Config, check_config
 from trainer import PPOTrainer
-from utils import Task, UserError
+from utils import UserError
 from worker import MAX_RESTARTS
 
 ROOT = Path(__file__).parents[1]

@@ -99,7 +99,7 @@ def test_parts_of_a_minibatch(sampled, monkeypatch, name, changes, parts):
     trainer.optimizer.max_grad_norm = np.inf
     for divided, map_parts in ((parts, lanes.map), (parts, lanes.map), (1, map)):
         trainer.parts, trainer.map_parts = divided, map_parts
-        monkeypatch.setattr("memory.MANY_FRAMES", 0 if divided == parts else 512)
+        monkeypatch.setattr("kernels.store.MANY_FRAMES", 0 if divided == parts else 512)
         put_back(weights)
         losses = trainer._train_minibatch(samples, 0.1, 0.001)
         results.append((losses, trainer.optimizer.weights.grad.clone()))

@@ -18,6 +18,7 @@ from buffer import Timeline
 from model import ActorCriticModel
 from play.agent import Agent, first_unseen_seed, load_for_play, play_episodes
 from play.watch import SUMMARY_STEPS, SUMMARY_WIDTH, Painter, Player, draw_episode, episode_summary, write_video
+from play.window import Window
 from run.checkpoint import save_model
 from run.cli import command_line
 from run.config import Config, check_config, load_config
@@ -316,7 +317,7 @@ def test_escape_closes_the_window(monkeypatch):
     import pygame
 
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
-    window, picture = enjoy.Window(), Image.new("RGB", (64, 48), (255, 0, 0))
+    window, picture = Window(720), Image.new("RGB", (64, 48), (255, 0, 0))
     assert window.show(picture, 100)
     assert window.surface.get_size() == (64, 48) and window.surface.get_at((5, 5))[:3] == (255, 0, 0)
     for _ in range(2):

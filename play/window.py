@@ -1,0 +1,62 @@
+"""A window to watch episodes in, where there is a screen."""
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from utils import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def has_display() -> bool:
+    """Return whether there is a screen to open a window on."""
+    return sys.platform != "linux" or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+
+
+def open_window(width: int, required: bool, wanted: bool) -> "Window | None":
+    """Return a window; None where it is not wanted, or where none can be opened and it is not required."""
+    if not required and not (wanted and has_display()):
+        return None
+    import pygame
+
+    try:
+        return Window(width)
+    except pygame.error as error:
+        if required:
+            raise UserError(f"--window: cannot be opened: {error}") from error
+        return None
+
+
+class Window:
+    """A window of the size of what it shows first. The environments draw off screen and do not touch it."""
+
+    def __init__(self, width: int) -> None:
+        import pygame
+
+        self.pygame = pygame
+        pygame.display.init()
+        pygame.display.set_caption("Esc closes, space pauses")
+        self.surface = pygame.display.set_mode((width, width))
+        if "SDL_VIDEODRIVER" not in os.environ and pygame.display.get_driver() in ("dummy", "offscreen"):
+            raise pygame.error("there is no screen behind DISPLAY or WAYLAND_DISPLAY")
+        self.clock, self.paused = pygame.time.Clock(), False
+
+    def show(self, picture: "Image", fps: int) -> bool:
+        """Show a PIL picture for 1/fps seconds, or while paused; return False once somebody closed the window."""
+        pygame = self.pygame
+        if self.surface.get_size() != picture.size:
+            self.surface = pygame.display.set_mode(picture.size)
+        self.surface.blit(pygame.image.frombytes(picture.tobytes(), picture.size, "RGB"), (0, 0))
+        while True:
+            pygame.display.flip()
+            self.clock.tick(fps)
+            for event in pygame.event.get():
+                pressed = event.key if event.type == pygame.KEYDOWN else None
+                if event.type == pygame.QUIT or pressed == pygame.K_ESCAPE:
+                    pygame.display.quit()
+                    return False
+                self.paused ^= pressed == pygame.K_SPACE
+            if not self.paused:
+                return True
