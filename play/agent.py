@@ -154,16 +154,14 @@ def play_episodes(
     planned = [(seed, repetition) for repetition in range(repetitions) for seed in seeds]
     count = min(ENVIRONMENTS, len(planned))
     plan = [planned[index::count] for index in range(count)]
-    world = world or World()
-    own, found = world.share(count), {}
+    own, found = (world := world or World()).share(count), {}
     with naming(config.environment), world.agree_on(EnvironmentFailure):
         if own:
             agent = Agent(model, config, task, len(own), deterministic, (own, count))
             agent.generator.manual_seed(action_seed)
             found = _play(agent, plan, processes, max_steps, progress)
-    reported = {plan[index][number]: info for (index, number), info in found.items()}
-    everyone = {episode: info for part in world.gather(reported) for episode, info in part.items()}
-    return [{"seed": s, "repetition": r} | everyone[s, r] for s in seeds for r in range(repetitions)]
+    infos = {plan[index][number]: info for part in world.gather(found) for (index, number), info in part.items()}
+    return [{"seed": s, "repetition": r} | infos[s, r] for s in seeds for r in range(repetitions)]
 
 
 @contextmanager
