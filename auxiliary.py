@@ -4,6 +4,7 @@ None of it is needed to play a trained model. A task has a loss that is added to
 """
 
 import math
+from functools import reduce
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from buffer import Buffer, Minibatch
-from kernels.frames import FrameCrossEntropy, upsample
+from kernels.frames import FrameCrossEntropy, channels_last, upsample
 from kernels.products import Linear
 from model import ActorCriticModel, Prediction, VisualEncoder, orthogonal
 from run.world import World
@@ -83,7 +84,7 @@ class Reconstruction(AuxiliaryTask):
         self.deconv3 = orthogonal(nn.ConvTranspose2d(64, 64, 3, 1), math.sqrt(2))
         self.deconv2 = orthogonal(nn.ConvTranspose2d(64, 32, 4, 2), math.sqrt(2))
         self.deconv1 = orthogonal(nn.ConvTranspose2d(32, encoder.conv1.in_channels, 8, 4), math.sqrt(2))
-        self.to(memory_format=torch.channels_last)
+        channels_last(self)
 
     def forward(self, output: Tensor) -> Tensor:
         """Return the logits of the frame's pixels (N, C, H, W) for transformer outputs (N, D)."""
@@ -176,8 +177,8 @@ class NextObservation(AuxiliaryTask):
         # Without a bias: the first step's action says no more than any other.
         sizes = [task.continuous] if task.continuous else task.branches
         self.actions = nn.ModuleList(nn.Linear(n, embed_dim, bias=False) for n in sizes)
-        for action in self.actions:
-            nn.init.zeros_(action.weight)
+        for weight in self.actions.parameters():
+            nn.init.zeros_(weight)
         self.continuous = task.continuous > 0
         self.prior = Linear(embed_dim, 1) if self.frames else None
         self.regression = Linear(embed_dim, task.vector) if self.vectors else None
@@ -188,8 +189,8 @@ class NextObservation(AuxiliaryTask):
         if self.continuous:
             change = self.actions[0](actions)
         else:
-            pairs = zip(self.actions, actions.T, strict=True)
-            change = sum(F.embedding(action, layer.weight.T) for layer, action in pairs)
+            pairs = zip(self.actions.parameters(), actions.T, strict=True)
+            change = reduce(torch.add, [F.embedding(action, weight.T) for weight, action in pairs])
         return self.query(output) * (1 + change)
 
     def prepare(self, buffer: Buffer) -> None:
@@ -233,13 +234,14 @@ class NextObservation(AuxiliaryTask):
         return loss, [loss.detach(), *reported]
 
 
-def auxiliary_tasks(config: "Config", model: ActorCriticModel) -> nn.ModuleDict:
+def auxiliary_tasks(config: "Config", model: ActorCriticModel) -> dict[str, AuxiliaryTask]:
     """Return the tasks whose coefficient, `<name>_coefficient` of the config, is above 0, by name.
 
     Raises:
         UserError: if a task does not suit what is observed.
     """
-    embed_dim, tasks = config.transformer.embed_dim, nn.ModuleDict()
+    embed_dim = config.transformer.embed_dim
+    tasks: dict[str, AuxiliaryTask] = {}
     for name in ("reconstruction", "recall"):
         coefficient = getattr(config, f"{name}_coefficient")
         if coefficient > 0 and model.task.frame is None:

@@ -229,7 +229,7 @@ def measure_updates(config: Config, arguments: dict, device) -> dict:
         "optimisation_steps_per_second": trainer.samples / median["optimisation_seconds"],
         "update_steps_per_second": trainer.samples / seconds,
     }
-    floors = {}
+    floors: dict[str, float] = {}
     for name, rate in rates.items():
         floor = median["gigaflop"] / rate
         floors |= {f"floor_seconds_at_{name}": floor, f"update_over_floor_at_{name}": seconds / floor}
@@ -445,6 +445,7 @@ def measure_environments(config: Config) -> dict[str, float]:
 
     (task, _), n_workers = inspect_environment(config.environment), config.n_workers
     generator, shape = np.random.default_rng(1), (64, n_workers, task.action_size)
+    actions: np.ndarray
     if task.continuous:
         actions = generator.standard_normal(shape, dtype=np.float32)
     else:

@@ -70,7 +70,7 @@ class Minibatch:
         return [self._part(torch.from_numpy(samples), groups) for samples, groups in self.groups.split(parts)]
 
     def _part(self, samples: Tensor, groups: Windows | QueryGroups) -> "Minibatch":
-        shared = {"observations": self.observations, "distinct": self.distinct, "groups": groups}
+        shared: dict[str, Any] = {"observations": self.observations, "distinct": self.distinct, "groups": groups}
         shared |= {"candidates": self.candidates, "own": self.own, "rows": self.rows}
         own = {f.name: chosen(getattr(self, f.name), samples) for f in fields(self) if f.name not in shared}
         return Minibatch(**shared | own)
@@ -168,8 +168,8 @@ class Buffer:
         following = model(self.observations.embed(model, index, step), memory).value.cpu()
         values = self.values.cpu()
         next_values = torch.cat((values[:, 1:], following[: self.n_workers, None]), dim=1)
-        for (w, t), value in zip(cut, following[self.n_workers :], strict=True):
-            next_values[w, t] = value
+        for place, value in zip(cut, following[self.n_workers :], strict=True):
+            next_values[place] = value
         return next_values
 
     def compute_advantages(self, next_values: Tensor) -> None:

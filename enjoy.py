@@ -26,7 +26,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from environments.numbers import episode_means
 from play.window import has_display, open_window
 from run.cli import arguments_of, choose_device, command_line, output_file, step_limit, use_cores, whole_number
 from utils import UserError
@@ -43,7 +42,7 @@ def main() -> None:
     if arguments["--window"] and not has_display():
         raise UserError("--window: there is no display; write a video instead: --video=episode.mp4")
     from play.agent import first_unseen_seed, load_for_play
-    from play.watch import Player, check_drawing
+    from play.watch import Player, check_drawing, describe_means
 
     video = output_file(arguments, "--video", (".mp4", ".gif"))
     device = choose_device(arguments)
@@ -125,15 +124,6 @@ def film(video: Path, pictures: Iterator, fps: int, player) -> bool:
     where = f"stopped at step {player.steps:,} of an episode; " if stop.asked else ""
     print(f"{where}the video is {video}", file=sys.stderr)
     return stop.asked
-
-
-def describe_means(results: list[dict[str, float]]) -> list[str]:
-    """Return the mean of each number in words, with how many episodes report it where some do not."""
-    words = []
-    for name, found in episode_means(results).items():
-        words.append(f"{name.replace('_', ' ')} {found.mean:.2f}" + (f" ({found.note})" if found.note else ""))
-    cut = sum("cut" in result for result in results)
-    return words + ([f"{cut:,} of {len(results):,} episodes cut"] if cut else [])
 
 
 if __name__ == "__main__":

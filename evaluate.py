@@ -26,6 +26,7 @@ Example: python evaluate.py models/*.nn --output=results --plot=curves.pdf
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from run.cli import (
     arguments_of,
@@ -139,7 +140,8 @@ class Progress:
     """
 
     def __init__(self, name: str, total: int, world) -> None:
-        self.name, self.total, self.world, self.bar = name, total, world, None
+        self.name, self.total, self.world = name, total, world
+        self.bar: Any = None
 
     def __enter__(self) -> "Progress":
         self.started = time.perf_counter()

@@ -82,9 +82,9 @@ class Timeline:
 
     def write(self, workers: slice, t: int, inputs: Tensor, step: np.ndarray) -> None:
         """Store what the blocks received (blocks, n, D) at episode step `step` (n,) in column L + t."""
-        step = self.to_device(step)
-        self.items[:, workers, self.length + t] = self.transformer.to_items(inputs, step).float()
-        self.item_step[workers, self.length + t] = step
+        steps = self.to_device(step)
+        self.items[:, workers, self.length + t] = self.transformer.to_items(inputs, steps).float()
+        self.item_step[workers, self.length + t] = steps
 
     def roll(self, steps: int) -> None:
         """Move the last L of the first L + `steps` columns to the front, where a new rollout starts."""

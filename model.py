@@ -3,13 +3,15 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import reduce
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from environments.contract import Task
+from kernels.frames import channels_last
 from kernels.groups import MemoryView
 from kernels.products import Linear
 from kernels.windows import MASKED, Windows
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 SMALLEST_PICTURE = 36
 # Normalised vectors are clipped to this many standard deviations.
 FURTHEST = 10.0
+Layer = TypeVar("Layer", bound=nn.Linear | nn.Conv2d | nn.ConvTranspose2d)
 
 
 @dataclass
@@ -41,7 +44,7 @@ class Categorical:
 
     def entropy(self) -> Tensor:
         """Return (N,): the entropy, summed over branches."""
-        return -sum((branch.exp() * branch).sum(dim=1) for branch in self.log_probs)
+        return -reduce(torch.add, [(branch.exp() * branch).sum(dim=1) for branch in self.log_probs])
 
     def sample(self, noise: Tensor) -> Tensor:
         """Draw actions (N, branches): argmax of p/e is distributed as p.
@@ -113,7 +116,7 @@ class Prediction:
     attention: list[Tensor]
 
 
-def orthogonal(layer: nn.Module, gain: float) -> nn.Module:
+def orthogonal(layer: Layer, gain: float) -> Layer:
     """Initialise the weight of a layer orthogonally and return the layer."""
     nn.init.orthogonal_(layer.weight, gain)
     return layer
@@ -132,11 +135,11 @@ class VisualEncoder(nn.Module):
         self.conv1 = orthogonal(nn.Conv2d(shape[0], 32, 8, 4), math.sqrt(2))
         self.conv2 = orthogonal(nn.Conv2d(32, 64, 4, 2), math.sqrt(2))
         self.conv3 = orthogonal(nn.Conv2d(64, 64, 3, 1), math.sqrt(2))
-        # What oneDNN and cuDNN compute fastest; the frames are stored this way too.
-        self.to(memory_format=torch.channels_last)
-        self.sizes = [shape[1:]]
+        channels_last(self)
+        self.sizes = [(shape[1], shape[2])]
         for conv in (self.conv1, self.conv2, self.conv3):
-            self.sizes.append(tuple((s - conv.kernel_size[0]) // conv.stride[0] + 1 for s in self.sizes[-1]))
+            height, width = ((size - conv.kernel_size[0]) // conv.stride[0] + 1 for size in self.sizes[-1])
+            self.sizes.append((height, width))
         self.hidden = orthogonal(Linear(64 * math.prod(self.sizes[-1]), embed_dim), math.sqrt(2))
 
     def forward(self, frames: Tensor) -> Tensor:
@@ -161,8 +164,7 @@ class GridEncoder(nn.Module):
         super().__init__()
         self.conv1 = orthogonal(nn.Conv2d(shape[0], 32, 3, padding=1), math.sqrt(2))
         self.conv2 = orthogonal(nn.Conv2d(32, 64, 3, padding=1), math.sqrt(2))
-        self.to(memory_format=torch.channels_last)
-        self.sizes = [shape[1:]] * 3
+        channels_last(self)
         self.hidden = orthogonal(Linear(64 * math.prod(shape[1:]), embed_dim), math.sqrt(2))
 
     def forward(self, frames: Tensor) -> Tensor:

@@ -3,10 +3,11 @@
 import time
 from contextlib import AbstractContextManager
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from auxiliary import Novelty, auxiliary_tasks, exchange_candidates, return_gradient
@@ -16,7 +17,7 @@ from kernels.optimizer import Optimizer
 from kernels.threads import divide, use_threads
 from kernels.transfer import to_device
 from memory import policy_step
-from model import ActorCriticModel, Prediction, action_noise
+from model import ActorCriticModel, Prediction, RunningMoments, action_noise
 from run.checkpoint import provenance
 from run.config import Config
 from run.lifecycle import Keeper, StopRequest, check_finite, check_task
@@ -83,7 +84,8 @@ class PPOTrainer:
         check_task(config, self.task)
         torch.manual_seed(seed)
         self.model = ActorCriticModel(config, self.task).to(self.device)
-        self.auxiliary = auxiliary_tasks(config, self.model).to(self.device)
+        self.tasks = auxiliary_tasks(config, self.model)
+        self.auxiliary = nn.ModuleDict(self.tasks).to(self.device)
         self.forward = torch.compile(self.model, dynamic=True) if options.compile else self.model
         self.optimizer = Optimizer({"": self.model, "auxiliary.": self.auxiliary}, config.max_grad_norm)
         self.buffer = Buffer(config, self.model, self.device, self.world)
@@ -93,8 +95,8 @@ class PPOTrainer:
         # A whole minibatch fills a GPU, and a compiled model belongs to one thread.
         divisible = self.device.type == "cpu" and not options.compile
         self.parts, self.map_parts = divide(self.buffer.minibatch_size // self.world.size, divisible)
-        self.reports = (*LOSS_PARTS, *(name for task in self.auxiliary.values() for name in task.reports), "total")
-        self.compares = any(task.compares for task in self.auxiliary.values())
+        self.reports = (*LOSS_PARTS, *(name for task in self.tasks.values() for name in task.reports), "total")
+        self.compares = any(task.compares for task in self.tasks.values())
         front = {*self.model.encoder.parameters(), *self.model.embedding.parameters()}
         self.behind = [parameter for parameter in self.optimizer.parameters if parameter not in front]
         own = self.world.share(config.n_workers)
@@ -109,7 +111,7 @@ class PPOTrainer:
         self.novelty = Novelty(config.novelty_schedule, len(own))
         self.ended: list[tuple[int, int, dict[str, float]]] = []  # (t, environment, report) of this update's episodes
         self.finished: list[dict[str, float]] = []  # what the latest episodes reported
-        self.run = {"run_id": run_id, "seed": seed} | provenance(self.device)
+        self.run: dict[str, Any] = {"run_id": run_id, "seed": seed} | provenance(self.device)
         self.keeper = Keeper(self, options.folder, checkpoint)
 
     @property
@@ -145,8 +147,8 @@ class PPOTrainer:
         times.append(time.perf_counter())
         self.update += 1
         self.buffer.timeline.roll(self.config.worker_steps)
-        if self.config.normalize_observations:
-            self._update_moments()
+        if isinstance(self.model.moments, RunningMoments):
+            self._update_moments(self.model.moments)
         collect_episodes(self)
         self.keeper.remember()
         release_memory()
@@ -189,9 +191,9 @@ class PPOTrainer:
             with torch.no_grad():
                 next_values = buffer.bootstrap(self.model, self.step)
         buffer.compute_advantages(next_values)
-        if self.auxiliary:
+        if self.tasks:
             buffer.number_frames()
-        for task in self.auxiliary.values():
+        for task in self.tasks.values():
             task.prepare(buffer)
 
     def _act(self, group: range, t: int, noise: Tensor) -> None:
@@ -249,7 +251,7 @@ class PPOTrainer:
     def _train_minibatch(self, samples: np.ndarray, clip_range: float, beta: float) -> Tensor:
         """Take one optimiser step; return its losses, of this process's share, and its gradient norms (names,)."""
         minibatch = self.buffer.minibatch(samples)
-        for name, task in self.auxiliary.items():
+        for name, task in self.tasks.items():
             minibatch.targets[name] = task.targets(self.buffer, minibatch.samples, minibatch.candidates)
         self.optimizer.clear()
         losses = self._accumulate_gradient(minibatch, len(samples), clip_range, beta)
@@ -300,7 +302,7 @@ class PPOTrainer:
             x = self.model.complete(F.embedding(part.which, leaves[0]), part.vectors, part.step)
             prediction = self.forward(x, self.buffer.timeline.view(part.groups), part.masks)
             loss, reported = ppo_loss(prediction, part, config.value_loss_coefficient, clip_range, beta)
-            for name, task in self.auxiliary.items():
+            for name, task in self.tasks.items():
                 auxiliary, own = task.loss(prediction, part, leaves[-1], part.targets[name])
                 loss = loss + getattr(config, f"{name}_coefficient") * auxiliary
                 reported += own
@@ -314,8 +316,8 @@ class PPOTrainer:
 
     # ------------------------------------------------------------------------------------------------------ statistics
 
-    def _update_moments(self) -> None:
+    def _update_moments(self, running: RunningMoments) -> None:
         """Let the model normalise vectors by what this rollout has shown, too."""
         moments = self.buffer.observations.moments()
         self.world.add(moments)
-        self.model.moments.update(moments)
+        running.update(moments)

@@ -203,13 +203,14 @@ class Transformer(nn.Module):
     @contextmanager
     def constant_weights(self) -> Iterator[None]:
         """Derive from the weights only once what attention needs of them: in here they must not change."""
-        for block in self.blocks:
+        blocks = [module for module in self.blocks if isinstance(module, Block)]
+        for block in blocks:
             with torch.no_grad():
                 block.attention.folded = block.attention.fold(block.norm_kv)
         try:
             yield
         finally:
-            for block in self.blocks:
+            for block in blocks:
                 block.attention.folded = None
 
     def place(self, embedded: Tensor, step: Tensor) -> Tensor:
@@ -242,7 +243,7 @@ class Transformer(nn.Module):
     def _items(self, memory: Windows | MemoryView, block: int) -> Tensor:
         """Return what the memory holds for a block, as its attention reads it."""
         items = memory.items[block]
-        if self.encoding == "learned":
+        if self.encoding == "learned" and isinstance(memory, MemoryView):
             items = items + self.position[memory.item_step]
             items = F.layer_norm(items, (self.embed_dim,)) if self.pre_norm else items
         return items

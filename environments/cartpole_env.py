@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import gymnasium
 import numpy as np
 
 from environments.episode import Info, Step, WrappedEnv, discrete
@@ -31,7 +30,7 @@ class CartPole(WrappedEnv):
         self.max_episode_steps = section.max_episode_steps
         # The task of CartPole-v0, which Gymnasium calls deprecated, but for the number of steps
         self._env = make_registered("CartPole-v1", max_episode_steps=self.max_episode_steps, render_mode=render_mode)
-        self.observation_space: gymnasium.spaces.Box = self._env.observation_space
+        self.observation_space = self._env.observation_space
         self.action_space = self._env.action_space
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, Info]:

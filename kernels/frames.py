@@ -7,6 +7,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+def channels_last(module: nn.Module) -> None:
+    """Let kernels lie in memory as frames do, their channels last: what oneDNN and cuDNN compute fastest."""
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # PyTorch's declarations leave it out
+
+
 def upsample(x: Tensor, layer: nn.ConvTranspose2d, size: tuple[int, int]) -> Tensor:
     """Return what a transposed convolution returns, by a plain one that is up to twice as fast on the CPU.
 

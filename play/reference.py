@@ -60,8 +60,8 @@ def _curve(path: Path, name: str, metric: str) -> Reference:
         raise UserError(f"--reference: {path} has no {name!r}; there are {', '.join(known)}")
     chosen = [row for row in named if row["metric"] == metric]
     if not chosen:
-        known = " and ".join(dict.fromkeys(row["metric"] for row in named))
-        raise UserError(f"--reference: {name} in {path} is of {known}; --metric is {metric}")
+        metrics = " and ".join(dict.fromkeys(row["metric"] for row in named))
+        raise UserError(f"--reference: {name} in {path} is of {metrics}; --metric is {metric}")
     try:
         numbers = sorted([float(row[column]) for column in COLUMNS[3:]] for row in chosen)
     except (TypeError, ValueError) as error:

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -205,7 +205,7 @@ def group_runs(models: list[Evaluated], aggregate: str = "runs") -> list[Group]:
         points = groups.setdefault(json.dumps(relevant, sort_keys=True, default=str), {})
         runs = points.setdefault(model.run["steps"], {})
         runs.setdefault((model.run["run_id"], model.run["seed"]), model)
-    result = []
+    result: list[Group] = []
     for points in groups.values():
         first = next(iter(next(iter(points.values())).values()))
         name = first.run["run_id"]
@@ -285,7 +285,7 @@ def to_csv(groups: list[Group]) -> bytes:
     rows = []
     for group, point in ((g, single) for g in groups for p in g.points for single in p.singles):
         model = point.models[0]
-        row = {"model": model.path, "group": group.name, "environment": model.environment}
+        row: dict[str, Any] = {"model": model.path, "group": group.name, "environment": model.environment}
         row |= {"run_id": model.run["run_id"], "seed": model.run["seed"], "steps": point.steps}
         row |= {"aggregate": group.aggregate, "interval_of": interval_of(group.aggregate)}
         row |= {"episodes": len(model.episodes), "cut": model.cut}
@@ -300,7 +300,7 @@ def to_csv(groups: list[Group]) -> bytes:
     return stream.getvalue().encode()
 
 
-def plot(groups: list[Group], metric: str, suffix: str, references: list[Reference] = ()) -> bytes:
+def plot(groups: list[Group], metric: str, suffix: str, references: Sequence[Reference] = ()) -> bytes:
     """Return a figure of the learning curves over environment steps.
 
     Lines are means over runs with their confidence band; under --aggregate=episodes, interquartile means with theirs.
@@ -318,7 +318,8 @@ def plot(groups: list[Group], metric: str, suffix: str, references: list[Referen
     from matplotlib import pyplot
 
     statistic = interval_of(groups[0].aggregate)
-    style = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "fixed"}
+    style: dict[Any, Any] = {"font.size": 11, "svg.hashsalt": "fixed"}
+    style |= {"axes.spines.top": False, "axes.spines.right": False}
     with matplotlib.rc_context(style):
         figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
         for index, group in enumerate(groups):
@@ -375,7 +376,7 @@ def _plot_reference(axes, reference: Reference, statistic: str, colour: str) -> 
         axes.fill_between(reference.steps, low, high, color=colour, alpha=0.1, linewidth=0)
 
 
-def _scale_steps(axes, groups: list[Group], references: list[Reference]) -> None:
+def _scale_steps(axes, groups: list[Group], references: Sequence[Reference]) -> None:
     """Make steps logarithmic, linear around 0, where published curves would squeeze our own."""
     own = [point.steps for group in groups for point in group.points if point.steps > 0]
     others = [steps for reference in references for steps in reference.steps]

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -17,7 +18,7 @@ from torch.utils.tensorboard.summary import Summary
 
 from environments import BrokenContract
 from environments.contract import Task, check_observation, checked_step
-from environments.numbers import episode_numbers
+from environments.numbers import episode_means, episode_numbers
 from model import ActorCriticModel, Prediction
 from play.agent import Agent, first_unseen_seed, task_name
 from processes.arrays import SharedArrays
@@ -271,13 +272,14 @@ class Painter:
     ) -> None:
         self.title, self.memory_length = title, memory_length
         self.width, self.scale = width - width % 2, width / BASE_WIDTH
-        self.font, self.small = (ImageFont.load_default(max(SMALLEST_TEXT, self._size(size))) for size in (18, 14))
+        self.text = [max(SMALLEST_TEXT, self._size(size)) for size in (18, 14)]
+        self.font, self.small = map(ImageFont.load_default, self.text)
         self.margin, self.gap = self._size(16), self._size(12)
         pictures = [picture for picture in (moment.frame, moment.view) if picture is not None]
         self.sizes = self._picture_sizes(pictures)
         self.top = self._size(64)
         self.panel, self.panel_top = panel, self.top + max(height for _, height in self.sizes) + self._size(30)
-        self.row = round(self.small.size * 1.25) + self._size(7)
+        self.row = round(self.text[1] * 1.25) + self._size(7)
         rows = 0 if panel is None else -(-len(panel.entries(moment)) // PANEL_COLUMNS)
         self.strips_top = self.panel_top + self._size(4) + rows * self.row + self._size(8) * (rows > 0)
         self.strip_height, self.strip_left = self._size(18), self._size(84)
@@ -447,6 +449,15 @@ def describe(result: dict[str, float]) -> list[str]:
     return words + ([f"cut after {result['length']:,.0f} steps"] if "cut" in result else [])
 
 
+def describe_means(results: list[dict[str, float]]) -> list[str]:
+    """Return the mean of each number in words, with how many episodes report it where some do not."""
+    words = []
+    for name, found in episode_means(results).items():
+        words.append(f"{name.replace('_', ' ')} {found.mean:.2f}" + (f" ({found.note})" if found.note else ""))
+    cut = sum("cut" in result for result in results)
+    return words + ([f"{cut:,} of {len(results):,} episodes cut"] if cut else [])
+
+
 def resized(picture: np.ndarray, size: tuple[int, int]) -> Image.Image:
     """Return a picture (H, W, 3) in another size (width, height): enlarged pixels stay sharp squares."""
     enlarged = size[1] >= picture.shape[0]
@@ -483,7 +494,8 @@ def write_mp4(path: Path, pictures: Iterable[Image.Image], fps: int) -> None:
     """Write pictures of one even size as H.264."""
     import imageio.v2
 
-    settings = {"codec": "libx264", "pixelformat": "yuv420p", "macro_block_size": 2, "ffmpeg_log_level": "error"}
+    settings: dict[str, Any] = {"codec": "libx264", "pixelformat": "yuv420p", "macro_block_size": 2}
+    settings["ffmpeg_log_level"] = "error"
     writer = imageio.v2.get_writer(path, format="FFMPEG", fps=fps, **settings)
     try:
         for picture in pictures:

@@ -38,7 +38,7 @@ def fingerprint(content: object) -> str:
                 feed(item)
         elif isinstance(value, torch.Tensor):
             digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         else:
             digest.update(f"{type(value).__name__}:{value!r};".encode())
 
@@ -46,7 +46,7 @@ def fingerprint(content: object) -> str:
     return digest.hexdigest()
 
 
-def write_file(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes | memoryview) -> None:
     """Write a file under a temporary name and rename it, so that a crash or a full disk leaves the old one intact."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -5,6 +5,7 @@ import threading
 import time
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import yaml
 from torch import nn
@@ -26,20 +27,21 @@ class Logger:
     """
 
     def __init__(self, folder: Path, config: Config, run: dict, steps: int) -> None:
-        self.updates, self.started, self.first = config.updates, time.perf_counter(), None
+        self.updates, self.started = config.updates, time.perf_counter()
+        self.first: tuple[int, float] | None = None
         resumed = "summaries" in run
         run.setdefault("summaries", f"{run['run_id']}/{datetime.now():%Y%m%d-%H%M%S-%f}")
-        self.writer = SummaryWriter(folder / run["summaries"], purge_step=steps + 1 if resumed else None)
+        self.writer: Any = SummaryWriter(folder / run["summaries"], purge_step=steps + 1 if resumed else None)
         if not resumed:
             self.writer.add_text("config", f"```\n{yaml.safe_dump(config.model_dump(), sort_keys=False)}```")
             self.writer.add_text("run", "\n".join(f"- {key}: {value}" for key, value in run.items()))
             for summary in hparams(flatten(config.model_dump()) | {"seed": run["seed"]}, {"episode/reward_mean": 0})[
                 :2
             ]:
-                self.writer.file_writer.add_summary(summary)
+                self.add(summary)
         # The thread that writes hands its errors on to whoever logs next; they need not be shown as well.
         threading.excepthook = lambda error: None if error.exc_type is OSError else sys.__excepthook__(*error[:3])
-        self.bar = None
+        self.bar: tqdm | None = None
         if sys.stderr.isatty():
             layout = "{desc} {percentage:3.0f}%|{bar}| {n}/{total} {elapsed}<{remaining}"
             done = steps // (config.n_workers * config.worker_steps)
@@ -74,7 +76,11 @@ class Logger:
 
     def video(self, steps: int, episode: Summary) -> None:
         """Log an episode as an animated picture."""
-        self.writer.file_writer.add_summary(episode, steps)
+        self.add(episode, steps)
+
+    def add(self, summary: Summary, steps: int | None = None) -> None:
+        """Log what TensorBoard's writer has no method for."""
+        self.writer.file_writer.add_summary(summary, steps)
 
     def flush(self) -> None:
         """Let the system have all that was logged."""
@@ -89,7 +95,7 @@ class Logger:
 
 def flatten(section: dict, prefix: str = "") -> dict[str, float | str | bool]:
     """Return a nested config as one level of dotted keys."""
-    flat = {}
+    flat: dict[str, float | str | bool] = {}
     for key, value in section.items():
         if isinstance(value, dict):
             flat |= flatten(value, f"{prefix}{key}.")

@@ -7,6 +7,7 @@ what they predict while sampling, in what training recomputes, and in every grad
 
 import copy
 import multiprocessing
+from collections.abc import Iterator
 
 import canonical
 import numpy as np
@@ -82,7 +83,8 @@ class History:
     def __init__(self, config: dict, n_workers: int) -> None:
         self.config = config
         nothing = torch.zeros(0, config["num_blocks"], config["embed_dim"], dtype=torch.float64)
-        self.items, self.starts = [nothing] * n_workers, [[] for _ in range(n_workers)]
+        self.items = [nothing] * n_workers
+        self.starts: list[list[bool]] = [[] for _ in range(n_workers)]
 
     def windows(self, samples: list[tuple[int, int]], final: bool = False) -> textbook.Windows:
         """Returns the windows of (worker, index in its history); with `final`, of what followed that step."""
@@ -229,7 +231,8 @@ def _rows(step: textbook.Step, rows: slice) -> textbook.Step:
 
 def _weighted(outputs: list[Tensor], weights: list[Tensor]) -> Tensor:
     """Returns a scalar whose gradient reaches every parameter."""
-    return sum((output * weight).sum() for output, weight in zip(outputs, weights, strict=True)) / len(outputs[-1])
+    weighted = [(output * weight).sum() for output, weight in zip(outputs, weights, strict=True)]
+    return torch.stack(weighted).sum() / len(outputs[-1])
 
 
 def assert_gradients(model: nn.Module, parameters: dict, what: object = "") -> None:
@@ -532,9 +535,16 @@ class CheckedTrainer(PPOTrainer):
         self.check_sampling()
         self.check_recomputed()
         self.check_advantages()
-        self.auxiliary_before, self.gradients = copy.deepcopy(self.auxiliary).double(), {}
+        self.auxiliary_before = copy.deepcopy(self.auxiliary).double()
+        self.gradients: dict[str, Tensor] = {}
         batches, minibatches = [], buffer.minibatches
-        buffer.minibatches = lambda generator: (batches.append(batch) or batch for batch in minibatches(generator))
+
+        def listed(generator: np.random.Generator) -> Iterator[np.ndarray]:
+            for batch in minibatches(generator):
+                batches.append(batch)
+                yield batch
+
+        buffer.minibatches = listed
         statistics = super().optimise()
         del buffer.minibatches
         self.check_loss(statistics[0], batches[0])
@@ -616,9 +626,9 @@ class CheckedTrainer(PPOTrainer):
             final = history.windows([(worker, first + t)], final=True)
             observation = buffer.observations.gather(np.array([index]))[0]
             final_values[worker, t] = history.predict(self.parameters, observation, final).value
-        arrays = [torch.tensor(array) for array in (buffer.rewards, buffer.terminated, buffer.truncated)]
+        happened = [torch.tensor(array) for array in (buffer.rewards, buffer.terminated, buffer.truncated)]
         expected = textbook.gae_truncation(
-            *arrays, buffer.values.double(), final_values, last.value, self.config.gamma, self.config.lamda
+            *happened, buffer.values.double(), final_values, last.value, self.config.gamma, self.config.lamda
         )
         assert_close(buffer.advantages, expected)
 
@@ -667,8 +677,8 @@ class CheckedTrainer(PPOTrainer):
                 distinct = torch.unique(self.observations[samples], dim=0)
                 candidates = textbook.encode(self.parameters, self.settings, distinct)
                 frames = [frame.numpy().tobytes() for frame in distinct]
-                following = [None if frame is None else frame.numpy().tobytes() for frame in following]
-                loss, told, possible = textbook.frame_prediction(own, questions, candidates, frames, following)
+                shown = [None if frame is None else frame.numpy().tobytes() for frame in following]
+                loss, told, possible = textbook.frame_prediction(own, questions, candidates, frames, shown)
                 expected["prediction"] = loss
                 expected["predicted"], expected["predictable"] = told / len(samples), possible / len(samples)
         return expected

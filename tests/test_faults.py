@@ -208,7 +208,7 @@ def command(folder: Path, *arguments: str) -> tuple[int, str]:
             command_line(train.main)
         return 0, said.getvalue()
     except SystemExit as end:
-        return end.code, said.getvalue()
+        return int(end.code or 0), said.getvalue()
     finally:
         os.chdir(before)
 

@@ -17,7 +17,6 @@ import pytest
 import torch
 from scipy.stats import trim_mean
 
-import enjoy
 import evaluate
 from environments.numbers import count_missing_success, episode_numbers, episode_scalars, task_numbers
 from play.reference import Reference, read_references
@@ -33,6 +32,7 @@ from play.results import (
     to_csv,
     to_json,
 )
+from play.watch import describe_means
 from run.cli import command_line, step_limit
 from utils import UserError
 
@@ -100,8 +100,8 @@ def test_missing_success_is_failure_and_the_rest_is_said():
     assert scalars["episode/success_mean"] == 0.3 and "episode/success_share" not in scalars
     assert (scalars["episode/keys_mean"], scalars["episode/keys_share"]) == (4.0, 0.3)
     assert (scalars["episode/reward_mean"], scalars["episode/reward_share"]) == (1 / 3, 0.9)
-    assert enjoy.describe_means(episodes)[1:] == ["success 0.30", "keys 4.00 (in 3 of 10 episodes)"]
-    assert enjoy.describe_means([{"reward": 1.0, "length": 5.0, "cut": 1.0}, {"reward": 0.0, "length": 2.0}]) == [
+    assert describe_means(episodes)[1:] == ["success 0.30", "keys 4.00 (in 3 of 10 episodes)"]
+    assert describe_means([{"reward": 1.0, "length": 5.0, "cut": 1.0}, {"reward": 0.0, "length": 2.0}]) == [
         "reward 0.50", "length 3.50", "1 of 2 episodes cut"
     ]  # fmt: skip
 

@@ -103,7 +103,7 @@ def nested_vector(shown):
 OBSERVATIONS = {
     "Discrete": (spaces.Discrete(5, start=-2), None, lambda shown: np.eye(5)[shown + 2]),
     "MultiDiscrete": (
-        spaces.MultiDiscrete([[2, 3], [1, 4]], start=[[0, 1], [7, -1]]),
+        spaces.MultiDiscrete(np.array([[2, 3], [1, 4]]), start=np.array([[0, 1], [7, -1]])),
         None,
         lambda shown: np.concatenate(
             [np.eye(2)[shown[0, 0]], np.eye(3)[shown[0, 1] - 1], [1], np.eye(4)[shown[1, 1] + 1]]
@@ -157,7 +157,7 @@ ACTIONS = {
     "start": (spaces.Discrete(3, start=-1), [3]),
     "one": (spaces.Discrete(1), [1]),
     "branches": (spaces.MultiDiscrete([2, 1, 5]), [2, 1, 5]),
-    "square": (spaces.MultiDiscrete([[2, 3], [4, 5]], start=[[1, 0], [-3, 2]]), [2, 3, 4, 5]),
+    "square": (spaces.MultiDiscrete(np.array([[2, 3], [4, 5]]), start=np.array([[1, 0], [-3, 2]])), [2, 3, 4, 5]),
     "binary": (spaces.MultiBinary((2, 2)), [2, 2, 2, 2]),
     "nested": (spaces.Dict(a=spaces.MultiDiscrete([3, 2]), b=spaces.Tuple((spaces.Discrete(4),))), [3, 2, 4]),
     "box": (spaces.Box(np.array([[-2.0], [0.0]]), np.array([[0.5], [np.inf]]), dtype=np.float64), 2),

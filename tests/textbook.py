@@ -337,7 +337,8 @@ def gae_truncation(
 
 def number_episodes(episode_starts: Sequence[bool]) -> tuple[list[int], list[int]]:
     """Numbers a worker's steps: the episode of each and the step within it. The first step starts an episode."""
-    episodes, steps = [], []
+    episodes: list[int] = []
+    steps: list[int] = []
     for index, starts in enumerate(episode_starts):
         new = index == 0 or bool(starts)
         episodes.append((episodes[-1] + 1 if episodes else 0) if new else episodes[-1])
