@@ -16,6 +16,7 @@ from buffer import Buffer, Minibatch
 from kernels.frames import FrameCrossEntropy, channels_last, upsample
 from kernels.products import Linear
 from model import ActorCriticModel, Prediction, VisualEncoder, orthogonal
+from run.world import World
 from utils import UserError, polynomial_decay
 
 if TYPE_CHECKING:
@@ -33,15 +34,23 @@ class AuxiliaryTask(nn.Module):
 
     Attributes:
         reports: the names of what `loss` reports.
+        compares: whether it compares a sample with all distinct frames of its minibatch.
     """
 
     reports: tuple[str, ...]
+    compares = False
 
     def prepare(self, buffer: Buffer) -> None:
         """Derive what the targets need of a whole rollout."""
 
-    def targets(self, buffer: Buffer, samples: np.ndarray) -> Targets:
-        """Return what `loss` needs of `samples` (N,), a tensor (N, …) each."""
+    def targets(self, buffer: Buffer, samples: np.ndarray, candidates: np.ndarray | None) -> Targets:
+        """Return what `loss` needs of `samples` (N,), a tensor (N, …) each.
+
+        Args:
+            buffer: the rollout.
+            samples: of this process.
+            candidates: (M,) numbers of the distinct frames of the whole minibatch.
+        """
         return {}
 
     def loss(self, prediction: Prediction, part: Minibatch, embedded: Tensor, targets: Targets) -> Loss:
@@ -50,7 +59,7 @@ class AuxiliaryTask(nn.Module):
         Args:
             prediction: of the samples under the current weights.
             part: the samples.
-            embedded: (M, D) the distinct observations of their minibatch, embedded.
+            embedded: (M, D) the distinct observations of the whole minibatch, embedded.
             targets: of `targets`, for these samples.
         """
         raise NotImplementedError
@@ -100,7 +109,7 @@ class Recall(AuxiliaryTask):
         embed_dim: D.
     """
 
-    reports = ("recall",)
+    reports, compares = ("recall",), True
 
     def __init__(self, embed_dim: int) -> None:
         super().__init__()
@@ -114,15 +123,15 @@ class Recall(AuxiliaryTask):
 
     def prepare(self, buffer: Buffer) -> None:
         """Fill `seen`: which distinct frames the running episode has shown in front of each step of this rollout."""
-        frames, (workers, steps) = buffer.frame_index(), buffer.step.shape
-        self.seen = np.zeros((workers, steps, len(buffer.observations)), dtype=bool)
-        running, everyone = np.zeros((workers, len(buffer.observations)), dtype=bool), np.arange(workers)
+        frames, (workers, steps) = buffer.frame_number[buffer.frame_index()], buffer.step.shape
+        self.seen = np.zeros((workers, steps, buffer.frame_count), dtype=bool)
+        running, everyone = np.zeros((workers, buffer.frame_count), dtype=bool), np.arange(workers)
         for t in range(steps):
             running[buffer.step[:, t] == 0] = False
             self.seen[:, t] = running
             running[everyone, frames[:, t]] = True
 
-    def targets(self, buffer: Buffer, samples: np.ndarray) -> Targets:
+    def targets(self, buffer: Buffer, samples: np.ndarray, candidates: np.ndarray | None) -> Targets:
         """Return what `samples` (N,) should recall of their minibatch's M distinct frames.
 
         Returns:
@@ -130,9 +139,8 @@ class Recall(AuxiliaryTask):
             in this rollout and in the memory window.
         """
         worker, t = np.divmod(samples, buffer.worker_steps)
-        distinct = np.unique(buffer.frame_index().flat[samples])
         known = buffer.step[worker, t] <= np.minimum(t, buffer.timeline.length)
-        shown = self.seen[worker, t][:, distinct]
+        shown = self.seen[worker, t][:, candidates]
         to_device = buffer.timeline.to_device
         return {"shown": to_device(shown), "known": to_device(known)[:, None]}
 
@@ -163,6 +171,7 @@ class NextObservation(AuxiliaryTask):
         super().__init__()
         task, self.normalised = model.task, model.moments.forward  # the method: the module is the model's
         self.frames, self.vectors = task.frame is not None, task.vector > 0
+        self.compares = self.frames
         self.reports = ("prediction", *(("predicted", "predictable") if self.frames else ()))
         self.query = Linear(embed_dim, embed_dim)
         # Without a bias: the first step's action says no more than any other.
@@ -189,7 +198,7 @@ class NextObservation(AuxiliaryTask):
         following = np.concatenate((buffer.observation_index[:, 1:], buffer.last_index[:, None]), axis=1)
         self.following = np.where(buffer.terminated | buffer.truncated, -1, following)
 
-    def targets(self, buffer: Buffer, samples: np.ndarray) -> Targets:
+    def targets(self, buffer: Buffer, samples: np.ndarray, candidates: np.ndarray | None) -> Targets:
         """Return what came behind `samples` (N,).
 
         Returns:
@@ -199,10 +208,9 @@ class NextObservation(AuxiliaryTask):
         following, to_device = self.following.flat[samples], buffer.timeline.to_device
         targets = {}
         if self.frames:
-            distinct = np.unique(buffer.frame_index().flat[samples])
-            frames = np.where(following < 0, -1, buffer.observations.frame_index(following))
-            place = np.searchsorted(distinct, frames).clip(max=len(distinct) - 1)
-            targets["frame"] = to_device(np.where(distinct[place] == frames, place, -1))
+            frames = np.where(following < 0, -1, buffer.frame_number[buffer.observations.frame_index(following)])
+            place = np.searchsorted(candidates, frames).clip(max=len(candidates) - 1)
+            targets["frame"] = to_device(np.where(candidates[place] == frames, place, -1))
         if self.vectors:
             targets["vector"] = self.normalised(buffer.observations.vectors_of(following.clip(min=0)))
             targets["known"] = to_device(following >= 0)[:, None]
@@ -226,13 +234,14 @@ class NextObservation(AuxiliaryTask):
         return loss, [loss.detach(), *reported]
 
 
-def auxiliary_tasks(config: "Config", model: ActorCriticModel) -> nn.ModuleDict:
+def auxiliary_tasks(config: "Config", model: ActorCriticModel) -> dict[str, AuxiliaryTask]:
     """Return the tasks whose coefficient, `<name>_coefficient` of the config, is above 0, by name.
 
     Raises:
         UserError: if a task does not suit what is observed.
     """
-    embed_dim, tasks = config.transformer.embed_dim, nn.ModuleDict()
+    embed_dim = config.transformer.embed_dim
+    tasks: dict[str, AuxiliaryTask] = {}
     for name in ("reconstruction", "recall"):
         coefficient = getattr(config, f"{name}_coefficient")
         if coefficient > 0 and model.task.frame is None:
@@ -244,6 +253,26 @@ def auxiliary_tasks(config: "Config", model: ActorCriticModel) -> nn.ModuleDict:
     if config.prediction_coefficient > 0:
         tasks["prediction"] = NextObservation(model, embed_dim)
     return tasks
+
+
+def exchange_candidates(world: World, minibatch: Minibatch, embedded: Tensor) -> Tensor:
+    """Return all distinct frames of a minibatch (M, D), embedded: each by the first process that has it.
+
+    Args:
+        world: all processes.
+        minibatch: this process's share.
+        embedded: (≥ m, D) its own distinct observations.
+    """
+    candidates = embedded.new_zeros(minibatch.distinct, embedded.shape[1], dtype=torch.float32)
+    candidates[minibatch.own] = embedded.detach()[minibatch.rows].float()
+    world.add(candidates)
+    return candidates.requires_grad_()
+
+
+def return_gradient(world: World, minibatch: Minibatch, of_embedded: Tensor, of_candidates: Tensor) -> None:
+    """Add to the gradient of what this process embedded what all processes did with it as candidates (M, D)."""
+    world.add(of_candidates)
+    of_embedded[minibatch.rows] += of_candidates[minibatch.own].to(of_embedded.dtype)
 
 
 class Novelty:

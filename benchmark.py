@@ -23,6 +23,7 @@ Options:
 Example: python benchmark.py --config=configs/minigrid.yaml --updates=5
 """
 
+import dataclasses
 import json
 import resource
 import statistics
@@ -30,8 +31,9 @@ import sys
 import time
 from pathlib import Path
 
-from run.cli import arguments_of, choose_device, command_line, cores, one_of, use_cores, whole_number
+from run.cli import arguments_of, command_line, cores, one_of, use_cores, whole_number
 from run.config import Config, load_config
+from utils import UserError
 
 PARTS = {  # what an operation of PyTorch's profiler counts as
     "convolutions and large products": ("convolution", "_linear_pointwise"),
@@ -46,9 +48,24 @@ PARTS = {  # what an operation of PyTorch's profiler counts as
 def main() -> None:
     """Parse the command line, measure, print a table."""
     arguments = arguments_of(__doc__)
-    config = load_config(arguments["--config"])
-    results = measure_environments(config) if arguments["--environments"] else measure_updates(config, arguments)
-    results = {"config": arguments["--config"]} | results
+    from run.launch import check_alike, together
+
+    with together(arguments) as (world, device):
+        with world.agree_on(UserError):
+            config = load_config(arguments["--config"])
+        check_alike(world, config, arguments)
+        if world.size > 1:
+            results = measure_scaling(config, arguments, world, device)
+        elif arguments["--environments"]:
+            results = measure_environments(config)
+        else:
+            results = measure_updates(config, arguments, device)
+        if world.first:
+            report({"config": arguments["--config"]} | results, arguments)
+
+
+def report(results: dict, arguments: dict) -> None:
+    """Print a table, and write the results where --output says."""
     for name, value in results.items():
         print(f"{name:<44}{value:>16,.3g}" if isinstance(value, float) else f"{name:<44}{value!s:>16}")
     if arguments["--output"]:
@@ -58,27 +75,138 @@ def main() -> None:
 # ---------------------------------------------------------------------------------------------------- whole updates
 
 
-def measure_updates(config: Config, arguments: dict) -> dict:
+def chosen_options(arguments: dict, device, world=None):
+    """Return the `Options` that a command line asks for.
+
+    Args:
+        arguments: of the command line.
+        device: to compute on.
+        world: all processes, None where there are no others.
+    """
+    from run.options import Options
+    from run.world import World
+
+    world = world or World()
+    use_cores(device, world.local_size)
+    overlap = {"on": True, "off": False, "auto": None}[one_of(arguments, "--overlap", ("on", "off", "auto"))]
+    return Options(
+        device,
+        processes=whole_number(arguments, "--processes", 1, 4096) or max(1, cores() // world.local_size),
+        overlap=overlap,
+        precision=one_of(arguments, "--precision", ("float32", "bf16")),
+        compile=arguments["--compile"],
+        world=world,
+    )
+
+
+def measure_scaling(config: Config, arguments: dict, world, device) -> dict:
+    """Return how fast all processes are together, and the first of them alone while the others wait.
+
+    Communication is what a process spends in it, waiting for slower ones included. Under "floor" is a sum of the
+    gradient alone, when all are ready for it.
+
+    Args:
+        config: a checked config.
+        arguments: the command line.
+        world: all processes.
+        device: of this one.
+    """
+    import torch
+
+    from run.world import World
+
+    with world.agree_on(UserError):
+        if config.n_workers % world.size:
+            raise UserError(f"n_workers: {config.n_workers} cannot be divided among {world.size} processes")
+        options = chosen_options(arguments, device, world)
+        updates = whole_number(arguments, "--updates", 1)
+    alone = measure_rate(config, dataclasses.replace(options, world=World()), updates) if world.first else {}
+    world.gather(None)
+    found = measure_rate(config, options, updates)
+    gradient = found.pop("gradient")
+    seconds = []
+    for _ in range(20):
+        world.any(False)
+        started = time.perf_counter()
+        world.add(gradient)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    rate = found["update_steps_per_second"]
+    return {
+        "processes": world.size,
+        "update_steps_per_second": rate,
+        "of_one_process_alone": alone.get("update_steps_per_second", rate),
+        "efficiency": rate / alone.get("update_steps_per_second", rate) / world.size,
+        "share: communication": found["communication_seconds"] / found["update_seconds"],
+        "seconds_per_minibatch": found["optimisation_seconds"] / config.epochs / config.n_mini_batch,
+        "gradient_megabytes": gradient.numel() * gradient.element_size() / 1e6,
+        "gradient_sum_floor_seconds": statistics.median(seconds),
+    }
+
+
+def measure_rate(config: Config, options, updates: int) -> dict:
+    """Return medians over updates: steps per second, seconds of an update, of its optimisation, of communication."""
+    from trainer import PPOTrainer
+
+    trainer = PPOTrainer(config, "benchmark", 1, options)
+    spent = time_communication(trainer.world)
+    runs = []
+    try:
+        trainer.start_workers()
+        for update in range(-1, updates):
+            if options.world.first:
+                say(f"{options.world.size} processes, update {update + 1}")
+            before, started = spent[0], time.perf_counter()
+            scalars = trainer.train_update()
+            optimisation = trainer.samples / scalars["performance/optimisation_steps_per_second"]
+            runs.append((time.perf_counter() - started, optimisation, spent[0] - before))
+    finally:
+        trainer.workers.close()
+    update, optimisation, communication = (statistics.median(column) for column in zip(*runs[1:], strict=True))
+    return {
+        "update_steps_per_second": trainer.samples / update,
+        "update_seconds": update,
+        "optimisation_seconds": optimisation,
+        "communication_seconds": communication,
+        "gradient": trainer.optimizer.gradient,
+    }
+
+
+def time_communication(world) -> list[float]:
+    """Let a world count the seconds that it communicates; return where it does."""
+    spent = [0.0]
+
+    def timed(communicate):
+        """Return a method that counts its seconds."""
+
+        def method(argument):
+            """Communicate as usual."""
+            started = time.perf_counter()
+            result = communicate(argument)
+            spent[0] += time.perf_counter() - started
+            return result
+
+        return method
+
+    for name in ("add", "join_rows", "gather"):  # `any` goes by way of `add`
+        setattr(world, name, timed(getattr(world, name)))
+    return spent
+
+
+def measure_updates(config: Config, arguments: dict, device) -> dict:
     """Return speeds, memory and the arithmetic floor of a config's updates.
 
     Args:
         config: a checked config.
         arguments: the command line.
+        device: to compute on.
     """
     import torch
 
-    from trainer import Options, PPOTrainer
+    from trainer import PPOTrainer
 
-    device = choose_device(arguments)
-    use_cores(device)
-    overlap = {"on": True, "off": False, "auto": None}[one_of(arguments, "--overlap", ("on", "off", "auto"))]
-    options = Options(
-        device,
-        processes=whole_number(arguments, "--processes", 1, 4096) or cores(),
-        overlap=overlap,
-        precision=one_of(arguments, "--precision", ("float32", "bf16")),
-        compile=arguments["--compile"],
-    )
+    options = chosen_options(arguments, device)
     textbook = one_of(arguments, "--attention", ("fast", "textbook")) == "textbook"
     trainer = PPOTrainer(config, "benchmark", 1, options)
     if textbook:
@@ -101,7 +229,7 @@ def measure_updates(config: Config, arguments: dict) -> dict:
         "optimisation_steps_per_second": trainer.samples / median["optimisation_seconds"],
         "update_steps_per_second": trainer.samples / seconds,
     }
-    floors = {}
+    floors: dict[str, float] = {}
     for name, rate in rates.items():
         floor = median["gigaflop"] / rate
         floors |= {f"floor_seconds_at_{name}": floor, f"update_over_floor_at_{name}": seconds / floor}
@@ -317,6 +445,7 @@ def measure_environments(config: Config) -> dict[str, float]:
 
     (task, _), n_workers = inspect_environment(config.environment), config.n_workers
     generator, shape = np.random.default_rng(1), (64, n_workers, task.action_size)
+    actions: np.ndarray
     if task.continuous:
         actions = generator.standard_normal(shape, dtype=np.float32)
     else:

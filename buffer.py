@@ -25,7 +25,7 @@ class Minibatch:
     Attributes:
         samples: (N,) flat indices w·T + t over the environments of this process.
         observations: (M, C, H, W) frames, perhaps followed by some that no sample saw, or (N, n) vectors.
-        distinct: M.
+        distinct: M, over all processes that share the minibatch.
         which: (N,) int64 the observation that each sample saw.
         vectors: (N, n) observed beside frames, None without.
         groups: what the samples may look at, or how they share memory columns for it.
@@ -37,6 +37,9 @@ class Minibatch:
         returns: (N,).
         advantages: (N,), normalised over the whole minibatch where the config says so.
         targets: of each auxiliary task, by name: a tensor (N, …) each.
+        candidates: (M,) numbers of the distinct frames, None where no auxiliary task needs them.
+        own: (m,) places among the candidates that this process embeds for all.
+        rows: (m,) which of its observations those are.
     """
 
     samples: np.ndarray
@@ -53,6 +56,9 @@ class Minibatch:
     returns: Tensor
     advantages: Tensor
     targets: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    candidates: np.ndarray | None = None
+    own: Tensor | None = None
+    rows: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.which)
@@ -65,6 +71,7 @@ class Minibatch:
 
     def _part(self, samples: Tensor, groups: Windows | QueryGroups) -> "Minibatch":
         shared: dict[str, Any] = {"observations": self.observations, "distinct": self.distinct, "groups": groups}
+        shared |= {"candidates": self.candidates, "own": self.own, "rows": self.rows}
         own = {f.name: chosen(getattr(self, f.name), samples) for f in fields(self) if f.name not in shared}
         return Minibatch(**shared | own)
 
@@ -119,6 +126,9 @@ class Buffer:
         self.terminated = np.zeros(shape, dtype=bool)
         self.truncated = np.zeros(shape, dtype=bool)
         self.final_index: dict[tuple[int, int], int] = {}  # observation behind the truncated step (worker, t)
+        self.frame_number = np.zeros(0, dtype=np.int64)  # of each of this process's distinct frames
+        self.all_frames = np.zeros(0, dtype=np.int64)  # the number of the frame of every sample
+        self.frame_count = 0
 
     def begin(self) -> None:
         """Start a new rollout: the newest L memory columns stay, everything else is forgotten."""
@@ -128,6 +138,19 @@ class Buffer:
     def frame_index(self) -> np.ndarray:
         """Return (W, T): which distinct frame each sample saw."""
         return self.observations.frame_index(self.observation_index)
+
+    def number_frames(self) -> None:
+        """Give the distinct frames of all processes numbers, in the order in which they turned up."""
+        if self.observations.frames is None:
+            return
+        numbers: dict[bytes, int] = {}
+        found = []
+        for known, index in self.world.gather((list(self.observations.frames.known), self.frame_index())):
+            number = np.array([numbers.setdefault(digest, len(numbers)) for digest in known])
+            found.append(number[index])
+            if len(found) == self.world.rank + 1:
+                self.frame_number = number
+        self.all_frames, self.frame_count = np.concatenate(found).flatten(), len(numbers)
 
     def bootstrap(self, model: ActorCriticModel, last_step: np.ndarray) -> Tensor:
         """Return (W, T) on the CPU: the value of what followed each step, where an episode did not terminate there.
@@ -183,15 +206,22 @@ class Buffer:
         if self.normalize_advantages:
             advantages = normalised(advantages)
         first, end = np.searchsorted(samples, (self.own_samples.start, self.own_samples.stop))
-        samples, advantages = samples[first:end] - self.own_samples.start, advantages[first:end]
+        whole, samples, advantages = samples, samples[first:end] - self.own_samples.start, advantages[first:end]
         index = self.timeline.to_device(samples)
         masks = None if self.masks is None else self.masks.flatten(0, 1)[index]
         rollout = (self.actions, self.log_probs, self.values, self.advantages)
         actions, log_probs, values, plain = (tensor.flatten(0, 1)[index] for tensor in rollout)
         groups, step = self.group(samples), self.timeline.to_device(self.step.flat[samples])
-        return Minibatch(
+        minibatch = Minibatch(
             samples, *self.observe(samples), groups, step, actions, masks, log_probs, values, values + plain, advantages
         )
+        if len(self.all_frames):
+            minibatch.candidates, shown = np.unique(self.all_frames[whole], return_index=True)
+            own = np.flatnonzero((shown >= first) & (shown < end))
+            minibatch.distinct = len(minibatch.candidates)
+            minibatch.own = self.timeline.to_device(own)
+            minibatch.rows = minibatch.which[self.timeline.to_device(shown[own] - first)]
+        return minibatch
 
     def observe(self, samples: np.ndarray) -> tuple[Tensor, int, Tensor, Tensor | None]:
         """Return what `samples` (N,) of this process observed, as `ObservationStore.gather` does."""

@@ -26,10 +26,10 @@ Example: python evaluate.py models/*.nn --output=results --plot=curves.pdf
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from run.cli import (
     arguments_of,
-    choose_device,
     command_line,
     cores,
     one_of,
@@ -41,61 +41,93 @@ from utils import UserError
 
 
 def main() -> None:
-    """Parse the command line, play, and report."""
+    """Parse the command line and evaluate, together with the other processes that torchrun started."""
     arguments = arguments_of(__doc__)
-    numbers = [whole_number(arguments, name, 1, 10**6) for name in ("--seeds", "--repetitions")]
-    seed = whole_number(arguments, "--seed", 0, 2**30)
-    processes = whole_number(arguments, "--processes", 1, 4096) or cores() - max(1, cores() // 2) or 1
-    max_steps = whole_number(arguments, "--max-steps", 1, 10**9)
-    figure = output_file(arguments, "--plot", (".png", ".pdf", ".svg"))
-    output = output_file(arguments, "--output", ("",))
-    device = choose_device(arguments)
-    import torch
+    from run.launch import check_alike, together
 
-    from play import results
+    with together(arguments) as (world, device):
+        with world.agree_on(UserError):
+            protocol, references = checked(arguments, device)
+        check_alike(world, None, arguments)
+        with world.agree_on(UserError):
+            models = find_and_load(arguments["<models>"], device)
+        evaluated = play(models, protocol, arguments, world)
+        with world.agree_on(UserError, OSError):
+            if world.first:
+                report(evaluated, protocol, arguments, references)
+
+
+def checked(arguments: dict, device) -> tuple[dict, list]:
+    """Return how is evaluated, and published curves; UserError where the command line is wrong."""
     from play.reference import read_references
+    from play.results import AGGREGATES
+    from run.checkpoint import provenance
 
-    aggregate = one_of(arguments, "--aggregate", results.AGGREGATES)
+    seeds, repetitions = (whole_number(arguments, name, 1, 10**6) for name in ("--seeds", "--repetitions"))
+    seed = whole_number(arguments, "--seed", 0, 2**30)
+    whole_number(arguments, "--processes", 1, 4096)
+    whole_number(arguments, "--max-steps", 1, 10**9)
+    figure = output_file(arguments, "--plot", (".png", ".pdf", ".svg"))
+    output_file(arguments, "--output", ("",))
+    one_of(arguments, "--aggregate", AGGREGATES)
     if arguments["--reference"] and figure is None:
         raise UserError("--reference: is for a figure; name one with --plot=<file>")
     references = read_references(arguments["--reference"], arguments["--metric"])
-    # The environments need the other cores. Must not depend on --processes: it decides how sums are rounded.
-    torch.set_num_threads(max(1, cores() // 2))
-    evaluated, protocol = evaluate(arguments, *numbers, seed, max_steps, processes, device)
-    groups = results.group_runs(evaluated, aggregate)
-    print("\n".join(results.table(groups)), flush=True)
-    write_results(groups, protocol, output, figure, arguments["--metric"], references)
-
-
-def evaluate(
-    arguments: dict, seeds: int, repetitions: int, seed: int, max_steps: int | None, processes: int, device
-) -> tuple[list, dict]:
-    """Play all models on the same seeds; return what they did and how they were evaluated."""
-    from play.agent import first_unseen_seed, load_for_play, play_episodes
-    from play.results import Evaluated, find_models
-    from play.watch import task_name
-    from run.checkpoint import provenance
-
-    models = [(path, *load_for_play(path, device)) for path in find_models(arguments["<models>"])]
-    first = seed + max(first_unseen_seed(config.environment) for _, _, config, _, _ in models)
-    table = list(range(first, first + seeds))
-    evaluated = []
-    for number, (path, model, config, task, run) in enumerate(models, start=1):
-        limit = step_limit(max_steps, task)
-        with Progress(f"{number}/{len(models)} {path.name}", seeds * repetitions) as progress:
-            episodes = play_episodes(
-                model, config, task, table, repetitions, action_seed=seed, deterministic=arguments["--deterministic"],
-                processes=processes, progress=progress.count, max_steps=limit,
-            )  # fmt: skip
-        evaluated.append(Evaluated(str(path), task_name(config.environment), config.model_dump(), run, episodes, limit))
-    return evaluated, {
+    return {
         "command": ["python", *sys.argv],
-        "seeds": table,
+        "seeds": seeds,
         "repetitions": repetitions,
         "seed": seed,
         "deterministic": arguments["--deterministic"],
         "versions": provenance(device),
-    }
+    }, references
+
+
+def find_and_load(paths: list[str], device) -> list[tuple]:
+    """Return path, model, config, task and run of all models; UserError where there are none to be played."""
+    from play.agent import load_for_play
+    from play.results import find_models
+
+    return [(path, *load_for_play(path, device)) for path in find_models(paths)]
+
+
+def play(models: list[tuple], protocol: dict, arguments: dict, world) -> list:
+    """Let all models play the same seeds, which `protocol` then names; return what they did."""
+    import torch
+
+    from play.agent import first_unseen_seed, play_episodes, task_name
+    from play.results import Evaluated
+
+    mine = max(1, cores() // world.local_size)
+    # The environments need the other cores. Must not depend on --processes: it decides how sums are rounded.
+    torch.set_num_threads(max(1, mine // 2))
+    processes = whole_number(arguments, "--processes", 1, 4096) or mine - max(1, mine // 2) or 1
+    max_steps = whole_number(arguments, "--max-steps", 1, 10**9)
+    first = protocol["seed"] + max(first_unseen_seed(config.environment) for _, _, config, _, _ in models)
+    total, repetitions = protocol["seeds"] * protocol["repetitions"], protocol["repetitions"]
+    protocol["seeds"] = list(range(first, first + protocol["seeds"]))
+    evaluated = []
+    for number, (path, model, config, task, run) in enumerate(models, start=1):
+        limit = step_limit(max_steps, task)
+        with Progress(f"{number}/{len(models)} {path.name}", total, world) as progress:
+            episodes = play_episodes(
+                model, config, task, protocol["seeds"], repetitions, action_seed=protocol["seed"],
+                deterministic=protocol["deterministic"], processes=processes, progress=progress.count,
+                max_steps=limit, world=world,
+            )  # fmt: skip
+        evaluated.append(Evaluated(str(path), task_name(config.environment), config.model_dump(), run, episodes, limit))
+    return evaluated
+
+
+def report(evaluated: list, protocol: dict, arguments: dict, references: list) -> None:
+    """Print the table and write the files that were asked for."""
+    from play import results
+
+    groups = results.group_runs(evaluated, arguments["--aggregate"])
+    print("\n".join(results.table(groups)), flush=True)
+    figure = output_file(arguments, "--plot", (".png", ".pdf", ".svg"))
+    output = output_file(arguments, "--output", ("",))
+    write_results(groups, protocol, output, figure, arguments["--metric"], references)
 
 
 class Progress:
@@ -104,17 +136,21 @@ class Progress:
     Args:
         name: what is under way.
         total: number of episodes.
+        world: all processes; the first one shows how far it is itself.
     """
 
-    def __init__(self, name: str, total: int) -> None:
-        self.name, self.total, self.bar = name, total, None
+    def __init__(self, name: str, total: int, world) -> None:
+        self.name, self.total, self.world = name, total, world
+        self.bar: Any = None
 
     def __enter__(self) -> "Progress":
         self.started = time.perf_counter()
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and self.world.first:
             from tqdm import tqdm
 
-            self.bar = tqdm(total=self.total, desc=self.name[-30:], unit="episode", dynamic_ncols=True)
+            self.bar = tqdm(
+                total=self.total // self.world.size, desc=self.name[-30:], unit="episode", dynamic_ncols=True
+            )
         return self
 
     def count(self, episodes: int) -> None:
@@ -125,7 +161,7 @@ class Progress:
     def __exit__(self, *failure: object) -> None:
         if self.bar is not None:
             self.bar.close()
-        elif failure == (None, None, None):
+        elif failure == (None, None, None) and self.world.first:
             seconds = time.perf_counter() - self.started
             print(f"{self.name}: {self.total:,} episodes in {seconds:.1f} s", file=sys.stderr, flush=True)
 

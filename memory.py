@@ -103,7 +103,7 @@ class Timeline:
         valid, end = np.minimum(step, self.length), t + self.length
         if self.in_place:
             return Windows(self.items, worker, end - valid, end)
-        longest = int(valid.max()) if self.narrow else self.length
+        longest = int(valid.max(initial=0)) if self.narrow else self.length
         columns = min(longest + self.stretch, self.items.shape[2])
         owner, start, slot = group_queries(worker, end - valid, end, per_group, columns)
         return QueryGroups(end - valid, end, slot, owner, start, per_group, columns)

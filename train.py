@@ -24,51 +24,67 @@ Options:
 Example: python train.py --config configs/minigrid.yaml --run-id=my-run
 """
 
-import secrets
 import sys
 from pathlib import Path
 
-from run.cli import arguments_of, choose_device, command_line, cores, one_of, use_cores, whole_number
-from run.config import Config, load_config
-from run.folders import check_run_id, free_run_id, make_folder, make_room, run_paths
+from run.cli import arguments_of, command_line, cores, one_of, use_cores, whole_number
+from run.config import Config
+from run.folders import make_room
 from utils import UserError
 
 
 def main() -> None:
-    """Parse the command line, train, and say how to watch the result."""
+    """Parse the command line and train, together with the other processes that torchrun started."""
     arguments = arguments_of(__doc__)
-    config, run_id, seed, checkpoint = new_run(arguments) if arguments["--resume"] is None else resumed_run(arguments)
-    config = config.model_copy(update={"updates": whole_number(arguments, "--updates", 1) or config.updates})
-    if checkpoint is not None and checkpoint["update"] >= config.updates:
-        print(
-            f"{run_id} has had its {config.updates:,} updates, nothing is left to do; --updates=<n> trains for longer"
-        )
-        return
     # Imports PyTorch, which neither --help nor the worker processes, which import this file, should have to.
-    from run.lifecycle import Interrupted, NonFinite, Unwritable
-    from trainer import Options, PPOTrainer
+    from run.launch import together
+
+    with together(arguments) as (world, device):
+        train(arguments, world, device)
+
+
+def train(arguments: dict, world, device) -> None:
+    """Carry out a run and say how to watch the result; process 0 alone speaks."""
+    from run.lifecycle import Interrupted, NonFinite, Unwritable, share_start
+    from run.options import Options
+    from run.start import chosen_run
+    from trainer import PPOTrainer
     from utils import EnvironmentFailure
 
-    device = choose_device(arguments)
-    use_cores(device)
-    processes = whole_number(arguments, "--processes", 1, 4096) or cores()
-    precision = one_of(arguments, "--precision", ("float32", "bf16"))
-    options = Options(device, processes, precision=precision, compile=arguments["--compile"], film=film(config))
-    trainer = PPOTrainer(config, run_id, seed, options, checkpoint)
-    prepare(trainer, arguments)
-    print(f"run {run_id}, seed {seed}, {config.environment.type} on {trainer.run['device']}, "
-          f"{config.updates} updates of {trainer.samples:,} steps", file=sys.stderr)  # fmt: skip
+    def tell(line: str) -> None:
+        """Show a line once."""
+        if world.first:
+            print(line, file=sys.stderr, flush=True)
+
+    config, run_id, seed, checkpoint = chosen_run(arguments, world)
+    if checkpoint is not None and checkpoint["update"] >= config.updates:
+        updates = f"{config.updates:,} updates"
+        return tell(f"{run_id} has had its {updates}, nothing is left to do; --updates=<n> trains for longer")
+    go_on = f"{'python' if world.size == 1 else 'torchrun …'} train.py --resume={run_id}"
+    if world.pulse is not None:
+        world.pulse.how_to_go_on = f"; to go on from the last checkpoint: {go_on}"
+    use_cores(device, world.local_size)
+    with world.agree_on(UserError):
+        processes = whole_number(arguments, "--processes", 1, 4096) or max(1, cores() // world.local_size)
+        precision = one_of(arguments, "--precision", ("float32", "bf16"))
+        options = Options(device, processes, precision=precision, compile=arguments["--compile"], world=world)
+        trainer = PPOTrainer(config, run_id, seed, options, checkpoint)
+        if world.first:
+            prepare(trainer, arguments, new=checkpoint is None)
+    share_start(trainer)
+    tell(f"run {run_id}, seed {seed}, {config.environment.type} on {trainer.run['device']}, "
+         f"{config.updates} updates of {trainer.samples:,} steps")  # fmt: skip
     try:
         trainer.train()
     except Interrupted:
-        print(f"stopped; to go on: python train.py --resume={run_id}", file=sys.stderr)
+        tell(f"stopped; to go on: {go_on}")
         sys.exit(130)
     except (EnvironmentFailure, NonFinite, Unwritable) as error:
-        print(f"{error}\nto go on from the last checkpoint: python train.py --resume={run_id}", file=sys.stderr)
+        tell(f"{error}\nto go on from the last checkpoint: {go_on}")
         sys.exit(1)
     model = trainer.keeper.model_path
-    print(f"The model is {model}. To watch it: python enjoy.py --model={model}\n"
-          "The curves: tensorboard --logdir=summaries", file=sys.stderr)  # fmt: skip
+    tell(f"The model is {model}. To watch it: python enjoy.py --model={model}\n"
+         "The curves: tensorboard --logdir=summaries")  # fmt: skip
 
 
 def film(config: Config):
@@ -80,60 +96,25 @@ def film(config: Config):
     return episode_summary
 
 
-def prepare(trainer, arguments: dict) -> None:
+def prepare(trainer, arguments: dict, new: bool) -> None:
     """Try what a trainer's run will need only later, say what its user should know, and make room for its files."""
     from run.checkpoint import load_model
     from run.lifecycle import start_from
 
+    trainer.options.film = film(trainer.config)
     if trainer.options.film is not None:
         from play.watch import check_drawing
 
         check_drawing(trainer.model, trainer.config, trainer.task)
     for notice in trainer.notices:
         print(notice, file=sys.stderr)
-    if arguments["--resume"] is not None:
+    if not new:
         return
     if arguments["--init-from"] is not None:
         path = Path(arguments["--init-from"])
         start_from(trainer, load_model(path, trainer.device)[0], path)
-    make_room(trainer.keeper.checkpoints, arguments["--overwrite"])
-
-
-def new_run(arguments: dict) -> tuple[Config, str, int, None]:
-    """Return config, id and seed of a new run, whose folders exist and can be written to; UserError otherwise."""
-    config = load_config(arguments["--config"], arguments["--set"])
-    run_id = arguments["--run-id"] or Path(arguments["--config"]).stem
-    if not arguments["--run-id"] and not arguments["--overwrite"]:
-        run_id = free_run_id(run_id)
-    check_run_id(run_id)
-    seed = whole_number(arguments, "--seed")
-    seed = secrets.randbelow(2**31) if seed is None else seed
-    model, checkpoints = run_paths(run_id)
-    taken = [path for path in (model, checkpoints) if path.exists()]
-    if taken and not arguments["--overwrite"]:
-        raise UserError(f"--run-id: {taken[0]} exists; choose another id, or --overwrite, or --resume={run_id}")
-    for folder in (model.parent, checkpoints.parent, Path("summaries")):
-        make_folder(folder)
-    if model.is_dir() or checkpoints.is_symlink() or (checkpoints.exists() and not checkpoints.is_dir()):
-        raise UserError(f"--run-id: something else is in the place of {model} or {checkpoints}")
-    return config, run_id, seed, None
-
-
-def resumed_run(arguments: dict) -> tuple[Config, str, int, dict]:
-    """Return config, id, seed and newest checkpoint of an interrupted run."""
-    from run.checkpoint import load_newest, stored_config
-
-    if arguments["--overwrite"]:
-        raise UserError("--overwrite: contradicts --resume, which continues the run")
-    run_id = arguments["--resume"]
-    check_run_id(run_id)
-    checkpoint, path = load_newest(run_paths(run_id)[1])
-    for folder in ("models", path.parent, "summaries"):
-        make_folder(Path(folder))
-    if type(checkpoint.get("seed")) is not int or type(checkpoint.get("update")) is not int:
-        raise UserError(f"{path}: holds no run")
-    print(f"continuing {run_id} behind update {checkpoint['update']} from {path}", file=sys.stderr)
-    return stored_config(checkpoint, path), run_id, checkpoint["seed"], checkpoint
+    if trainer.world.restarts == 0 or not trainer.keeper.checkpoints.is_dir():
+        make_room(trainer.keeper.checkpoints, arguments["--overwrite"])
 
 
 if __name__ == "__main__":

@@ -1,30 +1,31 @@
 """PPO with episodic Transformer-XL memory: sample → advantages → epochs of minibatches → log."""
 
 import time
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from auxiliary import Novelty, auxiliary_tasks
+from auxiliary import Novelty, auxiliary_tasks, exchange_candidates, return_gradient
 from buffer import Buffer, Minibatch
 from kernels.allocator import release_memory
 from kernels.optimizer import Optimizer
 from kernels.threads import divide, use_threads
 from kernels.transfer import to_device
 from memory import policy_step
-from model import ActorCriticModel, Prediction, action_noise
+from model import ActorCriticModel, Prediction, RunningMoments, action_noise
 from run.checkpoint import provenance
 from run.config import Config
 from run.lifecycle import Keeper, StopRequest, check_finite, check_task
-from run.logger import Logger
 from run.options import Options
 from run.report import collect_episodes, update_scalars
+from run.world import Interrupted
 from utils import derived_seed, inspect_environment, polynomial_decay, training_seed
-from worker import Workers
+from worker import EnvironmentFailure, Workers
 
 # What PPO reports of a minibatch, in this order; then come the auxiliary tasks, the total loss and gradient norms.
 LOSS_PARTS = ("policy", "value", "entropy", "kl", "clip_fraction")
@@ -78,12 +79,13 @@ class PPOTrainer:
         self, config: Config, run_id: str, seed: int, options: Options, checkpoint: dict | None = None
     ) -> None:
         self.config, self.seed, self.options, self.device = config, seed, options, options.device
-        self.world, self.stop = options.world, StopRequest()
+        self.world, self.stop = options.world, StopRequest(options.world)
         self.task, self.notices = inspect_environment(config.environment)
         check_task(config, self.task)
         torch.manual_seed(seed)
         self.model = ActorCriticModel(config, self.task).to(self.device)
-        self.auxiliary = auxiliary_tasks(config, self.model).to(self.device)
+        self.tasks = auxiliary_tasks(config, self.model)
+        self.auxiliary = nn.ModuleDict(self.tasks).to(self.device)
         self.forward = torch.compile(self.model, dynamic=True) if options.compile else self.model
         self.optimizer = Optimizer({"": self.model, "auxiliary.": self.auxiliary}, config.max_grad_norm)
         self.buffer = Buffer(config, self.model, self.device, self.world)
@@ -93,7 +95,8 @@ class PPOTrainer:
         # A whole minibatch fills a GPU, and a compiled model belongs to one thread.
         divisible = self.device.type == "cpu" and not options.compile
         self.parts, self.map_parts = divide(self.buffer.minibatch_size // self.world.size, divisible)
-        self.reports = (*LOSS_PARTS, *(name for task in self.auxiliary.values() for name in task.reports), "total")
+        self.reports = (*LOSS_PARTS, *(name for task in self.tasks.values() for name in task.reports), "total")
+        self.compares = any(task.compares for task in self.tasks.values())
         front = {*self.model.encoder.parameters(), *self.model.embedding.parameters()}
         self.behind = [parameter for parameter in self.optimizer.parameters if parameter not in front]
         own = self.world.share(config.n_workers)
@@ -108,7 +111,7 @@ class PPOTrainer:
         self.novelty = Novelty(config.novelty_schedule, len(own))
         self.ended: list[tuple[int, int, dict[str, float]]] = []  # (t, environment, report) of this update's episodes
         self.finished: list[dict[str, float]] = []  # what the latest episodes reported
-        self.run = {"run_id": run_id, "seed": seed} | provenance(self.device)
+        self.run: dict[str, Any] = {"run_id": run_id, "seed": seed} | provenance(self.device)
         self.keeper = Keeper(self, options.folder, checkpoint)
 
     @property
@@ -125,20 +128,14 @@ class PPOTrainer:
             NonFinite: if a number went wrong; the checkpoints stay as they are.
             Unwritable: if the disk is full or gone.
         """
-        logger = Logger(self.options.folder / "summaries", self.config, self.run, self.update * self.samples)
-        with self.keeper.nothing_lost(), self.stop.on_signals():
+        with self.stop.on_signals(), self.keeper.nothing_lost(), self.keeper.log() as logger:
             try:
                 self.start_workers()
                 while self.update < self.config.updates:
-                    scalars = self.train_update()
-                    logger.log(self.update, self.update * self.samples, scalars)
-                    self.keeper.at_intervals(logger)
-                self.keeper.finish()
-                logger.close()
+                    self.keeper.at_intervals(logger, self.train_update())
+                self.keeper.finish(logger)
             finally:
                 self.workers.close()
-                with suppress(OSError):
-                    logger.close()
 
     def train_update(self) -> dict[str, float]:
         """Carry out one update and return what is logged of it."""
@@ -150,8 +147,8 @@ class PPOTrainer:
         times.append(time.perf_counter())
         self.update += 1
         self.buffer.timeline.roll(self.config.worker_steps)
-        if self.config.normalize_observations:
-            self._update_moments()
+        if isinstance(self.model.moments, RunningMoments):
+            self._update_moments(self.model.moments)
         collect_episodes(self)
         self.keeper.remember()
         release_memory()
@@ -159,7 +156,8 @@ class PPOTrainer:
 
     def start_workers(self) -> None:
         """Start the environments, with the running episodes of a resumed run replayed."""
-        fresh = self.workers.start()
+        with self.world.agree_on(EnvironmentFailure):
+            fresh = self.workers.start()
         self.step[fresh] = 0
         for index in range(len(self.step)) if self.update == 0 else fresh:
             self.novelty.begin(index, self.workers.episodes[index].digest)
@@ -181,18 +179,21 @@ class PPOTrainer:
         own = self.world.share(config.n_workers)
         noise = noise[:, own.start : own.stop]
         with self._precision(), self.model.transformer.constant_weights():
-            for t in range(buffer.worker_steps):
+            with self.world.agree_on(Interrupted, EnvironmentFailure):
+                for t in range(buffer.worker_steps):
+                    for group in groups:
+                        if t > 0:
+                            self._receive(group, t - 1)
+                        self._act(group, t, noise[t, group.start : group.stop])
                 for group in groups:
-                    if t > 0:
-                        self._receive(group, t - 1)
-                    self._act(group, t, noise[t, group.start : group.stop])
-            for group in groups:
-                self._receive(group, buffer.worker_steps - 1)
+                    self._receive(group, buffer.worker_steps - 1)
             buffer.last_index = buffer.observations.add(self.workers.arrays, slice(0, buffer.n_workers))
             with torch.no_grad():
                 next_values = buffer.bootstrap(self.model, self.step)
         buffer.compute_advantages(next_values)
-        for task in self.auxiliary.values():
+        if self.tasks:
+            buffer.number_frames()
+        for task in self.tasks.values():
             task.prepare(buffer)
 
     def _act(self, group: range, t: int, noise: Tensor) -> None:
@@ -240,7 +241,7 @@ class PPOTrainer:
         statistics = []
         for epoch in range(config.epochs):
             for samples in self.buffer.minibatches(np.random.default_rng((self.seed, self.update, epoch))):
-                self.stop.check()
+                self.stop.check_together()
                 statistics.append(self._train_minibatch(samples, clip_range, beta))
         losses, norms = torch.stack(statistics).split((len(self.reports), len(self.optimizer.modules) + 1), dim=1)
         losses = losses.contiguous()
@@ -250,12 +251,10 @@ class PPOTrainer:
     def _train_minibatch(self, samples: np.ndarray, clip_range: float, beta: float) -> Tensor:
         """Take one optimiser step; return its losses, of this process's share, and its gradient norms (names,)."""
         minibatch = self.buffer.minibatch(samples)
-        for name, task in self.auxiliary.items():
-            minibatch.targets[name] = task.targets(self.buffer, minibatch.samples)
+        for name, task in self.tasks.items():
+            minibatch.targets[name] = task.targets(self.buffer, minibatch.samples, minibatch.candidates)
         self.optimizer.clear()
-        losses = torch.zeros(len(self.reports), device=self.device)
-        if len(minibatch):
-            losses = self._accumulate_gradient(minibatch, len(samples), clip_range, beta)
+        losses = self._accumulate_gradient(minibatch, len(samples), clip_range, beta)
         self.world.add(self.optimizer.gradient)
         return torch.cat((losses, self.optimizer.step()))
 
@@ -267,41 +266,48 @@ class PPOTrainer:
         """
         with self._precision():
             embedded = self.model.embed(minibatch.observations)
-        leaf = embedded.detach().requires_grad_()
-        differentiate = partial(self._differentiate, samples, leaf, clip_range, beta)
-        of_embedded, losses = torch.zeros(()), torch.zeros(())
-        for (gradient, *gradients), reported in self.map_parts(differentiate, minibatch.split(self.parts)):
-            torch._foreach_add_([parameter.grad for parameter in self.behind], gradients)
-            of_embedded, losses = of_embedded + gradient, losses + reported
-        embedded.backward(of_embedded)
+        leaves = [embedded.detach().requires_grad_()]
+        if self.compares and self.world.size > 1:
+            leaves.append(exchange_candidates(self.world, minibatch, leaves[0]))
+        differentiate = partial(self._differentiate, samples, leaves, clip_range, beta)
+        of_leaves = [torch.zeros_like(leaf) for leaf in leaves]
+        losses = torch.zeros(len(self.reports), device=self.device)
+        parts = minibatch.split(self.parts) if len(minibatch) else []
+        for gradients, reported in self.map_parts(differentiate, parts):
+            torch._foreach_add_([parameter.grad for parameter in self.behind], gradients[len(leaves) :])
+            of_leaves = [total + own for total, own in zip(of_leaves, gradients, strict=False)]
+            losses = losses + reported
+        if len(leaves) > 1:
+            return_gradient(self.world, minibatch, *of_leaves)
+        embedded.backward(of_leaves[0])
         return losses
 
     def _differentiate(
-        self, samples: int, embedded: Tensor, clip_range: float, beta: float, part: Minibatch
+        self, samples: int, leaves: list[Tensor], clip_range: float, beta: float, part: Minibatch
     ) -> tuple[tuple[Tensor, ...], Tensor]:
         """Return what a part of a minibatch contributes to the gradients of the loss and to what is reported.
 
         Args:
             samples: of the whole minibatch.
-            embedded: (M, D) its distinct observations, embedded.
+            leaves: (M, D) its distinct observations, embedded; perhaps those of all processes, to tell apart, too.
             clip_range: ε.
             beta: entropy coefficient.
             part: some of its samples.
 
         Returns:
-            The gradients with respect to `embedded` and to the parameters behind it, and the losses (names,).
+            The gradients with respect to `leaves` and to the parameters behind them, and the losses (names,).
         """
         config = self.config
         with self._precision():
-            x = self.model.complete(F.embedding(part.which, embedded), part.vectors, part.step)
+            x = self.model.complete(F.embedding(part.which, leaves[0]), part.vectors, part.step)
             prediction = self.forward(x, self.buffer.timeline.view(part.groups), part.masks)
             loss, reported = ppo_loss(prediction, part, config.value_loss_coefficient, clip_range, beta)
-            for name, task in self.auxiliary.items():
-                auxiliary, own = task.loss(prediction, part, embedded, part.targets[name])
+            for name, task in self.tasks.items():
+                auxiliary, own = task.loss(prediction, part, leaves[-1], part.targets[name])
                 loss = loss + getattr(config, f"{name}_coefficient") * auxiliary
                 reported += own
         share = len(part) / samples
-        gradients = torch.autograd.grad(loss * share, [embedded, *self.behind])
+        gradients = torch.autograd.grad(loss * share, [*leaves, *self.behind])
         return gradients, share * torch.stack([*reported, loss.detach()])
 
     def _precision(self) -> AbstractContextManager[None]:
@@ -310,8 +316,8 @@ class PPOTrainer:
 
     # ------------------------------------------------------------------------------------------------------ statistics
 
-    def _update_moments(self) -> None:
+    def _update_moments(self, running: RunningMoments) -> None:
         """Let the model normalise vectors by what this rollout has shown, too."""
         moments = self.buffer.observations.moments()
         self.world.add(moments)
-        self.model.moments.update(moments)
+        running.update(moments)

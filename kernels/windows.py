@@ -143,7 +143,7 @@ class Windows:
     end: np.ndarray
 
     def __post_init__(self) -> None:
-        self.width = max(1, int((self.end - self.first).max()))  # K
+        self.width = max(1, int((self.end - self.first).max(initial=0)))  # K
         self.nonempty = torch.from_numpy(self.end > self.first).float()[:, None]  # (N, 1)
 
     def prepare(self, heads: int) -> None:

@@ -1,7 +1,7 @@
 """What watching and evaluating share: a model that acts with its memory, unseen episodes, and many of them at once."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from memory import ObservationStore, Timeline, policy_step
 from model import ActorCriticModel, Prediction, action_noise
 from run.checkpoint import load_model
 from run.config import Config
+from run.world import World
 from utils import EnvironmentFailure, UserError, inspect_environment, seed_range
 from worker import SharedArrays, Workers
 
@@ -37,12 +38,23 @@ class Agent:
         task: what the environments are like.
         count: n.
         deterministic: whether it takes the most probable actions instead of drawing them.
+        own: which of how many environments of all processes these are; by default there are no others.
     """
 
-    def __init__(self, model: ActorCriticModel, config: Config, task: Task, count: int, deterministic: bool) -> None:
+    def __init__(
+        self,
+        model: ActorCriticModel,
+        config: Config,
+        task: Task,
+        count: int,
+        deterministic: bool,
+        own: tuple[range, int] | None = None,
+    ) -> None:
         device = next(model.parameters()).device
         transformer = config.transformer
-        self.model, self.task, self.deterministic, self.count = model, task, deterministic, count
+        self.model, self.task, self.deterministic = model, task, deterministic
+        self.own, self.everyone = own or (range(count), count)
+        self.section = config.environment
         self.rollout = max(transformer.memory_length, SHORTEST_ROLLOUT)
         self.timeline = Timeline(model, transformer, count, self.rollout, device)
         self.capacity = max(OBSERVATIONS_KEPT, count)
@@ -57,7 +69,8 @@ class Agent:
         if self.t == self.rollout:
             self.timeline.roll(self.rollout)
             self.t = 0
-        self.noise = action_noise(self.task, (self.count,), self.generator)
+        noise = action_noise(self.task, (self.everyone,), self.generator)
+        self.noise = noise[self.own.start : self.own.stop]
 
     def act(self, arrays: SharedArrays, rows: slice) -> tuple[Prediction, np.ndarray]:
         """Look at what n neighbouring environments show; return the prediction and the actions (n, branches)."""
@@ -111,6 +124,7 @@ def play_episodes(
     processes: int = 1,
     max_steps: int | None = None,
     progress: Callable[[int], None] = lambda count: None,
+    world: World | None = None,
 ) -> list[dict[str, float]]:
     """Play an episode per seed and repetition, many at once.
 
@@ -125,6 +139,7 @@ def play_episodes(
         processes: number of processes that step the environments.
         max_steps: after how many steps an episode is cut, if at all.
         progress: called with the number of episodes that have just ended.
+        world: all processes, which share the episodes out; by default there are no others.
 
     Returns:
         Per episode, ordered as given, its `seed`, its `repetition` (from 0) and what the environment reports of it
@@ -136,17 +151,14 @@ def play_episodes(
     planned = [(seed, repetition) for repetition in range(repetitions) for seed in seeds]
     count = min(ENVIRONMENTS, len(planned))
     plan = [planned[index::count] for index in range(count)]
-    agent = Agent(model, config, task, count, deterministic)
-    agent.generator.manual_seed(action_seed)
-    seed_of = partial(planned_seed, [[seed for seed, _ in episodes] for episodes in plan])
-    workers = Workers(config.environment, task, count, seed_of, processes, min(2, count), max_steps=max_steps)
-    try:
-        with naming(config.environment):
-            found = _play(agent, workers, [len(episodes) for episodes in plan], progress)
-    finally:
-        workers.close()
-    reported = {plan[index][number]: info for (index, number), info in found.items()}
-    return [{"seed": s, "repetition": r} | reported[s, r] for s in seeds for r in range(repetitions)]
+    own, found = (world := world or World()).share(count), {}
+    with naming(config.environment), world.agree_on(EnvironmentFailure):
+        if own:
+            agent = Agent(model, config, task, len(own), deterministic, (own, count))
+            agent.generator.manual_seed(action_seed)
+            found = _play(agent, plan, processes, max_steps, progress)
+    infos = {plan[index][number]: info for part in world.gather(found) for (index, number), info in part.items()}
+    return [{"seed": s, "repetition": r} | infos[s, r] for s in seeds for r in range(repetitions)]
 
 
 @contextmanager
@@ -165,28 +177,45 @@ def planned_seed(seeds: list[list[int]], index: int, episode: int) -> int:
 
 
 def _play(
-    agent: Agent, workers: Workers, wanted: list[int], progress: Callable[[int], None]
+    agent: Agent,
+    plan: list[list[tuple[int, int]]],
+    processes: int,
+    max_steps: int | None,
+    progress: Callable[[int], None],
 ) -> dict[tuple[int, int], dict[str, float]]:
-    """Play until every environment has ended as many episodes as wanted; return infos by (environment, episode).
+    """Play until each of an agent's environments has ended its episodes; return infos by (environment, episode).
 
     The environments of one group step while the model looks at the other group.
+
+    Args:
+        agent: plays.
+        plan: (seed, repetition) of the episodes of each environment, of all processes.
+        processes: number of processes that step the environments.
+        max_steps: after how many steps an episode is cut.
+        progress: called with the number of episodes that have just ended.
     """
-    arrays, found = workers.arrays, {}
-    workers.start()
-    stepping = set()
-    while any(episode.number < number for episode, number in zip(workers.episodes, wanted, strict=True)):
-        agent.advance()
-        for group in workers.groups:
-            rows = slice(group.start, group.stop)
-            if group in stepping:
-                for index, info in workers.receive(group):
-                    number = workers.episodes[index].number - 1
-                    if number < wanted[index]:
-                        found[index, number] = info
-                        progress(1)
-                agent.count_step(rows, arrays.terminated[rows] | arrays.truncated[rows])
-            workers.send(group, agent.act(arrays, rows)[1])
-            stepping.add(group)
+    own, found, stepping = agent.own, {}, set()
+    episode_seed = partial(planned_seed, [[seed for seed, _ in episodes] for episodes in plan])
+    wanted = [len(plan[index]) for index in own]
+    workers = Workers(
+        agent.section, agent.task, len(own), episode_seed, processes, min(2, len(own)), own.start, max_steps
+    )
+    arrays = workers.arrays
+    with closing(workers):
+        workers.start()
+        while any(episode.number < number for episode, number in zip(workers.episodes, wanted, strict=True)):
+            agent.advance()
+            for group in workers.groups:
+                rows = slice(group.start, group.stop)
+                if group in stepping:
+                    for index, info in workers.receive(group):
+                        number = workers.episodes[index].number - 1
+                        if number < wanted[index]:
+                            found[own[index], number] = info
+                            progress(1)
+                    agent.count_step(rows, arrays.terminated[rows] | arrays.truncated[rows])
+                workers.send(group, agent.act(arrays, rows)[1])
+                stepping.add(group)
     if len(found) < sum(wanted):
         raise EnvironmentFailure("a process died, and its episodes cannot be repeated: the task is not deterministic")
     return found

@@ -272,14 +272,14 @@ class Painter:
     ) -> None:
         self.title, self.memory_length = title, memory_length
         self.width, self.scale = width - width % 2, width / BASE_WIDTH
-        large, small = (max(SMALLEST_TEXT, self._size(size)) for size in (18, 14))
-        self.font, self.small = ImageFont.load_default(large), ImageFont.load_default(small)
+        self.text = [max(SMALLEST_TEXT, self._size(size)) for size in (18, 14)]
+        self.font, self.small = map(ImageFont.load_default, self.text)
         self.margin, self.gap = self._size(16), self._size(12)
         pictures = [picture for picture in (moment.frame, moment.view) if picture is not None]
         self.sizes = self._picture_sizes(pictures)
         self.top = self._size(64)
         self.panel, self.panel_top = panel, self.top + max(height for _, height in self.sizes) + self._size(30)
-        self.row = round(small * 1.25) + self._size(7)
+        self.row = round(self.text[1] * 1.25) + self._size(7)
         rows = 0 if panel is None else -(-len(panel.entries(moment)) // PANEL_COLUMNS)
         self.strips_top = self.panel_top + self._size(4) + rows * self.row + self._size(8) * (rows > 0)
         self.strip_height, self.strip_left = self._size(18), self._size(84)

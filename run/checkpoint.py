@@ -203,8 +203,8 @@ def save_checkpoint(folder: Path, update: int, state: dict) -> Path:
     return path
 
 
-def provenance(device: torch.device) -> dict[str, str]:
-    """Return the git commit, the versions of what matters to the numbers, and the device."""
+def package_versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that matter to the numbers."""
     packages = ("torch", "numpy", "gymnasium", "minigrid", "memory-gym", "pygame-ce")
     versions = {"python": platform.python_version()}
     for package in packages:
@@ -212,8 +212,13 @@ def provenance(device: torch.device) -> dict[str, str]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = "not installed"
+    return versions
+
+
+def provenance(device: torch.device) -> dict[str, str]:
+    """Return the git commit, the versions of what matters to the numbers, and the device."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return versions | {"device": f"{device.type} ({name})", "commit": _git_commit()}
+    return package_versions() | {"device": f"{device.type} ({name})", "commit": _git_commit()}
 
 
 def _git_commit() -> str:

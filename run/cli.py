@@ -23,7 +23,8 @@ def command_line(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        print(error, file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of the processes that torchrun started, one speaks
+            print(error, file=sys.stderr)
         sys.exit(2)
     except EnvironmentFailure as error:
         print(error, file=sys.stderr)
@@ -123,10 +124,18 @@ def choose_device(arguments: dict):
     return torch.device(name)
 
 
-def use_cores(device) -> None:
-    """Let PyTorch use every core on the CPU, and only one thread where a GPU does the work."""
+def use_cores(device, processes: int = 1) -> None:
+    """Let PyTorch use this process's share of the cores on the CPU, and only one thread where a GPU does the work.
+
+    Args:
+        device: where it computes.
+        processes: of the run on this machine; where there are several, OMP_NUM_THREADS decides if it is set.
+    """
     import torch
 
-    torch.set_num_threads(1 if device.type == "cuda" else cores())
+    threads = max(1, cores() // processes)
+    if processes > 1 and os.environ.get("OMP_NUM_THREADS", "").isdecimal():
+        threads = max(1, int(os.environ["OMP_NUM_THREADS"]))
+    torch.set_num_threads(1 if device.type == "cuda" else threads)
     if device.type == "cpu":
         keep_memory()

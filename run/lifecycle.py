@@ -5,7 +5,7 @@ import re
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +20,11 @@ from processes.runner import Episode
 from run.checkpoint import list_checkpoints, save_checkpoint, save_model, without_auxiliary
 from run.config import Config
 from run.logger import Logger
+from run.world import Interrupted, World
 from utils import EnvironmentFailure, UserError, reason_of
 
 if TYPE_CHECKING:
     from trainer import PPOTrainer
-
-
-class Interrupted(Exception):
-    """Somebody asked the run to stop."""
 
 
 class Unwritable(Exception):
@@ -39,14 +36,23 @@ class NonFinite(Exception):
 
 
 class StopRequest:
-    """Whether somebody asked the run to stop."""
+    """Whether somebody asked the run to stop.
 
-    def __init__(self) -> None:
-        self.asked = False
+    Args:
+        world: all processes of the run, by default this one; who asks one of them asks all.
+    """
+
+    def __init__(self, world: World | None = None) -> None:
+        self.world, self.asked = world or World(), False
 
     def check(self) -> None:
-        """Raise Interrupted if so."""
-        if self.asked:
+        """Raise Interrupted if this process, or as far as it knows another one, was asked."""
+        if self.asked or self.world.stopping:
+            raise Interrupted
+
+    def check_together(self) -> None:
+        """Raise Interrupted on all processes if any of them was asked; all have to call this at the same place."""
+        if self.world.any(self.asked):
             raise Interrupted
 
     @contextmanager
@@ -79,7 +85,7 @@ class Keeper:
     """
 
     def __init__(self, trainer: "PPOTrainer", folder: Path, checkpoint: dict | None) -> None:
-        self.trainer, self.cannot_film = trainer, False
+        self.trainer, self.world, self.cannot_film = trainer, trainer.world, False
         self.checkpoints = folder / "checkpoints" / trainer.run["run_id"]
         self.model_path = folder / "models" / f"{trainer.run['run_id']}.nn"
         if checkpoint is not None:
@@ -108,31 +114,62 @@ class Keeper:
             message = f"update {self.trainer.update}: cannot write any more: {error.strerror}"
             raise Unwritable(message) from error
 
-    def finish(self) -> None:
-        """Write the last checkpoint and the model."""
-        save_checkpoint(self.checkpoints, self.trainer.update, self.boundary)
-        self.save_model(self.model_path)
+    @contextmanager
+    def log(self) -> Iterator[Logger | None]:
+        """Open the run's log, on process 0."""
+        trainer, logger = self.trainer, None
+        with self.world.agree_on(OSError):
+            if self.world.first:
+                folder = trainer.options.folder / "summaries"
+                logger = Logger(folder, trainer.config, trainer.run, trainer.update * trainer.samples)
+        try:
+            yield logger
+        finally:
+            if logger is not None:
+                with suppress(OSError):
+                    logger.close()
+
+    def finish(self, logger: Logger | None) -> None:
+        """Write the model and the last checkpoint, in this order: a run that has the second lacks nothing."""
+        state = whole_state(self.world, self.boundary)
+        with self.world.agree_on(OSError):
+            if logger is not None:
+                self.save_model(self.model_path)
+                save_checkpoint(self.checkpoints, self.trainer.update, state)
+                logger.close()
 
     def try_checkpoint(self) -> None:
         """Write the state behind the last update; a failure is reported, and the older checkpoints stay intact."""
+        state = whole_state(self.world, self.boundary)
+        with self.world.agree_on():  # the others wait, lest torchrun ends all when the first of them has left
+            if self.world.first:
+                self._write(state)
+
+    def _write(self, state: dict) -> None:
         try:
-            save_checkpoint(self.checkpoints, self.boundary["update"], self.boundary)
+            save_checkpoint(self.checkpoints, state["update"], state)
         except OSError as error:
             print(f"{self.checkpoints}: the checkpoint could not be written: {error.strerror}", file=sys.stderr)
 
-    def at_intervals(self, logger: Logger) -> None:
-        """Do what is due every so many updates."""
-        trainer, config = self.trainer, self.trainer.config
-        update, steps = trainer.update, trainer.update * trainer.samples
-        if config.model_interval and update % config.model_interval == 0:
-            self.save_model(self.checkpoints / f"model-{steps:012d}.nn")
-        if config.histogram_interval and update % config.histogram_interval == 0:
-            logger.histograms(steps, trainer.model)
-        if config.video_interval and update % config.video_interval == 0:
-            self._film(logger, steps)
-        if update % config.checkpoint_interval == 0:  # last: a resumed run repeats nothing in front of it
-            logger.flush()
-            self.try_checkpoint()
+    def at_intervals(self, logger: Logger | None, scalars: dict[str, float]) -> None:
+        """Log an update, and do what is due every so many of them, where there is a logger: on process 0."""
+        config, update = self.trainer.config, self.trainer.update
+        due = update % config.checkpoint_interval == 0
+        state = whole_state(self.world, self.boundary) if due else {}
+        with self.world.agree_on(OSError):
+            if logger is None:
+                return
+            steps = update * self.trainer.samples
+            logger.log(update, steps, scalars)
+            if config.model_interval and update % config.model_interval == 0:
+                self.save_model(self.checkpoints / f"model-{steps:012d}.nn")
+            if config.histogram_interval and update % config.histogram_interval == 0:
+                logger.histograms(steps, self.trainer.model)
+            if config.video_interval and update % config.video_interval == 0:
+                self._film(logger, steps)
+            if due:  # last: a resumed run repeats nothing in front of it
+                logger.flush()
+                self._write(state)
 
     def _film(self, logger: Logger, steps: int) -> None:
         """Log an episode as a video; where that fails, say so once and go on."""
@@ -197,7 +234,7 @@ def check_finite(trainer: "PPOTrainer", statistics: Tensor) -> None:
 
 
 def state_of(trainer: "PPOTrainer") -> dict[str, Any]:
-    """Return a copy of all that the rest of a run depends on, as tensors and plain data."""
+    """Return a copy of all that the rest of a run depends on, with the environments of this process."""
     timeline = trainer.buffer.timeline
     # Digests as text: an empty `bytes` is nothing that weights_only=True reads.
     episodes = [
@@ -225,27 +262,48 @@ def state_of(trainer: "PPOTrainer") -> dict[str, Any]:
     }
 
 
+def whole_state(world: World, state: dict[str, Any]) -> dict[str, Any]:
+    """Return what `state_of` returns with the environments of all processes, so that any number of them can go on."""
+    if world.size == 1:
+        return state
+    own = {name: state[name] for name in ("step", "episodes", "seen")}
+    tensors = {"memory": state["memory"].transpose(0, 1).cpu(), "item_step": state["item_step"].cpu()}
+    parts = world.gather(own | tensors)
+    merged: dict[str, Any] = {name: [entry for part in parts for entry in part[name]] for name in own}
+    merged |= {name: torch.cat([part[name] for part in parts]) for name in tensors}
+    return state | merged | {"memory": merged["memory"].transpose(0, 1)}
+
+
 def restore(trainer: "PPOTrainer", state: dict[str, Any]) -> None:
     """Let a trainer continue from what `state_of` returned."""
     weights, auxiliary = without_auxiliary(state["weights"])
     trainer.model.load_state_dict(weights)
     trainer.auxiliary.load_state_dict(state.get("auxiliary", auxiliary))
     trainer.optimizer.load_state_dict(state["optimizer"])
-    timeline = trainer.buffer.timeline
-    timeline.items[:, :, : timeline.length] = state["memory"].to(trainer.device)
-    timeline.item_step[:, : timeline.length] = state["item_step"].to(trainer.device)
+    timeline, own = trainer.buffer.timeline, trainer.world.share(len(state["step"]))
+    rows = slice(own.start, own.stop)
+    timeline.items[:, :, : timeline.length] = state["memory"][:, rows].to(trainer.device)
+    timeline.item_step[:, : timeline.length] = state["item_step"][rows].to(trainer.device)
     trainer.update, trainer.finished, trainer.run = state["update"], state["finished"], state["run"]
     # These become a path and lines; a file must not choose where else to write.
     if not {str} >= {type(trainer.run[key]) for key in ("run_id", "device", "commit")} or not re.fullmatch(
         r"[\w.-]*\w/[\d-]+", trainer.run.get("summaries", "x/0")
     ):
         raise ValueError("its description is none")
-    trainer.step = np.array(state["step"], dtype=np.int64)
-    trainer.novelty.seen = [dict.fromkeys(digests_of(seen)) for seen in state["seen"]]
+    trainer.step = np.array(state["step"][rows], dtype=np.int64)
+    trainer.novelty.seen = [dict.fromkeys(digests_of(seen)) for seen in state["seen"][rows]]
     trainer.workers.episodes = [
         Episode(episode["number"], actions_of(episode["actions"], trainer), bytes.fromhex(episode["digest"]))
-        for episode in state["episodes"]
+        for episode in state["episodes"][rows]
     ]
+
+
+def share_start(trainer: "PPOTrainer") -> None:
+    """Let a run on all processes start with the weights of process 0."""
+    for module in (trainer.model, trainer.auxiliary):
+        weights = {name: weight.cpu() for name, weight in module.state_dict().items()}
+        module.load_state_dict(trainer.world.from_first(weights))
+    trainer.keeper.remember()
 
 
 def start_from(trainer: "PPOTrainer", model: ActorCriticModel, path: Path) -> None:
@@ -257,7 +315,6 @@ def start_from(trainer: "PPOTrainer", model: ActorCriticModel, path: Path) -> No
         if here != there:
             raise UserError(f"--init-from: {path}: {name} is {there}, this config has it {here}")
     trainer.model.load_state_dict(given)
-    trainer.keeper.remember()
 
 
 def as_tensor(data: bytes | bytearray) -> Tensor:

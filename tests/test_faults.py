@@ -1052,12 +1052,12 @@ def test_file_size_limit(tmp_path):
 import resource
 from run import lifecycle
 true = lifecycle.Keeper.at_intervals
-def at_intervals(self, logger):
+def at_intervals(self, *arguments):
     if self.trainer.update == 3:
         resource.setrlimit(resource.RLIMIT_FSIZE, ({2**18}, resource.RLIM_INFINITY))
     if self.trainer.update == 5:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    return true(self, logger)
+    return true(self, *arguments)
 lifecycle.Keeper.at_intervals = at_intervals
 """
     process = Process(tmp_path, "--config", config, "--seed=5", "--cpu", "--processes=2", patch=patch)
@@ -1074,10 +1074,10 @@ def test_file_size_limit_until_the_end(tmp_path):
 import resource
 from run import lifecycle
 true = lifecycle.Keeper.at_intervals
-def at_intervals(self, logger):
+def at_intervals(self, *arguments):
     if self.trainer.update == 3:
         resource.setrlimit(resource.RLIMIT_FSIZE, ({2**18}, {2**18}))
-    return true(self, logger)
+    return true(self, *arguments)
 lifecycle.Keeper.at_intervals = at_intervals
 """
     process = Process(tmp_path, "--config", config, "--seed=5", "--cpu", "--processes=2", patch=patch)

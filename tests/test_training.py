@@ -114,7 +114,7 @@ def test_recall_targets(sampled):
     trainer = sampled(tiny("minigrid_published", recall_coefficient=0.5))
     buffer = trainer.buffer
     samples = next(buffer.minibatches(np.random.default_rng(1)))
-    found = trainer.auxiliary["recall"].targets(buffer, samples)
+    found = trainer.auxiliary["recall"].targets(buffer, samples, buffer.minibatch(samples).candidates)
     targets, known = found["shown"], found["known"]
     frames = sorted({int(buffer.observation_index.flat[sample]) for sample in samples})
     assert targets.shape == (len(samples), len(frames)) and 0 < known.float().mean() < 1

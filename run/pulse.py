@@ -1,0 +1,78 @@
+"""Whether all processes of a run are alive: a cable that is cut, or a machine that hangs, closes no connection."""
+
+import os
+import sys
+import threading
+from typing import Any
+
+# Seconds between two signs of life, and how many of another process may be missing before it counts as lost.
+INTERVAL, LOST_AFTER = 1.0, 20
+
+
+class Pulse:
+    """Gives signs of life through the store in which the processes met, and ends this process where others give none.
+
+    Main threads may be busy or wait for as long as they like; two threads of their own do this. The second never waits
+    for the network.
+
+    Args:
+        store: PyTorch's key-value store.
+        rank: number of this process.
+        size: number of processes.
+    """
+
+    def __init__(self, store: Any, rank: int, size: int) -> None:
+        self.store, self.rank, self.size = store, rank, size
+        self.stopping = False
+        self.how_to_go_on = ""  # is added to what is said where a process is lost
+        self._calling_off, self._over = False, threading.Event()
+        self._missing = [0] * size  # counted, so that a process that was suspended itself blames nobody
+        for work in (self._beat, self._watch):
+            threading.Thread(target=work, daemon=True).start()
+
+    def call_off(self) -> None:
+        """Let all processes know that the run is to stop."""
+        self._calling_off = True
+
+    def end(self) -> None:
+        """Expect no more signs of life from the others."""
+        self._over.set()
+
+    def tell_loss(self) -> None:
+        """Say that a process is gone, unless another has said so before."""
+        try:
+            told = self.store.add("told", 1) > 1
+        except RuntimeError:  # the store is gone, too
+            told = False
+        if not told:
+            self._say("another process of the run is gone")
+
+    def _beat(self) -> None:
+        """Count on in an entry of the store, and see how far the others have come in theirs."""
+        keys, last, count = [f"alive/{rank}" for rank in range(self.size)], [b""] * self.size, 0
+        while True:
+            try:
+                self.store.set(keys[self.rank], f"{count} {int(self._calling_off)}")
+                found = self.store.multi_get(keys)
+            except RuntimeError:  # the store is gone with its machine: nothing more will be heard
+                return
+            for rank, entry in enumerate(found):
+                if entry != last[rank]:
+                    self._missing[rank] = 0
+            last, count = found, count + 1
+            self.stopping |= any(entry.endswith(b"1") for entry in found)
+            if self._over.wait(INTERVAL):
+                return
+
+    def _watch(self) -> None:
+        """End this process at once where nothing was heard of another for too long."""
+        while not self._over.wait(INTERVAL):
+            self._missing = [missing + 1 for missing in self._missing]
+            silent = [str(rank) for rank, missing in enumerate(self._missing) if missing > LOST_AFTER]
+            if silent:
+                others = [rank for rank in silent if rank != str(self.rank)]
+                self._say(f"nothing heard of process {', '.join(others)} for {LOST_AFTER * INTERVAL:.0f} s")
+                os._exit(1)
+
+    def _say(self, what: str) -> None:
+        print(f"process {self.rank}: {what}{self.how_to_go_on}", file=sys.stderr, flush=True)
