@@ -65,6 +65,7 @@ class Workers:
         for process in self.processes:
             self._launch(process)
         fresh = [index for process in self.processes for index in self._replayed(process)]
+        report_lost(fresh)
         for index in fresh:
             self.episodes[index] = Episode(self.episodes[index].number + 1)
         for episode, digest in zip(self.episodes, self.arrays.digests, strict=True):
@@ -118,13 +119,9 @@ class Workers:
         """Wait until a process has replayed its episodes; return the environments where that failed."""
         while True:
             try:
-                fresh = process.read()
-                break
+                return process.read()
             except Died:
                 self._replace(process)
-        if fresh:
-            print(f"environments {fresh} are not deterministic and began fresh episodes", file=sys.stderr)
-        return fresh
 
     def _answer(self, process: Process) -> list[tuple[int, dict]]:
         """Return a process's answer to a step; where it died, its successor replays and is told all it was told."""
@@ -133,7 +130,7 @@ class Workers:
                 return process.read()
             except Died:
                 self._replace(process)
-                self._replayed(process)
+                report_lost(self._replayed(process))
                 for group in process.pending:
                     process.tell("step", group)
 
@@ -145,3 +142,9 @@ class Workers:
             raise EnvironmentFailure(f"{death} {self.restarts} times at the same step")
         print(f"\n{death}; replaying its episodes", file=sys.stderr)
         self._launch(process)
+
+
+def report_lost(environments: list[int]) -> None:
+    """Say whose episodes could not be brought back, if any could not."""
+    if environments:
+        print(f"environments {sorted(environments)} are not deterministic and began fresh episodes", file=sys.stderr)
