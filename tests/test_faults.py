@@ -1093,10 +1093,10 @@ lifecycle.Keeper.at_intervals = at_intervals
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of 24 megabytes."""
+    """A disk of 28 megabytes."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(disk)], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=28m", "tmpfs", str(disk)], capture_output=True).returncode:
         pytest.skip("may not mount")
     yield disk
     subprocess.run(["umount", "-l", str(disk)], check=True)
