@@ -1134,7 +1134,7 @@ trainer.PPOTrainer.train_update = train_update
 
 def test_full_disk_is_noticed_at_once(small_disk):
     config = write_config(small_disk, small_config(toy("Toy"), 2))
-    (small_disk / "ballast").write_bytes(bytes(24 * 2**20 - 2**19))
+    (small_disk / "ballast").write_bytes(bytes(28 * 2**20 - 2**19))
     code, said = command(small_disk, "--config", config, "--cpu")
     assert code == 2
     assert said.count("\n") == 1 and "No space left on device" in said
