@@ -64,8 +64,8 @@ class Workers:
         """Start all processes and bring `episodes` back; return the environments that had to begin a fresh one."""
         for process in self.processes:
             self._launch(process)
-        fresh = [index for process in self.processes for index in self._replayed(process)]
-        report_lost(fresh)
+        fresh = sorted(index for process in self.processes for index in self._replayed(process))
+        self._tell_of(fresh)
         for index in fresh:
             self.episodes[index] = Episode(self.episodes[index].number + 1)
         for episode, digest in zip(self.episodes, self.arrays.digests, strict=True):
@@ -123,6 +123,12 @@ class Workers:
             except Died:
                 self._replace(process)
 
+    def _tell_of(self, fresh: list[int]) -> None:
+        """Say which environments could not be brought back."""
+        if fresh:
+            numbers = [self.first + index for index in fresh]
+            print(f"environments {numbers} are not deterministic and began fresh episodes", file=sys.stderr)
+
     def _answer(self, process: Process) -> list[tuple[int, dict]]:
         """Return a process's answer to a step; where it died, its successor replays and is told all it was told."""
         while True:
@@ -130,7 +136,7 @@ class Workers:
                 return process.read()
             except Died:
                 self._replace(process)
-                report_lost(self._replayed(process))
+                self._tell_of(self._replayed(process))
                 for group in process.pending:
                     process.tell("step", group)
 
@@ -142,9 +148,3 @@ class Workers:
             raise EnvironmentFailure(f"{death} {self.restarts} times at the same step")
         print(f"\n{death}; replaying its episodes", file=sys.stderr)
         self._launch(process)
-
-
-def report_lost(environments: list[int]) -> None:
-    """Say whose episodes could not be brought back, if any could not."""
-    if environments:
-        print(f"environments {sorted(environments)} are not deterministic and began fresh episodes", file=sys.stderr)

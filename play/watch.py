@@ -315,8 +315,7 @@ class Painter:
             self.past.clear()
         canvas = Image.new("RGB", (self.width, self.height), WHITE)
         draw = ImageDraw.Draw(canvas)
-        self._draw_words(draw, moment)
-        self._draw_legend(canvas, draw)
+        self._draw_words(draw, moment, self._draw_legend(canvas, draw) - self.gap)
         self._draw_views(canvas, draw, moment)
         # At the end, what the last action was taken on stays.
         self.last = moment if moment.result is None else self.last
@@ -328,9 +327,10 @@ class Painter:
             self.past.append(resized(shown, self.thumbnail))
         return canvas
 
-    def _draw_words(self, draw: ImageDraw.ImageDraw, moment: Moment) -> None:
-        """Draw the title and, under it, the step in numbers or what the episode came to."""
-        draw.text((self.margin, self._size(10)), self.title, INK, self.font)
+    def _draw_words(self, draw: ImageDraw.ImageDraw, moment: Moment, right: int) -> None:
+        """Draw the title, smaller if it would reach beyond `right`, and under it the step in numbers or the outcome."""
+        font = self.font if self.margin + draw.textlength(self.title, self.font) <= right else self.small
+        draw.text((self.margin, self._size(10)), self.title, INK, font)
         if moment.result is not None:
             outcome = "over: " + ", ".join(describe(moment.result))
             draw.text((self.margin, self._size(37)), outcome, MARK, self.small)
@@ -343,14 +343,16 @@ class Painter:
             left = self.margin + index * (self.width - 2 * self.margin) // len(fields)
             draw.text((left, self._size(37)), text, INK, self.small)
 
-    def _draw_legend(self, canvas: Image.Image, draw: ImageDraw.ImageDraw) -> None:
-        """Say what the colours of the strips mean."""
+    def _draw_legend(self, canvas: Image.Image, draw: ImageDraw.ImageDraw) -> int:
+        """Say what the colours of the strips mean; return where that begins."""
         width, right, middle = self._size(96), self.width - self.margin, self._size(20)
         draw.text((right, middle), "most", FAINT, self.small, anchor="rm")
         right -= round(draw.textlength("most ", self.small)) + self._size(3)
         colours = Image.fromarray(VIRIDIS.astype(np.uint8)[None]).resize((width, self._size(10)))
         canvas.paste(colours, (right - width, middle - self._size(5)))
-        draw.text((right - width - self._size(7), middle), "attention: none", FAINT, self.small, anchor="rm")
+        right -= width + self._size(7)
+        draw.text((right, middle), "attention: none", FAINT, self.small, anchor="rm")
+        return right - round(draw.textlength("attention: none", self.small))
 
     def _draw_views(self, canvas: Image.Image, draw: ImageDraw.ImageDraw, moment: Moment) -> None:
         left = (self.width - sum(width for width, _ in self.sizes) - (len(self.sizes) - 1) * self.gap) // 2

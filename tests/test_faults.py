@@ -1093,10 +1093,10 @@ lifecycle.Keeper.at_intervals = at_intervals
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of 24 megabytes."""
+    """A disk of 28 megabytes."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(disk)], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=28m", "tmpfs", str(disk)], capture_output=True).returncode:
         pytest.skip("may not mount")
     yield disk
     subprocess.run(["umount", "-l", str(disk)], check=True)
@@ -1134,7 +1134,7 @@ trainer.PPOTrainer.train_update = train_update
 
 def test_full_disk_is_noticed_at_once(small_disk):
     config = write_config(small_disk, small_config(toy("Toy"), 2))
-    (small_disk / "ballast").write_bytes(bytes(24 * 2**20 - 2**19))
+    (small_disk / "ballast").write_bytes(bytes(28 * 2**20 - 2**19))
     code, said = command(small_disk, "--config", config, "--cpu")
     assert code == 2
     assert said.count("\n") == 1 and "No space left on device" in said

@@ -144,7 +144,7 @@ def test_prediction_is_the_textbooks(sampled, monkeypatch, shown, actions):
     unsettle(task, 0)
     for number, samples in enumerate(trainer.buffer.minibatches(np.random.default_rng(1))):
         batch = trainer.buffer.minibatch(samples)
-        batch.targets["prediction"] = task.targets(trainer.buffer, samples)
+        batch.targets["prediction"] = task.targets(trainer.buffer, samples, batch.candidates)
         output = torch.randn(len(samples), 16, generator=torch.Generator().manual_seed(number), requires_grad=True)
         embedded = trainer.model.embed(batch.observations).detach().requires_grad_()
         own = {name: p.detach().double().requires_grad_() for name, p in task.named_parameters()}

@@ -250,7 +250,7 @@ def played(monkeypatch):
     monkeypatch.setattr("play.agent.load_for_play", lambda path, device: (None, config, task, run))
     monkeypatch.setattr("play.agent.play_episodes", play_episodes)
     monkeypatch.setattr("play.agent.first_unseen_seed", lambda environment: 100_000)
-    monkeypatch.setattr("play.watch.task_name", lambda environment: environment["type"])
+    monkeypatch.setattr("play.agent.task_name", lambda environment: environment["type"])
     monkeypatch.setattr("torch.set_num_threads", lambda number: None)
     return asked
 
