@@ -42,6 +42,7 @@ def main() -> None:
     if arguments["--window"] and not has_display():
         raise UserError("--window: there is no display; write a video instead: --video=episode.mp4")
     from play.agent import first_unseen_seed, load_for_play
+    from play.video import film
     from play.watch import Player, check_drawing, describe_means
 
     video = output_file(arguments, "--video", (".mp4", ".gif"))
@@ -97,33 +98,6 @@ def play(player, seeds: range, fps: int, window, results: list[dict[str, float]]
                 yield picture
             if window is not None and not window.show(picture, fps):
                 return
-
-
-def film(video: Path, pictures: Iterator, fps: int, player) -> bool:
-    """Write pictures as a video, until the end or until SIGINT or SIGTERM; return whether it was stopped.
-
-    Args:
-        video: the file.
-        pictures: that a `watch.Player` plays.
-        fps: pictures per second.
-        player: who plays.
-    """
-    from play.watch import write_video
-    from run.lifecycle import StopRequest
-
-    stop = StopRequest()
-
-    def until_stopped() -> Iterator:
-        for picture in pictures:
-            yield picture
-            if stop.asked:
-                return
-
-    with stop.on_signals():
-        write_video(video, until_stopped(), fps)
-    where = f"stopped at step {player.steps:,} of an episode; " if stop.asked else ""
-    print(f"{where}the video is {video}", file=sys.stderr)
-    return stop.asked
 
 
 if __name__ == "__main__":

@@ -1,15 +1,11 @@
 """Watching an agent: one episode at a time, drawn with what the agent attends to, as a video or for TensorBoard."""
 
-import io
 import math
 import multiprocessing
-import os
 import traceback
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -21,6 +17,7 @@ from environments.contract import Task, check_observation, checked_step
 from environments.numbers import episode_means, episode_numbers
 from model import ActorCriticModel, Prediction
 from play.agent import Agent, first_unseen_seed, task_name
+from play.video import encode_gif
 from processes.arrays import SharedArrays
 from run.config import Config
 from utils import EnvironmentFailure, UserError, create_env, reason_of
@@ -477,41 +474,6 @@ def draw_episode(player: Player, seed: int, width: int, fps: int) -> Iterator[tu
         picture = painter.draw(moment)
         for _ in range(1 if moment.result is None else math.ceil(HOLD_SECONDS * fps)):
             yield picture, moment
-
-
-def write_video(path: Path, pictures: Iterable[Image.Image], fps: int) -> None:
-    """Write pictures of one even size to an .mp4 (H.264) or .gif, whole or not at all."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        if path.suffix.lower() == ".gif":
-            temporary.write_bytes(encode_gif(pictures, fps))
-        else:
-            write_mp4(temporary, pictures, fps)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_mp4(path: Path, pictures: Iterable[Image.Image], fps: int) -> None:
-    """Write pictures of one even size as H.264."""
-    import imageio.v2
-
-    settings: dict[str, Any] = {"codec": "libx264", "pixelformat": "yuv420p", "macro_block_size": 2}
-    settings["ffmpeg_log_level"] = "error"
-    writer = imageio.v2.get_writer(path, format="FFMPEG", fps=fps, **settings)
-    try:
-        for picture in pictures:
-            writer.append_data(np.asarray(picture))
-    finally:  # the writer's own context leaves ffmpeg running where something fails
-        writer.close()
-
-
-def encode_gif(pictures: Iterable[Image.Image], fps: int) -> bytes:
-    """Return pictures as an animated GIF that repeats; equal neighbours become one that is shown for longer."""
-    few_colours = (picture.quantize(128, dither=Image.Dither.NONE) for picture in pictures)
-    stream = io.BytesIO()
-    next(few_colours).save(stream, "GIF", save_all=True, append_images=few_colours, duration=1000 / fps, loop=0)
-    return stream.getvalue()
 
 
 def check_drawing(

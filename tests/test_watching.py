@@ -19,6 +19,7 @@ from buffer import Timeline
 from model import ActorCriticModel
 from play.agent import Agent, first_unseen_seed, load_for_play, play_episodes
 from play.results import Evaluated, group_runs
+from play.video import film, write_video
 from play.watch import (
     SUMMARY_STEPS,
     SUMMARY_WIDTH,
@@ -28,7 +29,6 @@ from play.watch import (
     Player,
     draw_episode,
     episode_summary,
-    write_video,
 )
 from play.window import Window
 from run.checkpoint import save_model
@@ -289,7 +289,7 @@ def test_an_interrupted_video_is_kept(tmp_path, capsys, suffix, number):
 
     player, path = SimpleNamespace(steps=0), tmp_path / f"video{suffix}"
     path.write_bytes(b"old")
-    assert enjoy.film(path, pictures(), 5, player)
+    assert film(path, pictures(), 5, player)
     assert len(imageio.v2.mimread(path)) == 5 and os.listdir(tmp_path) == [path.name]
     assert capsys.readouterr().err == f"stopped at step 4 of an episode; the video is {path}\n"
 
