@@ -29,7 +29,7 @@ from pathlib import Path
 
 from run.cli import arguments_of, command_line, cores, one_of, use_cores, whole_number
 from run.config import Config
-from run.folders import make_room
+from run.folders import make_room, run_paths
 from utils import UserError
 
 
@@ -57,7 +57,9 @@ def train(arguments: dict, world, device) -> None:
             print(line, file=sys.stderr, flush=True)
 
     config, run_id, seed, checkpoint = chosen_run(arguments, world)
-    if checkpoint is not None and checkpoint["update"] >= config.updates:
+    # One that was killed behind its last checkpoint lacks the model.
+    complete = world.from_first(run_paths(run_id)[0].exists())
+    if checkpoint is not None and checkpoint["update"] >= config.updates and complete:
         updates = f"{config.updates:,} updates"
         return tell(f"{run_id} has had its {updates}, nothing is left to do; --updates=<n> trains for longer")
     go_on = f"{'python' if world.size == 1 else 'torchrun …'} train.py --resume={run_id}"

@@ -130,12 +130,12 @@ class Keeper:
                     logger.close()
 
     def finish(self, logger: Logger | None) -> None:
-        """Write the model and the last checkpoint, in this order: a run that has the second lacks nothing."""
+        """Write the last checkpoint and the model."""
         state = whole_state(self.world, self.boundary)
         with self.world.agree_on(OSError):
             if logger is not None:
-                self.save_model(self.model_path)
                 save_checkpoint(self.checkpoints, self.trainer.update, state)
+                self.save_model(self.model_path)
                 logger.close()
 
     def try_checkpoint(self) -> None:

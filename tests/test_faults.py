@@ -1249,6 +1249,14 @@ def test_killed_before_the_first_checkpoint(toy_run, tmp_path):
     assert_same_result(tmp_path, toy_run)
 
 
+def test_killed_between_the_last_checkpoint_and_the_model(toy_run, tmp_path):
+    shutil.copytree(toy_run, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "models" / "run.nn").unlink()
+    code, said = resume(tmp_path)
+    assert code == 0, said
+    assert_same_result(tmp_path, toy_run)
+
+
 @pytest.mark.parametrize("name", ["", "..", "../run", "a/b", "-run", ".run", "a b", "x" * 300])
 def test_run_ids_that_are_no_names(name, tmp_path):
     for option in ("--run-id", "--resume"):
