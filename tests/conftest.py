@@ -1,11 +1,16 @@
-"""What all tests share: a folder for what toy environments leave behind, reproducible choices of hypothesis."""
+"""What all tests share: a folder for what toy environments leave behind, hypothesis, a trainer that has sampled."""
 
 import atexit
 import os
 import shutil
 import tempfile
 
+import pytest
+import torch
 from hypothesis import HealthCheck, settings
+
+from run.config import Config
+from trainer import Options, PPOTrainer
 
 # The processes of environments inherit it from the server that they are forked from, which starts only once.
 os.environ["TOY_FOLDER"] = tempfile.mkdtemp(prefix="toys-")
@@ -15,3 +20,21 @@ settings.register_profile(
     "reproducible", deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
 settings.load_profile("reproducible")
+
+
+@pytest.fixture
+def sampled(tmp_path):
+    """Return a function that makes a trainer, lets it learn from one rollout and sample another."""
+    trainers = []
+
+    def make(config: Config, seed: int = 3) -> PPOTrainer:
+        trainer = PPOTrainer(config, "test", seed, Options(torch.device("cpu"), processes=1, folder=tmp_path))
+        trainers.append(trainer)
+        trainer.start_workers()
+        trainer.train_update()
+        trainer.sample()
+        return trainer
+
+    yield make
+    for trainer in trainers:
+        trainer.workers.close()

@@ -81,25 +81,6 @@ def config(shown: str, actions: str, arguments: dict | None = None, **changes) -
     } | changes
 
 
-@pytest.fixture
-def sampled(tmp_path):
-    """Return a function that makes a trainer, lets it learn from one rollout and sample another."""
-    trainers = []
-
-    def make(settings: dict, **options) -> PPOTrainer:
-        options = Options(torch.device("cpu"), folder=tmp_path, **options)
-        trainer = PPOTrainer(check_config(settings, "test"), "test", 3, options)
-        trainers.append(trainer)
-        trainer.start_workers()
-        trainer.train_update()
-        trainer.sample()
-        return trainer
-
-    yield make
-    for trainer in trainers:
-        trainer.workers.close()
-
-
 def behind(trainer: PPOTrainer, samples: np.ndarray) -> list[int | None]:
     """Return which stored observation followed each sample, None where the episode ended."""
     buffer, found = trainer.buffer, []
@@ -139,7 +120,7 @@ def expected_loss(
 def test_prediction_is_the_textbooks(sampled, monkeypatch, shown, actions):
     """Loss, shares, and gradients by outputs, embedded frames and own weights, in one part and in two."""
     monkeypatch.setattr("kernels.store.MANY_FRAMES", 0)  # so that frames are filled up
-    trainer = sampled(config(shown, actions))
+    trainer = sampled(check_config(config(shown, actions), "test"))
     task, coverage = trainer.auxiliary["prediction"], []
     unsettle(task, 0)
     for number, samples in enumerate(trainer.buffer.minibatches(np.random.default_rng(1))):
@@ -203,7 +184,7 @@ def hand_made(trainer: PPOTrainer, target: list[int]) -> tuple[Tensor, list[Tens
 )
 def test_accuracy(sampled, target, told, possible, accuracy):
     """The share of next frames that are told, of those that could be; where none could, 0 and no gradient."""
-    trainer = sampled(config("frames", "one branch"))
+    trainer = sampled(check_config(config("frames", "one branch"), "test"))
     loss, reported, gradients = hand_made(trainer, target)
     assert [round(4 * float(share)) for share in reported[1:]] == [told, possible]
     assert all(torch.isfinite(gradient).all() for gradient in gradients) and (possible or not loss)
@@ -221,7 +202,7 @@ def test_accuracy(sampled, target, told, possible, accuracy):
 @pytest.mark.parametrize("shown", SHOWN)
 def test_episodes_of_one_step(sampled, shown):
     """Where every episode ends at once there is nothing to predict: no loss, and nothing that is not finite."""
-    trainer = sampled(config(shown, "one branch", {"longest": 1}))
+    trainer = sampled(check_config(config(shown, "one branch", {"longest": 1}), "test"))
     scalars = trainer.train_update()
     assert scalars["losses/prediction"] == 0 and all(np.isfinite(value) for value in scalars.values())
     assert scalars.get("training/prediction_accuracy", 0) == 0
@@ -242,7 +223,8 @@ def test_episodes_of_one_step(sampled, shown):
 def test_it_is_learned_with_everything_else(sampled, precision, actions, transformer, changes):
     """With gates, positions, recall and bf16: the loss falls."""
     settings = config("both", actions, transformer=transformer, epochs=4, **changes)
-    trainer = sampled(settings | {"learning_rate_schedule": settings["beta_schedule"] | {"initial": 1e-2}})
+    settings["learning_rate_schedule"] = settings["beta_schedule"] | {"initial": 1e-2}
+    trainer = sampled(check_config(settings, "test"))
     trainer.options.precision = precision
     first, *_, last = [trainer.train_update()["losses/prediction"] for _ in range(8)]
     assert last < 0.8 * first

@@ -44,24 +44,6 @@ def put_back(weights: list[tuple[torch.nn.Module, dict]]) -> None:
         module.load_state_dict(state)
 
 
-@pytest.fixture
-def sampled(tmp_path):
-    """Return a function that makes a trainer and lets it sample two rollouts."""
-    trainers = []
-
-    def make(config: Config, seed: int = 3) -> PPOTrainer:
-        trainer = PPOTrainer(config, "test", seed, Options(torch.device("cpu"), processes=1, folder=tmp_path))
-        trainers.append(trainer)
-        trainer.start_workers()
-        trainer.train_update()
-        trainer.sample()
-        return trainer
-
-    yield make
-    for trainer in trainers:
-        trainer.workers.close()
-
-
 @pytest.mark.parametrize(
     ("name", "encoding"),
     [("poc_memory_env", "learned"), ("minigrid", "absolute"), ("searing_spotlights", ""), ("mystery_path", "relative")],
