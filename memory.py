@@ -203,7 +203,7 @@ def policy_step(
     rows: slice,
     t: int,
     step: np.ndarray,
-) -> tuple[Prediction, np.ndarray]:
+) -> tuple[Prediction, np.ndarray, Tensor | None]:
     """Let the model see what some environments show, predict, and remember.
 
     Training, evaluation and watching all act through this function.
@@ -219,11 +219,12 @@ def policy_step(
         step: (n,) episode step of each.
 
     Returns:
-        The prediction and the index (n,) of the observations in the store.
+        The prediction, the index (n,) of the observations in the store, and the mask (n, sum of actions) of what was
+        allowed, None where everything is.
     """
     index = store.add(arrays, rows)
     mask = None if arrays.masks is None else to_device(arrays.masks[rows].copy(), timeline.device)
     with torch.inference_mode():
         prediction = forward(store.embed(model, index, step), timeline.window(rows, t, step), mask)
         timeline.write(rows, t, prediction.inputs, step)
-    return prediction, index
+    return prediction, index, mask

@@ -15,7 +15,6 @@ from buffer import Buffer, Minibatch
 from kernels.allocator import release_memory
 from kernels.optimizer import Optimizer
 from kernels.threads import divide, use_threads
-from kernels.transfer import to_device
 from memory import policy_step
 from model import ActorCriticModel, Prediction, RunningMoments, action_noise
 from run.checkpoint import provenance
@@ -191,7 +190,7 @@ class PPOTrainer:
             with torch.no_grad():
                 next_values = buffer.bootstrap(self.model, self.step)
         buffer.compute_advantages(next_values)
-        if self.tasks:
+        if self.compares:
             buffer.number_frames()
         for task in self.tasks.values():
             task.prepare(buffer)
@@ -201,11 +200,11 @@ class PPOTrainer:
         self.stop.check()
         buffer, arrays, rows = self.buffer, self.workers.arrays, slice(group.start, group.stop)
         step = self.step[rows].copy()
-        prediction, index = policy_step(
+        prediction, index, mask = policy_step(
             self.model, self.forward, buffer.timeline, buffer.observations, arrays, rows, t, step
         )
-        if buffer.masks is not None and arrays.masks is not None:
-            buffer.masks[rows, t] = to_device(arrays.masks[rows].copy(), self.device)
+        if mask is not None:
+            buffer.masks[rows, t] = mask
         actions = prediction.policy.sample(noise)
         self.workers.send(group, actions.cpu().numpy())
         buffer.observation_index[rows, t], buffer.step[rows, t] = index, step

@@ -77,7 +77,7 @@ class Agent:
         if max(len(self.store), self.store.count) + rows.stop - rows.start > self.capacity:
             self.store.clear()
         step = self.step[rows]
-        prediction, _ = policy_step(self.model, self.model, self.timeline, self.store, arrays, rows, self.t, step)
+        prediction, *_ = policy_step(self.model, self.model, self.timeline, self.store, arrays, rows, self.t, step)
         policy = prediction.policy
         actions = policy.mode() if self.deterministic else policy.sample(self.noise[rows])
         return prediction, actions.cpu().numpy()

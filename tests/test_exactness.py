@@ -178,7 +178,7 @@ class Rollouts:
             for rows in (slice(0, half), slice(half, self.n_workers)):
                 if rows.start < rows.stop:
                     step = self.now[rows].copy()
-                    prediction, _ = policy_step(
+                    prediction, *_ = policy_step(
                         self.model, self.model, self.timeline, self.store, self.arrays, rows, t, step
                     )
                     self.values[rows, t] = prediction.value
