@@ -113,11 +113,11 @@ def measure_scaling(config: Config, arguments: dict, world, device) -> dict:
     """
     import torch
 
+    from run.launch import check_divisible
     from run.world import World
 
     with world.agree_on(UserError):
-        if config.n_workers % world.size:
-            raise UserError(f"n_workers: {config.n_workers} cannot be divided among {world.size} processes")
+        check_divisible(world, config)
         options = chosen_options(arguments, device, world)
         updates = whole_number(arguments, "--updates", 1)
     alone = measure_rate(config, dataclasses.replace(options, world=World()), updates) if world.first else {}

@@ -87,7 +87,13 @@ def task_names(published: dict[str, dict[str, str]]) -> list[str]:
 
 def read_published() -> dict[str, dict[str, str]]:
     """Return the published figures of each task."""
-    return {row["task"]: row for row in csv.DictReader(io.StringIO(PUBLISHED.read_text(encoding="utf-8")))}
+    return {row["task"]: row for row in read_rows(PUBLISHED)}
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV file."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def carry_out(table: "Table", free: SimpleQueue, config: str, updates: int | None, run: tuple[str, int]) -> bool:
@@ -164,9 +170,9 @@ def evaluation_figures(run_id: str, core: int) -> dict[str, float]:
     model = run_paths(run_id)[0]
     options = (f"--seeds={EPISODES}", "--repetitions=1", f"--output={output}")
     command("evaluate.py", str(model), *options, core=core, log=run_id)
-    rows = list(csv.DictReader(io.StringIO(output.with_name(output.name + ".csv").read_text(encoding="utf-8"))))
+    row = read_rows(output.with_name(output.name + ".csv"))[0]
     names = ("reward_mean", "reward_low", "reward_high")
-    return {name: round(float(rows[0][name]), 4) for name in names}
+    return {name: round(float(row[name]), 4) for name in names}
 
 
 class Table:
@@ -182,8 +188,7 @@ class Table:
         self.rows: dict[tuple[str, int], dict] = {}
         self.lock = threading.Lock()
         if self.path.exists():
-            rows = csv.DictReader(io.StringIO(self.path.read_text(encoding="utf-8")))
-            self.rows = {(row["task"], int(row["seed"])): row for row in rows}
+            self.rows = {(row["task"], int(row["seed"])): row for row in read_rows(self.path)}
 
     def add(self, row: dict) -> None:
         """Keep a run's figures, by the names of `COLUMNS`, at once."""

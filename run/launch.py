@@ -137,6 +137,14 @@ def check_alike(world: World, config: Config | None, arguments: dict) -> None:
                 raise UserError(f"processes 0 and {rank} differ in {name}: {values[0]}, {values[1]}")
 
 
+def check_divisible(world: World, config: Config) -> None:
+    """Raise UserError where a config's environments cannot be shared out evenly."""
+    if config.n_workers % world.size:
+        fitting = ", ".join(str(size) for size in range(1, config.n_workers + 1) if config.n_workers % size == 0)
+        raise UserError(f"n_workers: {config.n_workers} environments cannot be divided among {world.size} processes; "
+                        f"allowed numbers of processes are {fitting}")  # fmt: skip
+
+
 def leaves(section: dict, prefix: str) -> dict[str, str]:
     """Return the values of a nested config by dotted keys behind a prefix."""
     found: dict[str, str] = {}

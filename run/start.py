@@ -9,7 +9,7 @@ from run.checkpoint import list_checkpoints, load_newest, stored_config
 from run.cli import whole_number
 from run.config import Config, load_config
 from run.folders import check_run_id, free_run_id, make_folder, run_paths
-from run.launch import check_alike
+from run.launch import check_alike, check_divisible
 from run.world import World
 from utils import UserError
 
@@ -33,10 +33,7 @@ def chosen_run(arguments: dict, world: World) -> tuple[Config, str, int, dict | 
             run = new_run(config, arguments, world.restarts) if resumed is None else resumed_run(resumed, arguments)
     config, *rest = world.from_first(run)
     config = config.model_copy(update={"updates": updates or config.updates})
-    if config.n_workers % world.size:
-        fitting = ", ".join(str(size) for size in range(1, config.n_workers + 1) if config.n_workers % size == 0)
-        raise UserError(f"n_workers: {config.n_workers} environments cannot be divided among {world.size} processes; "
-                        f"allowed numbers of processes are {fitting}")  # fmt: skip
+    check_divisible(world, config)
     return config, *rest
 
 
