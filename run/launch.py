@@ -44,20 +44,25 @@ def together(arguments: dict) -> Iterator[tuple[World, torch.device]]:
         return
     code: Any = 0
     try:
-        join(world, backend)
-        yield world, device
-    except (UserError, EnvironmentFailure) as error:
-        code = 2 if isinstance(error, UserError) else 1
-        if world.local_rank == 0:  # a line on each machine
-            print(error, file=sys.stderr)
-    except SystemExit as leaving:
-        code = leaving.code
-    except Lost:
-        world.pulse.tell_loss()
-        sys.exit(1)
-    with suppress(Lost):
-        world.gather(None)
-    world.pulse.end()
+        try:
+            join(world, backend)
+            yield world, device
+        except (UserError, EnvironmentFailure) as error:
+            code = 2 if isinstance(error, UserError) else 1
+            if world.local_rank == 0:  # a line on each machine
+                print(error, file=sys.stderr)
+        except SystemExit as leaving:
+            code = leaving.code
+        except Lost:
+            world.pulse.tell_loss()
+            sys.exit(1)
+        with suppress(Lost):
+            world.gather(None)
+    finally:
+        if torch.distributed.is_initialized():  # otherwise its threads may abort the process at its end
+            torch.distributed.destroy_process_group()
+        if world.pulse is not None:  # last: it ends what hangs
+            world.pulse.end()
     sys.exit(code)
 
 

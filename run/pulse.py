@@ -7,6 +7,8 @@ from typing import Any
 
 # Seconds between two signs of life, and how many of another process may be missing before it counts as lost.
 INTERVAL, LOST_AFTER = 1.0, 20
+# Seconds that a last sign of life may take where the network hangs.
+LEAVE_SECONDS = 5.0
 
 
 class Pulse:
@@ -27,16 +29,19 @@ class Pulse:
         self.how_to_go_on = ""  # is added to what is said where a process is lost
         self._calling_off, self._over = False, threading.Event()
         self._missing = [0] * size  # counted, so that a process that was suspended itself blames nobody
-        for work in (self._beat, self._watch):
-            threading.Thread(target=work, daemon=True).start()
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._watch)]
+        for thread in self._threads:
+            thread.start()
 
     def call_off(self) -> None:
         """Let all processes know that the run is to stop."""
         self._calling_off = True
 
     def end(self) -> None:
-        """Expect no more signs of life from the others."""
+        """Expect no more signs of life, and give none: Python aborts where it ends while a thread is in the store."""
         self._over.set()
+        for thread in self._threads:
+            thread.join(LEAVE_SECONDS)
 
     def tell_loss(self) -> None:
         """Say that a process is gone, unless another has said so before."""
