@@ -145,7 +145,7 @@ class Recall(AuxiliaryTask):
         return {"shown": to_device(shown), "known": to_device(known)[:, None]}
 
     def loss(self, prediction: Prediction, part: Minibatch, embedded: Tensor, targets: Targets) -> Loss:
-        """Return the mean binary cross-entropy over what is known; see `AuxiliaryTask.loss`."""
+        """Return the mean binary cross-entropy, where the unknown counts as zero; see `AuxiliaryTask.loss`."""
         shown = targets["shown"].float()
         logits = self(prediction.output, embedded[: part.distinct])
         known = targets["known"].float().expand_as(logits)
@@ -174,7 +174,7 @@ class NextObservation(AuxiliaryTask):
         self.compares = self.frames
         self.reports = ("prediction", *(("predicted", "predictable") if self.frames else ()))
         self.query = Linear(embed_dim, embed_dim)
-        # Without a bias: the first step's action says no more than any other.
+        # No bias: without any action, E[a] would be zero and the output alone would predict.
         sizes = [task.continuous] if task.continuous else task.branches
         self.actions = nn.ModuleList(nn.Linear(n, embed_dim, bias=False) for n in sizes)
         for weight in self.actions.parameters():
@@ -302,7 +302,7 @@ class Novelty:
             update: number of finished updates.
         """
         bonus, paid = polynomial_decay(self.schedule, update), np.zeros(len(group), dtype=np.float32)
-        if bonus == 0:
+        if bonus == 0 and self.schedule.final == 0:  # for good: it need not know what was shown
             return paid
         for place, (index, digest) in enumerate(zip(group, digests, strict=True)):
             seen = self.seen[index]

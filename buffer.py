@@ -28,7 +28,7 @@ class Minibatch:
         distinct: M, over all processes that share the minibatch.
         which: (N,) int64 the observation that each sample saw.
         vectors: (N, n) observed beside frames, None without.
-        groups: what the samples may look at, or how they share memory columns for it.
+        windows: what the samples may look at, or how they share memory columns for it.
         step: (N,) int64 episode step.
         actions: (N, branches) int64, or (N, entries) float32.
         masks: (N, sum of actions) bool, which actions were allowed; None if all always are.
@@ -47,7 +47,7 @@ class Minibatch:
     distinct: int
     which: Tensor
     vectors: Tensor | None
-    groups: Windows | QueryGroups
+    windows: Windows | QueryGroups
     step: Tensor
     actions: Tensor
     masks: Tensor | None
@@ -67,10 +67,10 @@ class Minibatch:
         """Divide the samples into equal parts."""
         if parts == 1:
             return [self]
-        return [self._part(torch.from_numpy(samples), groups) for samples, groups in self.groups.split(parts)]
+        return [self._part(torch.from_numpy(samples), windows) for samples, windows in self.windows.split(parts)]
 
-    def _part(self, samples: Tensor, groups: Windows | QueryGroups) -> "Minibatch":
-        shared: dict[str, Any] = {"observations": self.observations, "distinct": self.distinct, "groups": groups}
+    def _part(self, samples: Tensor, windows: Windows | QueryGroups) -> "Minibatch":
+        shared: dict[str, Any] = {"observations": self.observations, "distinct": self.distinct, "windows": windows}
         shared |= {"candidates": self.candidates, "own": self.own, "rows": self.rows}
         own = {f.name: chosen(getattr(self, f.name), samples) for f in fields(self) if f.name not in shared}
         return Minibatch(**shared | own)
@@ -120,12 +120,12 @@ class Buffer:
         self.advantages = torch.zeros(shape, device=device)
         self.all_advantages = self.advantages.flatten()
         self.observation_index = np.zeros(shape, dtype=np.int64)
-        self.last_index = np.zeros(self.n_workers, dtype=np.int64)  # of the observations behind the last step
+        self.last_index = np.zeros(self.n_workers, dtype=np.int64)  # of the observations after the last step
         self.step = np.zeros(shape, dtype=np.int64)
         self.rewards = np.zeros(shape, dtype=np.float32)
         self.terminated = np.zeros(shape, dtype=bool)
         self.truncated = np.zeros(shape, dtype=bool)
-        self.final_index: dict[tuple[int, int], int] = {}  # observation behind the truncated step (worker, t)
+        self.final_index: dict[tuple[int, int], int] = {}  # observation after the truncated step (worker, t)
         self.frame_number = np.zeros(0, dtype=np.int64)  # of each of this process's distinct frames
         self.all_frames = np.zeros(0, dtype=np.int64)  # the number of the frame of every sample
         self.frame_count = 0
@@ -157,7 +157,7 @@ class Buffer:
 
         Args:
             model: the model that sampled.
-            last_step: (W,) episode step of the observations behind the last step.
+            last_step: (W,) episode step of the observations after the last step.
         """
         cut = list(self.final_index)
         worker = np.array([*range(self.n_workers), *(w for w, _ in cut)])

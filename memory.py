@@ -59,13 +59,17 @@ class Timeline:
     def window(self, workers: slice, t: int, step: np.ndarray) -> Windows | MemoryView:
         """Return what the step at column L + t of some environments may look at: a plain slice of the timeline.
 
+        For sampling; `group` and `view` say the same of any samples of a rollout, for training.
+
         Args:
             workers: n neighbouring environments.
             t: rollout time.
             step: (n,) episode step of each.
         """
+        # An episode's first step has number 0: so many steps back, and no further, its memory goes.
         valid = np.minimum(step, self.length)
-        # The loops over windows run in one thread: the others would have to be woken up again behind each of them.
+        # The loops over windows run in one thread. Where products have several, these would have to be woken up again
+        # after each loop: there a slice with a mask is read by products, too.
         if self.in_place and torch.get_num_threads() == 1:
             end = np.full(len(step), self.length + t)
             return Windows(self.items, np.arange(workers.start, workers.stop), end - valid, end)

@@ -96,6 +96,7 @@ class PPOTrainer:
         self.parts, self.map_parts = divide(self.buffer.minibatch_size // self.world.size, divisible)
         self.reports = (*LOSS_PARTS, *(name for task in self.tasks.values() for name in task.reports), "total")
         self.compares = any(task.compares for task in self.tasks.values())
+        # Observations are embedded for a whole minibatch; all that follows is differentiated in parts.
         front = {*self.model.encoder.parameters(), *self.model.embedding.parameters()}
         self.behind = [parameter for parameter in self.optimizer.parameters if parameter not in front]
         own = self.world.share(config.n_workers)
@@ -257,24 +258,25 @@ class PPOTrainer:
         self.world.add(self.optimizer.gradient)
         return torch.cat((losses, self.optimizer.step()))
 
-    def _accumulate_gradient(self, minibatch: Minibatch, samples: int, clip_range: float, beta: float) -> Tensor:
+    def _accumulate_gradient(self, minibatch: Minibatch, size: int, clip_range: float, beta: float) -> Tensor:
         """Differentiate this process's share of a minibatch of so many samples; return its losses (names,).
 
         Observations are embedded for the whole minibatch, which shares them. All that follows is differentiated in
-        parts, each by a thread of its own: so the cores wait for each other once and not in every operation.
+        parts, each by a thread of its own: so the cores wait for each other once and not in every operation. The leaves
+        cut the graph at the embedding; its own backward pass takes up where those of all parts have ended.
         """
         with self._precision():
             embedded = self.model.embed(minibatch.observations)
         leaves = [embedded.detach().requires_grad_()]
         if self.compares and self.world.size > 1:
             leaves.append(exchange_candidates(self.world, minibatch, leaves[0]))
-        differentiate = partial(self._differentiate, samples, leaves, clip_range, beta)
+        differentiate = partial(self._differentiate, size, leaves, clip_range, beta)
         of_leaves = [torch.zeros_like(leaf) for leaf in leaves]
         losses = torch.zeros(len(self.reports), device=self.device)
         parts = minibatch.split(self.parts) if len(minibatch) else []
         for gradients, reported in self.map_parts(differentiate, parts):
             torch._foreach_add_([parameter.grad for parameter in self.behind], gradients[len(leaves) :])
-            of_leaves = [total + own for total, own in zip(of_leaves, gradients, strict=False)]
+            of_leaves = [total + gradient for total, gradient in zip(of_leaves, gradients, strict=False)]
             losses = losses + reported
         if len(leaves) > 1:
             return_gradient(self.world, minibatch, *of_leaves)
@@ -282,12 +284,12 @@ class PPOTrainer:
         return losses
 
     def _differentiate(
-        self, samples: int, leaves: list[Tensor], clip_range: float, beta: float, part: Minibatch
+        self, size: int, leaves: list[Tensor], clip_range: float, beta: float, part: Minibatch
     ) -> tuple[tuple[Tensor, ...], Tensor]:
         """Return what a part of a minibatch contributes to the gradients of the loss and to what is reported.
 
         Args:
-            samples: of the whole minibatch.
+            size: samples of the whole minibatch.
             leaves: (M, D) its distinct observations, embedded; perhaps those of all processes, to tell apart, too.
             clip_range: ε.
             beta: entropy coefficient.
@@ -299,13 +301,13 @@ class PPOTrainer:
         config = self.config
         with self._precision():
             x = self.model.complete(F.embedding(part.which, leaves[0]), part.vectors, part.step)
-            prediction = self.forward(x, self.buffer.timeline.view(part.groups), part.masks)
+            prediction = self.forward(x, self.buffer.timeline.view(part.windows), part.masks)
             loss, reported = ppo_loss(prediction, part, config.value_loss_coefficient, clip_range, beta)
             for name, task in self.tasks.items():
-                auxiliary, own = task.loss(prediction, part, leaves[-1], part.targets[name])
+                auxiliary, parts = task.loss(prediction, part, leaves[-1], part.targets[name])
                 loss = loss + getattr(config, f"{name}_coefficient") * auxiliary
-                reported += own
-        share = len(part) / samples
+                reported += parts
+        share = len(part) / size
         gradients = torch.autograd.grad(loss * share, [*leaves, *self.behind])
         return gradients, share * torch.stack([*reported, loss.detach()])
 

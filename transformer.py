@@ -203,7 +203,7 @@ class Transformer(nn.Module):
     @contextmanager
     def constant_weights(self) -> Iterator[None]:
         """Derive from the weights only once what attention needs of them: in here they must not change."""
-        blocks = [module for module in self.blocks if isinstance(module, Block)]
+        blocks = [block for block in self.blocks if isinstance(block, Block)]  # says to mypy what they are
         for block in blocks:
             with torch.no_grad():
                 block.attention.folded = block.attention.fold(block.norm_kv)

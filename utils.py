@@ -61,7 +61,14 @@ def seed_range(section: Section) -> tuple[int, int]:
 
 
 def training_seed(seed: int, section: Section, index: int, episode: int) -> int:
-    """Return the reset seed of an episode, which depends on nothing but the run's seed, environment and number."""
+    """Return the reset seed of an episode, which depends on nothing but these.
+
+    Args:
+        seed: of the run.
+        section: says by start-seed and num-seeds what to draw from.
+        index: of the environment, among all of the run.
+        episode: its number in this environment.
+    """
     start, count = seed_range(section)
     return start + int(np.random.SeedSequence((seed, index, episode)).generate_state(1)[0]) % count
 

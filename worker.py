@@ -1,4 +1,4 @@
-"""All environments of a run, in processes of their own, their observations in shared memory.
+"""Environments, in processes of their own, their observations in shared memory.
 
 A process steps several environments. Per step it gets one message (which group of environments to step) and answers
 with one (what finished episodes report); everything else goes through shared memory. An episode is determined by its
@@ -23,7 +23,7 @@ MAX_RESTARTS = 3
 
 
 class Workers:
-    """All environments of a run, spread over processes.
+    """The environments of a run, or this process's share under torchrun, spread over processes.
 
     Results do not depend on the number of processes: every environment has episodes of its own, and groups are given.
 

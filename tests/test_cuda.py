@@ -79,7 +79,7 @@ def test_ratios_are_one_before_the_first_step(train, name):
     with torch.no_grad():
         embedded = trainer.model.embed(batch.observations)
         x = trainer.model.complete(embedded[batch.which], batch.vectors, batch.step)
-        prediction = trainer.model(x, trainer.buffer.timeline.view(batch.groups), batch.masks)
+        prediction = trainer.model(x, trainer.buffer.timeline.view(batch.windows), batch.masks)
     ratio = (prediction.policy.log_prob(batch.actions) - batch.log_probs).exp()
     torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=0, atol=1e-4)
     torch.testing.assert_close(prediction.value, batch.values, rtol=1e-4, atol=1e-4)

@@ -556,7 +556,7 @@ def recomputed(trainer: PPOTrainer) -> tuple:
     x = trainer.model.complete(
         F.embedding(batch.which, trainer.model.embed(batch.observations)), batch.vectors, batch.step
     )
-    return batch, trainer.model(x, trainer.buffer.timeline.view(batch.groups), batch.masks)
+    return batch, trainer.model(x, trainer.buffer.timeline.view(batch.windows), batch.masks)
 
 
 @pytest.mark.parametrize("environment", [PENDULUM, MASKED, MISSIONS], ids=["Box", "masked", "frame and vector"])

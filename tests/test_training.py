@@ -14,6 +14,8 @@ import torch
 import yaml
 
 import benchmark
+from auxiliary import Novelty
+from environments.section import Schedule
 from run.config import Config, check_config, load_config
 from trainer import Options, PPOTrainer
 
@@ -136,6 +138,13 @@ def test_novelty_is_paid_once_per_episode(sampled):
             assert (buffer.rewards[w, t] > 5) == new
     reported = [info["reward"] for info in trainer.finished]
     assert reported and max(reported) <= 1  # statistics stay those of the task
+
+
+def test_novelty_remembers_what_it_did_not_pay_for():
+    novelty = Novelty(Schedule(initial=0.0, final=1.0, max_decay_steps=1), n_workers=1)
+    novelty.begin(0, b"start")
+    shown = ((b"first", 0), (b"first", 1), (b"second", 1))
+    assert [novelty.bonus(range(1), [digest], np.array([False]), update)[0] for digest, update in shown] == [0, 0, 1]
 
 
 @pytest.mark.parametrize("name, relative", (("cartpole_masked_published", 0), ("cartpole_masked", 1)))
