@@ -129,12 +129,12 @@ def use_cores(device, processes: int = 1) -> None:
 
     Args:
         device: where it computes.
-        processes: of the run on this machine; where there are several, OMP_NUM_THREADS decides if it is set.
+        processes: of the run on this machine. OMP_NUM_THREADS decides in their place where it is set.
     """
     import torch
 
     threads = max(1, cores() // processes)
-    if processes > 1 and os.environ.get("OMP_NUM_THREADS", "").isdecimal():
+    if os.environ.get("OMP_NUM_THREADS", "").isdecimal():
         threads = max(1, int(os.environ["OMP_NUM_THREADS"]))
     torch.set_num_threads(1 if device.type == "cuda" else threads)
     if device.type == "cpu":
