@@ -70,7 +70,9 @@ def save(path: Path, kind: str, content: dict) -> None:
     content = {"format": FORMAT, "version": FORMAT_VERSION, "kind": kind} | content
     stream = io.BytesIO()
     torch.save(content | {"fingerprint": fingerprint(content)}, stream)
-    write_file(path, stream.getbuffer())
+    # Released here, also by an error: the collector of Python 3.12 crashes over a view that an error's traceback holds.
+    with stream.getbuffer() as data:
+        write_file(path, data)
 
 
 def load(path: Path, kind: str) -> dict:
@@ -205,8 +207,9 @@ def save_checkpoint(folder: Path, update: int, state: dict) -> Path:
 
 def package_versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that matter to the numbers."""
-    packages = ("torch", "numpy", "gymnasium", "minigrid", "memory-gym", "pygame-ce")
-    versions = {"python": platform.python_version()}
+    packages = ("numpy", "gymnasium", "minigrid", "memory-gym", "pygame-ce")
+    # PyTorch says itself what it was built for, which its package does not always.
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for package in packages:
         try:
             versions[package] = metadata.version(package)

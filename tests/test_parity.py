@@ -61,7 +61,7 @@ class Computed:
             distinct=len(observations),
             which=which,
             vectors=None,
-            groups=None,
+            windows=None,
             step=self.data["in/positions"][:, 0],  # of no consequence: the current step's position is not added
             actions=actions,
             masks=None,

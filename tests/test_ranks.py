@@ -109,7 +109,7 @@ def write(folder: Path, config: dict) -> str:
 
 # Truncation, vectors, recall, prediction of frames and of vectors; few steps, since Adam turns rounding into steps
 # where a gradient is nearly zero.
-SLOW = {"initial": 2e-5, "final": 2e-5, "max_decay_steps": 1, "power": 1.0}
+SLOW = {"initial": 1e-5, "final": 1e-5, "max_decay_steps": 1, "power": 1.0}
 TASKS = {
     "vector": small("poc_memory_env", normalize_observations=True, prediction_coefficient=0.1),
     "visual": small("minigrid", prediction_coefficient=0.1, recall_coefficient=0.2, learning_rate_schedule=SLOW),
