@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 def sinusoid(angle_steps: Tensor, embed_dim: int) -> Tensor:
     """Return (N, embed_dim) sines then cosines of `angle_steps`·10000^(−2i/D) (Vaswani et al. 2017, section 3.5)."""
-    frequencies = 10000.0 ** (-torch.arange(0, embed_dim, 2, dtype=torch.float32) / embed_dim)
+    exponents = torch.arange(0, embed_dim, 2, dtype=torch.float32, device=angle_steps.device) / embed_dim
+    frequencies = 10000.0**-exponents
     angles = angle_steps.float()[:, None] * frequencies
     return torch.cat((angles.sin(), angles.cos()), dim=1)
 
@@ -216,10 +217,13 @@ class Transformer(nn.Module):
     def place(self, embedded: Tensor, step: Tensor) -> Tensor:
         """Return (N, D): embedded observations (N, D), with the position of their episode step (N,) if so configured.
 
-        Where only memory items carry positions, as in the reference, a query has to infer its own step.
+        Where only memory items carry positions, as in the reference, a query has to infer its own step; where distances
+        stand for them, neither a query nor an item knows it, and what was shown when is not told but by counting.
         """
         if not self.query_position:
             return embedded
+        if self.encoding == "relative":
+            return embedded + sinusoid(step, self.embed_dim)
         # What a time limit leaves behind the last step stands where that step stood.
         return embedded + F.embedding(step.clamp(max=len(self.position) - 1), self.position)
 

@@ -35,8 +35,7 @@ class TransformerConfig(Declared):
     )
     query_position: Flag = Field(
         False,
-        description="The current step's own position is added to the embedded observation, for absolute and learned "
-        "positions.",
+        description="The current step's own position is added to the embedded observation; not without positions.",
     )
     layer_norm: Literal["", "pre", "post"] = Field(
         "pre", description="Where layers are normalised: nowhere, before or after attention and projection."
@@ -343,10 +342,9 @@ def _check_rules(config: Config) -> list[str]:
         problems.append(f"transformer.embed_dim: {embed_dim} should be divisible by transformer.num_heads, {heads}")
     if embed_dim % 2:
         problems.append(f"transformer.embed_dim: {embed_dim} should be even")
-    if transformer.query_position and transformer.positional_encoding not in ("absolute", "learned"):
+    if transformer.query_position and transformer.positional_encoding == "":
         problems.append(
-            "transformer.query_position: True should come with 'absolute' or 'learned' positions, "
-            f"transformer.positional_encoding is {transformer.positional_encoding!r}"
+            "transformer.query_position: True should come with positions, transformer.positional_encoding is ''"
         )
     samples, minibatches = config.n_workers * config.worker_steps, config.n_mini_batch
     if samples % minibatches:
