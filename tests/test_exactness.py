@@ -277,7 +277,7 @@ def test_memory_longer_than_any_episode(encoding):
 
 
 @pytest.mark.parametrize("gtrxl", (False, True))
-@pytest.mark.parametrize("encoding", ("absolute", "learned"))
+@pytest.mark.parametrize("encoding", ("absolute", "learned", "relative"))
 def test_rollouts_with_the_position_of_the_query(encoding, gtrxl):
     """The query's own position counts in what is predicted, remembered and, where it is learned, differentiated."""
     changes = {"positional_encoding": encoding, "query_position": True, "gtrxl": gtrxl, "max_episode_steps": 9}
@@ -471,7 +471,13 @@ RUNS = {
     # Some episodes fall over, the others are cut off.
     "CartPole": (
         {"type": "Gymnasium", "name": "CartPole-v1", "max_episode_steps": 12},
-        {"memory_length": 14, "positional_encoding": "relative", "layer_norm": "pre", "gtrxl": False},
+        {
+            "memory_length": 14,
+            "positional_encoding": "relative",
+            "query_position": True,
+            "layer_norm": "pre",
+            "gtrxl": False,
+        },
         {"prediction_coefficient": 0.5},
     ),
     "Minigrid": (

@@ -74,7 +74,9 @@ def sinusoid(angles_at: Tensor, dimension: int) -> Tensor:
 
 
 def position_of(parameters: Parameters, config: Config, steps: Tensor) -> Tensor:
-    """The encoding (..., D) of episode steps (...), where the config asks for an absolute or a learned one."""
+    """The encoding (..., D) of episode steps (...)."""
+    if config["positional_encoding"] == "relative":
+        return sinusoid(steps, config["embed_dim"])  # distances need no longest episode, neither do steps
     if config["positional_encoding"] == "absolute":
         remaining = config["max_episode_steps"] - 1 - steps
         return sinusoid(remaining, config["embed_dim"])
@@ -93,8 +95,9 @@ def add_own_position(parameters: Parameters, config: Config, embedded: Tensor, s
     """Adds the encoding of the samples' own episode steps (N,) to h0 (N, D), where the config asks for it."""
     if not config.get("query_position", False):
         return embedded
-    # What a time limit leaves behind the last step stands where that step stood.
-    steps = steps.clamp(max=config["max_episode_steps"] - 1)
+    if config["positional_encoding"] != "relative":
+        # What a time limit leaves behind the last step stands where that step stood.
+        steps = steps.clamp(max=config["max_episode_steps"] - 1)
     return embedded + position_of(parameters, config, steps).to(embedded.dtype)
 
 
