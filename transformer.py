@@ -217,8 +217,8 @@ class Transformer(nn.Module):
     def place(self, embedded: Tensor, step: Tensor) -> Tensor:
         """Return (N, D): embedded observations (N, D), with the position of their episode step (N,) if so configured.
 
-        Where only memory items carry positions, as in the reference, a query has to infer its own step; where distances
-        stand for them, neither a query nor an item knows it, and what was shown when is not told but by counting.
+        Where only memory items carry positions, as in the reference, a query has to infer its own step. With the
+        relative encoding neither knows its step, only the distance between them is told.
         """
         if not self.query_position:
             return embedded
