@@ -24,7 +24,8 @@ class Pulse:
     """
 
     def __init__(self, store: Any, rank: int, size: int) -> None:
-        self.store, self.rank, self.size = store, rank, size
+        # A connection of its own: while one thread waits for an entry, the others cannot use the connection it waits on.
+        self.store, self.rank, self.size = store.clone(), rank, size
         self.stopping = False
         self.how_to_go_on = ""  # is added to what is said where a process is lost
         self._calling_off, self._over = False, threading.Event()

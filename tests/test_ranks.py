@@ -298,6 +298,16 @@ def test_what_cannot_start_says_why(tmp_path, changes, patch, message):
     assert not list(tmp_path.glob("checkpoints/*"))
 
 
+# The first sign of life is late: a process that waits for others must not keep its own from being heard.
+LATE = "run.pulse.Pulse._beat = lambda pulse, beat=run.pulse.Pulse._beat: (time.sleep(pulse.rank), beat(pulse))"
+
+
+def test_one_is_late_with_its_first_sign_of_life(tmp_path):
+    command = ["-c", START.format(f"import time, run.pulse; {LATE}"), write(tmp_path, LONG | {"updates": 1}), "--cpu"]
+    ranks = Ranks(tmp_path, [command] * 2)
+    assert ranks.finish() == [0, 0], ranks.text()
+
+
 @pytest.mark.slow
 def test_the_others_never_come(tmp_path):
     ranks = train(tmp_path, 1, write(tmp_path, LONG), WORLD_SIZE="2")
