@@ -344,7 +344,8 @@ def _check_rules(config: Config) -> list[str]:
         problems.append(f"transformer.embed_dim: {embed_dim} should be even")
     if transformer.query_position and transformer.positional_encoding == "":
         problems.append(
-            "transformer.query_position: True should come with transformer.positional_encoding, which is ''"
+            "transformer.query_position: True should come with a transformer.positional_encoding: "
+            "absolute, learned or relative"
         )
     samples, minibatches = config.n_workers * config.worker_steps, config.n_mini_batch
     if samples % minibatches:

@@ -238,7 +238,10 @@ def test_rules_between_keys():
     config = with_value("transformer.positional_encoding", "")
     config["transformer"]["query_position"] = True
     (line,) = problems(config)
-    assert line == "transformer.query_position: True should come with transformer.positional_encoding, which is ''"
+    assert line == (
+        "transformer.query_position: True should come with a transformer.positional_encoding: "
+        "absolute, learned or relative"
+    )
     for encoding in ("absolute", "learned", "relative"):
         config["transformer"]["positional_encoding"] = encoding
         assert check_config(config, "").transformer.query_position is True
