@@ -4,13 +4,14 @@ Usage:
     popgym_table [options]
 
 What is there already is not done again, so it may be interrupted at any time:
-finished runs are skipped, others resumed from their newest checkpoint.
+finished runs are skipped, others resumed from their newest checkpoint. A run that is to be
+longer than what is there is done anew, since its schedules are longer, too.
 Options:
     --seeds=<n>      Runs of each task, with the seeds 1 to n [default: 3].
-    --tasks=<text>   Only tasks whose names contain it, such as Easy.
+    --tasks=<names>  Only tasks whose names contain one of these, such as Easy,CountRecall.
     --parallel=<n>   Runs at a time, a core each; by default one per core.
     --config=<file>  Setting of all runs [default: configs/popgym.yaml].
-    --updates=<n>    Updates of each run, by default the config's.
+    --updates=<n>    Updates of each run and, in proportion, of its schedules; by default the config's.
     --output=<file>  Write <file>.csv and <file>.md [default: docs/results/popgym].
     -h --help        Show this.
 
@@ -24,6 +25,7 @@ import os
 import subprocess
 import sys
 import threading
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -33,6 +35,7 @@ import numpy as np
 
 from run.checkpoint import list_checkpoints, write_file
 from run.cli import arguments_of, command_line, output_file, whole_number
+from run.config import Schedule, load_config
 from run.folders import run_paths
 from utils import UserError
 
@@ -57,23 +60,32 @@ def main() -> None:
     """Parse the command line, carry out the runs that are missing, and write the table."""
     arguments = arguments_of(__doc__)
     seeds = whole_number(arguments, "--seeds", 1, 1000)
-    updates = whole_number(arguments, "--updates", 1)
+    config = load_config(arguments["--config"])
+    updates = whole_number(arguments, "--updates", 1) or config.updates
     output = output_file(arguments, "--output", ("",))
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [-1] * (os.cpu_count() or 1)
     parallel = whole_number(arguments, "--parallel", 1, len(cores)) or len(cores)
     if importlib.util.find_spec("popgym") is None:
         raise UserError("POPGym is not installed: pip install popgym")
     published = read_published()
-    tasks = [task for task in task_names(published) if (arguments["--tasks"] or "") in task]
+    names = (arguments["--tasks"] or "").split(",")
+    tasks = [task for task in task_names(published) if any(name in task for name in names)]
     if not tasks:
-        raise UserError(f"--tasks: no task's name contains {arguments['--tasks']!r}")
-    table = Table(output, published)
-    runs = [(task, seed) for seed in range(1, seeds + 1) for task in tasks if (task, seed) not in table.rows]
+        raise UserError(f"--tasks: no task's name contains any of {', '.join(names)}")
+    table, steps = Table(output, published), updates * config.n_workers * config.worker_steps
+    runs = [(task, seed) for seed in range(1, seeds + 1) for task in tasks if table.steps(task, seed) < steps]
+    # What differs from the config, for runs of another length.
+    lengths = [f"--set=updates={updates}"] + [
+        f"--set={name}.max_decay_steps={round(schedule.max_decay_steps * updates / config.updates)}"
+        for name, schedule in config
+        if isinstance(schedule, Schedule)
+    ]
+    start = [f"--config={arguments['--config']}", *(lengths if updates != config.updates else ())]
     free: SimpleQueue = SimpleQueue()
     for core in cores[:parallel]:
         free.put(core)
     with ThreadPoolExecutor(parallel) as pool:
-        failures = list(pool.map(partial(carry_out, table, free, arguments["--config"], updates), runs))
+        failures = list(pool.map(partial(carry_out, table, free, start), runs))
     table.write()
     if any(failures):
         sys.exit(1)
@@ -96,14 +108,15 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def carry_out(table: "Table", free: SimpleQueue, config: str, updates: int | None, run: tuple[str, int]) -> bool:
-    """Train and evaluate one run on a core that is free; return whether that failed."""
+def carry_out(table: "Table", free: SimpleQueue, start: list[str], run: tuple[str, int]) -> bool:
+    """Train and evaluate one run, started with some options, on a core that is free; return whether that failed."""
     task, seed = run
     core = free.get()
     try:
         print(f"{task}, seed {seed}", file=sys.stderr, flush=True)
-        run_id = f"popgym-{task}-{seed}"
-        train(run_id, task, seed, config, updates, core)
+        # Of a run with other options, a checkpoint is not gone on from.
+        run_id = f"popgym-{task}-{seed}-{zlib.crc32(' '.join(start).encode()):08x}"
+        train(run_id, task, seed, start, core)
         table.add({"task": task, "seed": seed} | training_figures(run_id) | evaluation_figures(run_id, core))
     except Failed as failure:
         print(f"{task}, seed {seed}: {failure}", file=sys.stderr, flush=True)
@@ -113,14 +126,12 @@ def carry_out(table: "Table", free: SimpleQueue, config: str, updates: int | Non
     return False
 
 
-def train(run_id: str, task: str, seed: int, config: str, updates: int | None, core: int) -> None:
-    """Train a run to its end, from its newest checkpoint if it has one."""
+def train(run_id: str, task: str, seed: int, start: list[str], core: int) -> None:
+    """Train a run to its end, from its newest checkpoint if it has one, else started with some options."""
     options = [f"--resume={run_id}"]
     if not list_checkpoints(run_paths(run_id)[1]):
         name = f"environment.name=popgym:popgym-{task}-v0"
-        options = [f"--run-id={run_id}", "--overwrite", f"--seed={seed}", f"--config={config}", f"--set={name}"]
-    if updates is not None:
-        options.append(f"--updates={updates}")
+        options = [f"--run-id={run_id}", "--overwrite", f"--seed={seed}", *start, f"--set={name}"]
     command("train.py", *options, core=core, log=run_id)
 
 
@@ -189,6 +200,10 @@ class Table:
         self.lock = threading.Lock()
         if self.path.exists():
             self.rows = {(row["task"], int(row["seed"])): row for row in read_rows(self.path)}
+
+    def steps(self, task: str, seed: int) -> int:
+        """Return how long the run is that is there, 0 if there is none."""
+        return int(self.rows.get((task, seed), {"steps": 0})["steps"])
 
     def add(self, row: dict) -> None:
         """Keep a run's figures, by the names of `COLUMNS`, at once."""
