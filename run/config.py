@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 from typing_extensions import get_type_hints, is_typeddict
 
 from environments.section import Declared, Environment, Flag, Number, Schedule, Section, Whole, Words
-from utils import UserError
+from utils import UserError, polynomial_decay
 
 
 class TransformerConfig(Declared):
@@ -113,6 +113,10 @@ class Config(Declared):
         0, ge=0, le=10**9, description="Updates between histograms of the weights; 0 is never."
     )
     transformer: TransformerConfig = Field(description="The shape of the transformer and of its memory.")
+    gamma_schedule: Schedule | None = Field(
+        None,
+        description="A discount that changes, and takes the place of `gamma` (François-Lavet et al. 2015).",
+    )
     learning_rate_schedule: Schedule = Field(description="Learning rate of AdamW.")
     beta_schedule: Schedule = Field(
         Schedule(initial=1e-4, final=1e-6, max_decay_steps=10000), description="Coefficient of the entropy bonus."
@@ -126,6 +130,10 @@ class Config(Declared):
         description="Added to the training reward (not to the reported one) for each observation that the running "
         "episode has not shown yet, byte by byte; meant for grid worlds.",
     )
+
+    def discount(self, update: int) -> float:
+        """Return γ behind a number of finished updates."""
+        return self.gamma if self.gamma_schedule is None else polynomial_decay(self.gamma_schedule, update)
 
     @model_validator(mode="before")
     @classmethod
@@ -246,7 +254,8 @@ def fields_of(field: FieldInfo) -> Mapping[str, FieldInfo]:
     if is_typeddict(kind):
         hints = get_type_hints(kind, include_extras=True)
         return {key: FieldInfo.from_annotation(hint) for key, hint in hints.items()}
-    return kind.model_fields if isinstance(kind, type) and issubclass(kind, BaseModel) else {}
+    kinds = get_args(kind) or (kind,)  # of what may be left out
+    return next((one.model_fields for one in kinds if isinstance(one, type) and issubclass(one, BaseModel)), {})
 
 
 def describe(field: FieldInfo) -> str:
@@ -347,6 +356,9 @@ def _check_rules(config: Config) -> list[str]:
             "transformer.query_position: True should come with a transformer.positional_encoding: "
             "absolute, learned or relative"
         )
+    discounts = config.gamma_schedule
+    if discounts is not None and max(discounts.initial, discounts.final) > 1:
+        problems.append(f"gamma_schedule: {max(discounts.initial, discounts.final)} should be at most 1")
     samples, minibatches = config.n_workers * config.worker_steps, config.n_mini_batch
     if samples % minibatches:
         problems.append(f"n_mini_batch: {minibatches} should divide n_workers·worker_steps, {samples}")

@@ -24,7 +24,7 @@ class Pulse:
     """
 
     def __init__(self, store: Any, rank: int, size: int) -> None:
-        # A connection of its own: while one thread waits for an entry, the others cannot use the connection it waits on.
+        # A connection of its own: while a thread waits for an entry, no other can use the connection it waits on.
         self.store, self.rank, self.size = store.clone(), rank, size
         self.stopping = False
         self.how_to_go_on = ""  # is added to what is said where a process is lost

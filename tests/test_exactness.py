@@ -466,7 +466,7 @@ RUNS = {
             "gtrxl": True,
             "gtrxl_bias": 1,
         },
-        {"prediction_coefficient": 0.3},
+        {"prediction_coefficient": 0.3, "gamma_schedule": {"initial": 0.9, "final": 0.98, "max_decay_steps": 2}},
     ),
     # Some episodes fall over, the others are cut off.
     "CartPole": (
@@ -633,8 +633,9 @@ class CheckedTrainer(PPOTrainer):
             observation = buffer.observations.gather(np.array([index]))[0]
             final_values[worker, t] = history.predict(self.parameters, observation, final).value
         happened = [torch.tensor(array) for array in (buffer.rewards, buffer.terminated, buffer.truncated)]
+        gamma = self.config.gamma if self.config.gamma_schedule is None else (0.9, 0.94, 0.98)[self.update]
         expected = textbook.gae_truncation(
-            *happened, buffer.values.double(), final_values, last.value, self.config.gamma, self.config.lamda
+            *happened, buffer.values.double(), final_values, last.value, gamma, self.config.lamda
         )
         assert_close(buffer.advantages, expected)
 
