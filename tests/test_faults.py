@@ -1289,7 +1289,7 @@ def test_flags(tmp_path):
 
 @pytest.mark.slow
 def test_compile(tmp_path):
-    code, said = run(tmp_path, small_config(toy("Toy"), 2), "--compile")
+    code, said = run(tmp_path, small_config(toy("Toy"), 2, prediction_coefficient=0.1), "--compile")
     assert code == 0, said
     checkpoint.load_model(tmp_path / "models" / "run.nn", torch.device("cpu"))
 
