@@ -8,7 +8,7 @@ finished runs are skipped, others resumed from their newest checkpoint. A run th
 longer than what is there is done anew, since its schedules are longer, too.
 Options:
     --seeds=<n>      Runs of each task, with the seeds 1 to n [default: 3].
-    --tasks=<names>  Only tasks whose names contain one of these, such as Easy,CountRecall.
+    --tasks=<names>  Only these, or those whose names contain one of these, such as Easy,CountRecallHard.
     --parallel=<n>   Runs at a time, a core each; by default one per core.
     --config=<file>  Setting of all runs [default: configs/popgym.yaml].
     --updates=<n>    Updates of each run and, in proportion, of its schedules; by default the config's.
@@ -46,6 +46,8 @@ FAMILIES = (
     "RepeatFirst", "RepeatPrevious", "VelocityOnlyCartpole",
 )  # fmt: skip
 COLUMNS = ("task", "seed", "steps", "mmer", "mmer_65536", "reward_mean", "reward_low", "reward_high", "seconds")
+# What is set beside published figures.
+FIGURES = {"mmer_65536": "MMER (65,536 steps)", "mmer": "MMER", "reward_mean": "final evaluation"}
 # Episodes that a mean return is taken over at least, as in POPGym.
 EPISODES = 100
 # Steps of one of POPGym's updates: the best of many short means is larger than the best of few long ones.
@@ -69,7 +71,8 @@ def main() -> None:
         raise UserError("POPGym is not installed: pip install popgym")
     published = read_published()
     names = (arguments["--tasks"] or "").split(",")
-    tasks = [task for task in task_names(published) if any(name in task for name in names)]
+    known = task_names(published)
+    tasks = [task for task in known if any(name == task if name in known else name in task for name in names)]
     if not tasks:
         raise UserError(f"--tasks: no task's name contains any of {', '.join(names)}")
     table, steps = Table(output, published), updates * config.n_workers * config.worker_steps
@@ -223,23 +226,38 @@ class Table:
     def lines(self) -> list[str]:
         """Return the lines of the Markdown table."""
         lines = [
-            "| task | seeds | steps | MMER (65,536 steps) | MMER | final evaluation | published GRU | published best |",
+            f"| task | seeds | steps | {' | '.join(FIGURES.values())} | published GRU | published best |",
             "|---|---|---|---|---|---|---|---|",
         ]
         for task in sorted({task for task, _ in self.rows}):
             rows = [row for (name, _), row in self.rows.items() if name == task]
-            cells = [mean_of(rows, name) for name in ("mmer_65536", "mmer", "reward_mean")]
+            cells = [mean_and_deviation(rows, name) for name in FIGURES]
             known = self.published.get(task, {"gru_mmer": "–", "best_mmer": "–", "best_model": ""})
             best = f"{known['best_mmer']} {known['best_model']}".rstrip()
             steps = "–".join(f"{steps:,}" for steps in sorted({int(row["steps"]) for row in rows}))
             lines.append(f"| {' | '.join((task, str(len(rows)), steps, *cells, known['gru_mmer'], best))} |")
-        return lines
+        reached = ", ".join(f"{self.reached(name)} by {what}" for name, what in FIGURES.items())
+        return [*lines, "", f"At or above the best published figure of its {len(self.published)} tasks: {reached}."]
+
+    def reached(self, name: str) -> int:
+        """Return how many tasks are at or above the best published figure, which has three decimals."""
+        tasks = {task: [row for (other, _), row in self.rows.items() if other == task] for task in self.published}
+        return sum(
+            round(mean_of(rows, name), 3) >= float(self.published[task]["best_mmer"])
+            for task, rows in tasks.items()
+            if rows
+        )
 
 
-def mean_of(rows: list[dict], name: str) -> str:
+def mean_of(rows: list[dict], name: str) -> float:
+    """Return the mean over runs."""
+    return float(np.mean([float(row[name]) for row in rows]))
+
+
+def mean_and_deviation(rows: list[dict], name: str) -> str:
     """Return mean and standard deviation over runs, as text."""
-    values = np.array([float(row[name]) for row in rows])
-    return f"{values.mean():.3f}" + (f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else "")
+    values = [float(row[name]) for row in rows]
+    return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
 
 
 if __name__ == "__main__":
