@@ -35,7 +35,7 @@ import numpy as np
 
 from run.checkpoint import list_checkpoints, write_file
 from run.cli import arguments_of, command_line, output_file, whole_number
-from run.config import Schedule, load_config
+from run.config import Config, Schedule, load_config
 from run.folders import run_paths
 from utils import UserError
 
@@ -70,20 +70,10 @@ def main() -> None:
     if importlib.util.find_spec("popgym") is None:
         raise UserError("POPGym is not installed: pip install popgym")
     published = read_published()
-    names = (arguments["--tasks"] or "").split(",")
-    known = task_names(published)
-    tasks = [task for task in known if any(name == task if name in known else name in task for name in names)]
-    if not tasks:
-        raise UserError(f"--tasks: no task's name contains any of {', '.join(names)}")
+    tasks = chosen_tasks(arguments["--tasks"] or "", task_names(published))
     table, steps = Table(output, published), updates * config.n_workers * config.worker_steps
     runs = [(task, seed) for seed in range(1, seeds + 1) for task in tasks if table.steps(task, seed) < steps]
-    # What differs from the config, for runs of another length.
-    lengths = [f"--set=updates={updates}"] + [
-        f"--set={name}.max_decay_steps={round(schedule.max_decay_steps * updates / config.updates)}"
-        for name, schedule in config
-        if isinstance(schedule, Schedule)
-    ]
-    start = [f"--config={arguments['--config']}", *(lengths if updates != config.updates else ())]
+    start = [f"--config={arguments['--config']}", *changes_of_length(config, updates)]
     free: SimpleQueue = SimpleQueue()
     for core in cores[:parallel]:
         free.put(core)
@@ -92,6 +82,31 @@ def main() -> None:
     table.write()
     if any(failures):
         sys.exit(1)
+
+
+def chosen_tasks(text: str, known: list[str]) -> list[str]:
+    """Return the tasks that are named, in whole or in part, in a text with commas.
+
+    Raises:
+        UserError: if there are none.
+    """
+    names = text.split(",")
+    tasks = [task for task in known if any(name == task if name in known else name in task for name in names)]
+    if not tasks:
+        raise UserError(f"--tasks: no task's name contains any of {', '.join(names)}")
+    return tasks
+
+
+def changes_of_length(config: Config, updates: int) -> list[str]:
+    """Return the options with which a run has so many updates and schedules in proportion, none where it has anyway."""
+    if updates == config.updates:
+        return []
+    lengths = {
+        f"{name}.max_decay_steps": round(schedule.max_decay_steps * updates / config.updates)
+        for name, schedule in config
+        if isinstance(schedule, Schedule)
+    }
+    return [f"--set={name}={value}" for name, value in {"updates": updates, **lengths}.items()]
 
 
 def task_names(published: dict[str, dict[str, str]]) -> list[str]:
