@@ -172,6 +172,8 @@ class Player:
         self.model, self.config, self.task, self.deterministic, self.render = model, config, task, deterministic, render
         self.max_steps = math.inf if max_steps is None else max_steps
         self.steps = 0  # of the running episode
+        # Rewards are shown as they are reported, not as they are learned from.
+        self.reward_scale = getattr(config.environment, "reward_scale", 1.0)
         self.env = create_env(config.environment, "rgb_array" if render else None)
         self.arrays = SharedArrays(1, task, multiprocessing.get_context("spawn"))
 
@@ -215,12 +217,12 @@ class Player:
             prediction, actions = agent.act(self.arrays, slice(0, 1))
             attention = past_attention(prediction, min(self.steps, agent.timeline.length))
             vector = None if self.arrays.vectors is None else self.arrays.vectors[0].copy()
-            value = float(prediction.value[0])
+            value = float(prediction.value[0]) / self.reward_scale
             moment = Moment(self.steps, *self._pictures(), actions[0], value, total, attention, vector)
             yield moment
             self.steps += 1
             observation, reward, terminated, truncated, info = checked_step(self.env, actions[0], self.task)
-            total, ended = total + float(reward), terminated or truncated
+            total, ended = total + float(reward) / self.reward_scale, terminated or truncated
             agent.count_step(slice(0, 1), np.array([ended]))
         cut = {} if ended else self.env.numbers_so_far() | {"cut": 1.0}
         numbers = episode_numbers(info) | cut
