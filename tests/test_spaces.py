@@ -262,6 +262,8 @@ def test_what_is_not_possible_is_said_in_one_line(entries, named):
     ],
 )
 def test_names_that_lead_nowhere(name, named):
+    if name.startswith("popgym") and name in gymnasium.registry:
+        pytest.skip("POPGym is installed, and another test imported it")
     with pytest.raises(ValueError) as error:
         GymnasiumEnv(section(name))
     for part in (repr(name)[:10], *named):
