@@ -223,6 +223,10 @@ class Table:
         """Return how long the run is that is there, 0 if there is none."""
         return int(self.rows.get((task, seed), {"steps": 0})["steps"])
 
+    def runs_of(self, task: str) -> list[dict]:
+        """Return the rows of a task, one per seed."""
+        return [row for (name, _), row in self.rows.items() if name == task]
+
     def add(self, row: dict) -> None:
         """Keep a run's figures, by the names of `COLUMNS`, at once."""
         with self.lock:
@@ -245,7 +249,7 @@ class Table:
             "|---|---|---|---|---|---|---|---|",
         ]
         for task in sorted({task for task, _ in self.rows}):
-            rows = [row for (name, _), row in self.rows.items() if name == task]
+            rows = self.runs_of(task)
             cells = [mean_and_deviation(rows, name) for name in FIGURES]
             known = self.published.get(task, {"gru_mmer": "–", "best_mmer": "–", "best_model": ""})
             best = f"{known['best_mmer']} {known['best_model']}".rstrip()
@@ -256,11 +260,10 @@ class Table:
 
     def reached(self, name: str) -> int:
         """Return how many tasks are at or above the best published figure, which has three decimals."""
-        tasks = {task: [row for (other, _), row in self.rows.items() if other == task] for task in self.published}
         return sum(
-            round(mean_of(rows, name), 3) >= float(self.published[task]["best_mmer"])
-            for task, rows in tasks.items()
-            if rows
+            round(mean_of(rows, name), 3) >= float(known["best_mmer"])
+            for task, known in self.published.items()
+            if (rows := self.runs_of(task))
         )
 
 
@@ -271,8 +274,8 @@ def mean_of(rows: list[dict], name: str) -> float:
 
 def mean_and_deviation(rows: list[dict], name: str) -> str:
     """Return mean and standard deviation over runs, as text."""
-    values = [float(row[name]) for row in rows]
-    return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
+    deviation = f" ± {np.std([float(row[name]) for row in rows], ddof=1):.3f}" if len(rows) > 1 else ""
+    return f"{mean_of(rows, name):.3f}{deviation}"
 
 
 if __name__ == "__main__":
