@@ -74,11 +74,13 @@ def main() -> None:
     table, steps = Table(output, published), updates * config.n_workers * config.worker_steps
     runs = [(task, seed) for seed in range(1, seeds + 1) for task in tasks if table.steps(task, seed) < steps]
     start = [f"--config={arguments['--config']}", *changes_of_length(config, updates)]
+    # From the checkpoint of a run with another setting, a run does not go on.
+    mark = f"{zlib.crc32(' '.join([config.model_dump_json(), *start]).encode()):08x}"
     free: SimpleQueue = SimpleQueue()
     for core in cores[:parallel]:
         free.put(core)
     with ThreadPoolExecutor(parallel) as pool:
-        failures = list(pool.map(partial(carry_out, table, free, start), runs))
+        failures = list(pool.map(partial(carry_out, table, free, start, mark), runs))
     table.write()
     if any(failures):
         sys.exit(1)
@@ -126,14 +128,21 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def carry_out(table: "Table", free: SimpleQueue, start: list[str], run: tuple[str, int]) -> bool:
-    """Train and evaluate one run, started with some options, on a core that is free; return whether that failed."""
+def carry_out(table: "Table", free: SimpleQueue, start: list[str], mark: str, run: tuple[str, int]) -> bool:
+    """Train and evaluate one run on a core that is free; return whether that failed.
+
+    Args:
+        table: takes what it reached.
+        free: cores, of which one is taken meanwhile.
+        start: options of a run that starts.
+        mark: tells runs of this setting from others.
+        run: task and seed.
+    """
     task, seed = run
     core = free.get()
     try:
         print(f"{task}, seed {seed}", file=sys.stderr, flush=True)
-        # Of a run with other options, a checkpoint is not gone on from.
-        run_id = f"popgym-{task}-{seed}-{zlib.crc32(' '.join(start).encode()):08x}"
+        run_id = f"popgym-{task}-{seed}-{mark}"
         train(run_id, task, seed, start, core)
         table.add({"task": task, "seed": seed} | training_figures(run_id) | evaluation_figures(run_id, core))
     except Failed as failure:
