@@ -102,7 +102,6 @@ class Buffer:
         shape = (self.n_workers, self.worker_steps)
         self.all_samples = config.n_workers * self.worker_steps
         self.own_samples = range(own.start * self.worker_steps, own.stop * self.worker_steps)
-        self.lamda = config.lamda
         self.normalize_advantages = config.normalize_advantages
         self.minibatch_size = self.all_samples // config.n_mini_batch
         # As many queries per group as a minibatch has on average in a stretch.
@@ -172,12 +171,13 @@ class Buffer:
             next_values[place] = value
         return next_values
 
-    def compute_advantages(self, next_values: Tensor, gamma: float) -> None:
+    def compute_advantages(self, next_values: Tensor, gamma: float, lamda: float) -> None:
         """Fill `advantages` by generalised advantage estimation (Schulman et al. 2016, eq. 16).
 
         Args:
             next_values: (W, T) of `bootstrap`; where an episode was truncated, the value of its final observation.
             gamma: γ of this rollout.
+            lamda: λ of this rollout.
         """
         advantages = generalised_advantages(
             torch.from_numpy(self.rewards),
@@ -186,7 +186,7 @@ class Buffer:
             self.values.cpu(),
             next_values,
             gamma,
-            self.lamda,
+            lamda,
         )
         self.advantages.copy_(advantages)
         self.all_advantages = self.world.join_rows(self.advantages).flatten()

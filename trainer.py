@@ -190,7 +190,7 @@ class PPOTrainer:
             buffer.last_index = buffer.observations.add(self.workers.arrays, slice(0, buffer.n_workers))
             with torch.no_grad():
                 next_values = buffer.bootstrap(self.model, self.step)
-        buffer.compute_advantages(next_values, config.discount(self.update))
+        buffer.compute_advantages(next_values, config.discount(self.update), config.trace_decay(self.update))
         if self.compares:
             buffer.number_frames()
         for task in self.tasks.values():

@@ -117,6 +117,7 @@ class Config(Declared):
         None,
         description="A discount that changes, and takes the place of `gamma` (François-Lavet et al. 2015).",
     )
+    lamda_schedule: Schedule | None = Field(None, description="A λ that changes, and takes the place of `lamda`.")
     learning_rate_schedule: Schedule = Field(description="Learning rate of AdamW.")
     beta_schedule: Schedule = Field(
         Schedule(initial=1e-4, final=1e-6, max_decay_steps=10000), description="Coefficient of the entropy bonus."
@@ -134,6 +135,10 @@ class Config(Declared):
     def discount(self, update: int) -> float:
         """Return γ behind a number of finished updates."""
         return self.gamma if self.gamma_schedule is None else polynomial_decay(self.gamma_schedule, update)
+
+    def trace_decay(self, update: int) -> float:
+        """Return λ behind a number of finished updates."""
+        return self.lamda if self.lamda_schedule is None else polynomial_decay(self.lamda_schedule, update)
 
     @model_validator(mode="before")
     @classmethod
@@ -356,9 +361,10 @@ def _check_rules(config: Config) -> list[str]:
             "transformer.query_position: True should come with a transformer.positional_encoding: "
             "absolute, learned or relative"
         )
-    discounts = config.gamma_schedule
-    if discounts is not None and max(discounts.initial, discounts.final) > 1:
-        problems.append(f"gamma_schedule: {max(discounts.initial, discounts.final)} should be at most 1")
+    for name in ("gamma_schedule", "lamda_schedule"):
+        schedule = getattr(config, name)
+        if schedule is not None and max(schedule.initial, schedule.final) > 1:
+            problems.append(f"{name}: {max(schedule.initial, schedule.final)} should be at most 1")
     samples, minibatches = config.n_workers * config.worker_steps, config.n_mini_batch
     if samples % minibatches:
         problems.append(f"n_mini_batch: {minibatches} should divide n_workers·worker_steps, {samples}")

@@ -51,6 +51,7 @@ def update_scalars(trainer: "PPOTrainer", statistics: Tensor, seconds: np.ndarra
     for name in ("learning_rate", "clip_range", "beta", "novelty"):
         scalars[f"training/{name}"] = polynomial_decay(getattr(config, f"{name}_schedule"), trainer.update - 1)
     scalars["training/gamma"] = config.discount(trainer.update - 1)
+    scalars["training/lamda"] = config.trace_decay(trainer.update - 1)
     scalars["performance/distinct_observations"] = len(buffer.observations)
     for name, duration in zip(("sampling", "optimisation", "update"), (*seconds, seconds.sum()), strict=True):
         scalars[f"performance/{name}_steps_per_second"] = trainer.samples / duration

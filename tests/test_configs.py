@@ -233,8 +233,9 @@ def test_all_problems_are_said_at_once():
 def test_rules_between_keys():
     (line,) = problems(with_value("transformer.num_heads", 3))
     assert line == "transformer.embed_dim: 64 should be divisible by transformer.num_heads, 3"
-    (line,) = problems(with_value("gamma_schedule", {"initial": 0.9, "final": 1.2, "max_decay_steps": 5}))
-    assert line == "gamma_schedule: 1.2 should be at most 1"
+    for name in ("gamma_schedule", "lamda_schedule"):
+        (line,) = problems(with_value(name, {"initial": 0.9, "final": 1.2, "max_decay_steps": 5}))
+        assert line == f"{name}: 1.2 should be at most 1"
     (line,) = problems(with_value("n_mini_batch", 3))
     assert line == "n_mini_batch: 3 should divide n_workers·worker_steps, 2048"
     config = with_value("transformer.positional_encoding", "")

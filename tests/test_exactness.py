@@ -466,7 +466,11 @@ RUNS = {
             "gtrxl": True,
             "gtrxl_bias": 1,
         },
-        {"prediction_coefficient": 0.3, "gamma_schedule": {"initial": 0.9, "final": 0.98, "max_decay_steps": 2}},
+        {
+            "prediction_coefficient": 0.3,
+            "gamma_schedule": {"initial": 0.9, "final": 0.98, "max_decay_steps": 2},
+            "lamda_schedule": {"initial": 0.7, "final": 0.9, "max_decay_steps": 2},
+        },
     ),
     # Some episodes fall over, the others are cut off.
     "CartPole": (
@@ -634,9 +638,8 @@ class CheckedTrainer(PPOTrainer):
             final_values[worker, t] = history.predict(self.parameters, observation, final).value
         happened = [torch.tensor(array) for array in (buffer.rewards, buffer.terminated, buffer.truncated)]
         gamma = self.config.gamma if self.config.gamma_schedule is None else (0.9, 0.94, 0.98)[self.update]
-        expected = textbook.gae_truncation(
-            *happened, buffer.values.double(), final_values, last.value, gamma, self.config.lamda
-        )
+        lamda = self.config.lamda if self.config.lamda_schedule is None else (0.7, 0.8, 0.9)[self.update]
+        expected = textbook.gae_truncation(*happened, buffer.values.double(), final_values, last.value, gamma, lamda)
         assert_close(buffer.advantages, expected)
 
     def check_loss(self, statistics: Tensor, samples: np.ndarray) -> None:

@@ -740,9 +740,9 @@ def poison_log_probability(trainer: PPOTrainer) -> None:
 def poison_advantage(trainer: PPOTrainer) -> None:
     true = trainer.buffer.compute_advantages
 
-    def compute(next_values, gamma):
+    def compute(next_values, gamma, lamda):
         next_values[0, 0] = float("inf")
-        true(next_values, gamma)
+        true(next_values, gamma, lamda)
 
     trainer.buffer.compute_advantages = compute
 
@@ -750,8 +750,8 @@ def poison_advantage(trainer: PPOTrainer) -> None:
 def poison_loss(trainer: PPOTrainer) -> None:
     true = trainer.buffer.compute_advantages
 
-    def compute(next_values, gamma):
-        true(next_values, gamma)
+    def compute(next_values, gamma, lamda):
+        true(next_values, gamma, lamda)
         trainer.buffer.advantages *= 1e30  # whose square is beyond float32
 
     trainer.buffer.compute_advantages = compute
