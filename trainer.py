@@ -23,7 +23,7 @@ from run.lifecycle import Keeper, StopRequest, check_finite, check_task
 from run.options import Options
 from run.report import collect_episodes, update_scalars
 from run.world import Interrupted
-from utils import derived_seed, inspect_environment, polynomial_decay, training_seed
+from utils import derived_seed, inspect_environment, training_seed
 from worker import EnvironmentFailure, Workers
 
 # What PPO reports of a minibatch, in this order; then come the auxiliary tasks, the total loss and gradient norms.
@@ -190,7 +190,8 @@ class PPOTrainer:
             buffer.last_index = buffer.observations.add(self.workers.arrays, slice(0, buffer.n_workers))
             with torch.no_grad():
                 next_values = buffer.bootstrap(self.model, self.step)
-        buffer.compute_advantages(next_values, config.discount(self.update), config.trace_decay(self.update))
+        gamma, lamda = (config.scheduled(name, self.update) for name in ("gamma", "lamda"))
+        buffer.compute_advantages(next_values, gamma, lamda)
         if self.compares:
             buffer.number_frames()
         for task in self.tasks.values():
@@ -234,9 +235,9 @@ class PPOTrainer:
     def optimise(self) -> Tensor:
         """Train on the rollout; return the statistics (minibatches, names) of all minibatches, still on the device."""
         config = self.config
-        self.optimizer.set_learning_rate(polynomial_decay(config.learning_rate_schedule, self.update))
-        clip_range = polynomial_decay(config.clip_range_schedule, self.update)
-        beta = polynomial_decay(config.beta_schedule, self.update)
+        self.optimizer.set_learning_rate(config.scheduled("learning_rate", self.update))
+        clip_range = config.scheduled("clip_range", self.update)
+        beta = config.scheduled("beta", self.update)
         use_threads(self.buffer.minibatch_size, config.transformer.embed_dim, self.threads)
         statistics = []
         for epoch in range(config.epochs):

@@ -132,13 +132,10 @@ class Config(Declared):
         "episode has not shown yet, byte by byte; meant for grid worlds.",
     )
 
-    def discount(self, update: int) -> float:
-        """Return γ behind a number of finished updates."""
-        return self.gamma if self.gamma_schedule is None else polynomial_decay(self.gamma_schedule, update)
-
-    def trace_decay(self, update: int) -> float:
-        """Return λ behind a number of finished updates."""
-        return self.lamda if self.lamda_schedule is None else polynomial_decay(self.lamda_schedule, update)
+    def scheduled(self, name: str, update: int) -> float:
+        """Return what `name`, such as gamma, is behind a number of finished updates: by its schedule, if it has one."""
+        schedule = getattr(self, f"{name}_schedule")
+        return getattr(self, name) if schedule is None else polynomial_decay(schedule, update)
 
     @model_validator(mode="before")
     @classmethod

@@ -6,7 +6,6 @@ import numpy as np
 from torch import Tensor
 
 from environments.numbers import count_missing_success, episode_scalars
-from utils import polynomial_decay
 
 if TYPE_CHECKING:
     from trainer import PPOTrainer
@@ -48,10 +47,8 @@ def update_scalars(trainer: "PPOTrainer", statistics: Tensor, seconds: np.ndarra
     scalars["training/advantage"] = advantages.mean().item()
     variance = returns.var()
     scalars["training/explained_variance"] = (1 - (returns - values).var() / variance.clamp(min=1e-8)).item()
-    for name in ("learning_rate", "clip_range", "beta", "novelty"):
-        scalars[f"training/{name}"] = polynomial_decay(getattr(config, f"{name}_schedule"), trainer.update - 1)
-    scalars["training/gamma"] = config.discount(trainer.update - 1)
-    scalars["training/lamda"] = config.trace_decay(trainer.update - 1)
+    for name in ("learning_rate", "clip_range", "beta", "novelty", "gamma", "lamda"):
+        scalars[f"training/{name}"] = config.scheduled(name, trainer.update - 1)
     scalars["performance/distinct_observations"] = len(buffer.observations)
     for name, duration in zip(("sampling", "optimisation", "update"), (*seconds, seconds.sum()), strict=True):
         scalars[f"performance/{name}_steps_per_second"] = trainer.samples / duration

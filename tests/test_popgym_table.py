@@ -43,4 +43,4 @@ def test_a_longer_run_has_longer_schedules():
     )
     assert longer.updates == 490
     for update in range(0, 250, 50):
-        assert longer.discount(2 * update) == pytest.approx(config.discount(update))
+        assert longer.scheduled("gamma", 2 * update) == pytest.approx(config.scheduled("gamma", update))
