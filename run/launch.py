@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+# Once imported, and optimisers do, it keeps the process group that there is for a default, and its threads until Python
+# has ended, which may abort the process: so it has to come first.
+import torch.distributed.nn
 import xxhash
 
 from run.checkpoint import package_versions
@@ -57,6 +61,8 @@ def together(arguments: dict) -> Iterator[tuple[World, torch.device]]:
             world.pulse.tell_loss()
             sys.exit(1)
         with suppress(Lost):
+            world.gather(None)  # nobody works any more, or will miss a sign of life soon
+            world.pulse.fall_silent()
             world.gather(None)
     finally:
         if torch.distributed.is_initialized():  # otherwise its threads may abort the process at its end

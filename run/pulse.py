@@ -28,7 +28,7 @@ class Pulse:
         self.store, self.rank, self.size = store.clone(), rank, size
         self.stopping = False
         self.how_to_go_on = ""  # is added to what is said where a process is lost
-        self._calling_off, self._over = False, threading.Event()
+        self._calling_off, self._silent, self._over = False, threading.Event(), threading.Event()
         self._missing = [0] * size  # counted, so that a process that was suspended itself blames nobody
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._watch)]
         for thread in self._threads:
@@ -38,8 +38,14 @@ class Pulse:
         """Let all processes know that the run is to stop."""
         self._calling_off = True
 
+    def fall_silent(self) -> None:
+        """Give no more signs of life: process 0 takes the store with it, which then must not be in use any more."""
+        self._silent.set()
+        self._threads[0].join()  # the other thread ends what hangs
+
     def end(self) -> None:
         """Expect no more signs of life, and give none: Python aborts where it ends while a thread is in the store."""
+        self._silent.set()
         self._over.set()
         for thread in self._threads:
             thread.join(LEAVE_SECONDS)
@@ -67,7 +73,7 @@ class Pulse:
                     self._missing[rank] = 0
             last, count = found, count + 1
             self.stopping |= any(entry.endswith(b"1") for entry in found)
-            if self._over.wait(INTERVAL):
+            if self._silent.wait(INTERVAL):
                 return
 
     def _watch(self) -> None:

@@ -308,6 +308,23 @@ def test_one_is_late_with_its_first_sign_of_life(tmp_path):
     assert ranks.finish() == [0, 0], ranks.text()
 
 
+# Signs of life without a pause, so that one is on its way at any time; and what threads there are at the end.
+OFTEN = """
+import atexit, glob, run.pulse
+run.pulse.INTERVAL, run.pulse.LOST_AFTER = 1e-5, 1e6
+atexit.register(lambda: print("threads:", *(open(path).read() for path in glob.glob("/proc/self/task/*/comm"))))
+"""
+
+
+def test_they_leave_in_order(tmp_path):
+    """Nobody uses the store when process 0 takes it away; PyTorch's threads have ended before Python does."""
+    config = write(tmp_path, LONG | {"updates": 1})
+    ranks = Ranks(tmp_path, [["-c", f"{OFTEN}\n{START.format('pass')}", config, "--cpu"]] * 2)
+    assert ranks.finish() == [0, 0], ranks.text()
+    assert len(said_of(ranks.text(), "threads:")) == 2
+    assert "failed on Socket" not in ranks.text() and "gloo" not in ranks.text()
+
+
 @pytest.mark.slow
 def test_the_others_never_come(tmp_path):
     ranks = train(tmp_path, 1, write(tmp_path, LONG), WORLD_SIZE="2")
