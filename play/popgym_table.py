@@ -5,7 +5,7 @@ Usage:
 
 What is there already is not done again, so it may be interrupted at any time:
 finished runs are skipped, others resumed from their newest checkpoint. A run that is to be
-longer than what is there is done anew, since its schedules are longer, too.
+longer than what is there, or is there with another setting, is done anew.
 Options:
     --seeds=<n>      Runs of each task, with the seeds 1 to n [default: 3].
     --tasks=<names>  Only these, or those whose names contain one of these, such as Easy,CountRecallHard.
@@ -45,7 +45,9 @@ FAMILIES = (
     "NoisyPositionOnlyCartPole", "NoisyPositionOnlyPendulum", "PositionOnlyCartPole", "PositionOnlyPendulum",
     "RepeatFirst", "RepeatPrevious", "VelocityOnlyCartpole",
 )  # fmt: skip
-COLUMNS = ("task", "seed", "steps", "mmer", "mmer_65536", "reward_mean", "reward_low", "reward_high", "seconds")
+COLUMNS = (
+    "task", "seed", "steps", "mmer", "mmer_65536", "reward_mean", "reward_low", "reward_high", "seconds", "setting",
+)  # fmt: skip
 # What is set beside published figures.
 FIGURES = {"mmer_65536": "MMER (65,536 steps)", "mmer": "MMER", "reward_mean": "final evaluation"}
 # Episodes that a mean return is taken over at least, as in POPGym.
@@ -71,16 +73,15 @@ def main() -> None:
         raise UserError("POPGym is not installed: pip install popgym")
     published = read_published()
     tasks = chosen_tasks(arguments["--tasks"] or "", task_names(published))
-    table, steps = Table(output, published), updates * config.n_workers * config.worker_steps
+    table = Table(output, published, f"{zlib.crc32(config.model_dump_json().encode()):08x}")
+    steps = updates * config.n_workers * config.worker_steps
     runs = [(task, seed) for seed in range(1, seeds + 1) for task in tasks if table.steps(task, seed) < steps]
     start = [f"--config={arguments['--config']}", *changes_of_length(config, updates)]
-    # From the checkpoint of a run with another setting, a run does not go on.
-    mark = f"{zlib.crc32(' '.join([config.model_dump_json(), *start]).encode()):08x}"
     free: SimpleQueue = SimpleQueue()
     for core in cores[:parallel]:
         free.put(core)
     with ThreadPoolExecutor(parallel) as pool:
-        failures = list(pool.map(partial(carry_out, table, free, start, mark), runs))
+        failures = list(pool.map(partial(carry_out, table, free, start, updates), runs))
     table.write()
     if any(failures):
         sys.exit(1)
@@ -128,21 +129,22 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def carry_out(table: "Table", free: SimpleQueue, start: list[str], mark: str, run: tuple[str, int]) -> bool:
+def carry_out(table: "Table", free: SimpleQueue, start: list[str], updates: int, run: tuple[str, int]) -> bool:
     """Train and evaluate one run on a core that is free; return whether that failed.
 
     Args:
         table: takes what it reached.
         free: cores, of which one is taken meanwhile.
         start: options of a run that starts.
-        mark: tells runs of this setting from others.
+        updates: of a run.
         run: task and seed.
     """
     task, seed = run
     core = free.get()
     try:
         print(f"{task}, seed {seed}", file=sys.stderr, flush=True)
-        run_id = f"popgym-{task}-{seed}-{mark}"
+        # From the checkpoint of a run with another setting or other schedules, a run does not go on.
+        run_id = f"popgym-{task}-{seed}-{table.setting}-{updates}"
         train(run_id, task, seed, start, core)
         table.add({"task": task, "seed": seed} | training_figures(run_id) | evaluation_figures(run_id, core))
     except Failed as failure:
@@ -219,17 +221,20 @@ class Table:
     Args:
         output: the files, without their suffixes.
         published: figures to set it beside.
+        setting: tells runs of one setting, whatever their length, from others.
     """
 
-    def __init__(self, output: Path, published: dict[str, dict[str, str]]) -> None:
-        self.path, self.published = output.with_name(output.name + ".csv"), published
+    def __init__(self, output: Path, published: dict[str, dict[str, str]], setting: str) -> None:
+        self.path, self.published, self.setting = output.with_name(output.name + ".csv"), published, setting
         self.rows: dict[tuple[str, int], dict] = {}
+        self.others: dict[tuple[str, int], dict] = {}  # of other settings, kept until done anew
         self.lock = threading.Lock()
-        if self.path.exists():
-            self.rows = {(row["task"], int(row["seed"])): row for row in read_rows(self.path)}
+        for row in read_rows(self.path) if self.path.exists() else []:
+            rows = self.rows if row.get("setting") == setting else self.others
+            rows[row["task"], int(row["seed"])] = row
 
     def steps(self, task: str, seed: int) -> int:
-        """Return how long the run is that is there, 0 if there is none."""
+        """Return how long the run of this setting is that is there, 0 if there is none."""
         return int(self.rows.get((task, seed), {"steps": 0})["steps"])
 
     def runs_of(self, task: str) -> list[dict]:
@@ -239,7 +244,7 @@ class Table:
     def add(self, row: dict) -> None:
         """Keep a run's figures, by the names of `COLUMNS`, at once."""
         with self.lock:
-            self.rows[row["task"], row["seed"]] = row
+            self.rows[row["task"], row["seed"]] = row | {"setting": self.setting}
             self.write()
 
     def write(self) -> None:
@@ -247,7 +252,7 @@ class Table:
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(row for _, row in sorted(self.rows.items()))
+        writer.writerows(row for _, row in sorted((self.others | self.rows).items()))
         write_file(self.path, text.getvalue().encode())
         write_file(self.path.with_suffix(".md"), "\n".join(self.lines()).encode() + b"\n")
 

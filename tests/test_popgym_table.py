@@ -16,9 +16,11 @@ def row(task: str, seed: int, value: float) -> dict:
 
 
 def test_a_table_goes_on_where_it_was_left(tmp_path):
-    table = Table(tmp_path / "table", PUBLISHED)
+    Table(tmp_path / "table", PUBLISHED, "other").add(row("AEasy", 2, 0.0))
+    table = Table(tmp_path / "table", PUBLISHED, "one")
     table.add(row("AEasy", 1, 0.3))
-    table = Table(tmp_path / "table", PUBLISHED)
+    assert len((tmp_path / "table.csv").read_text().splitlines()) == 3
+    table = Table(tmp_path / "table", PUBLISHED, "one")
     assert (table.steps("AEasy", 1), table.steps("AEasy", 2)) == (100, 0) and table.reached("mmer") == 0
     table.add(row("AEasy", 2, 0.6994))  # a mean of .4997, published with three decimals
     table.add(row("BEasy", 1, 1.0))
