@@ -41,7 +41,8 @@ class Pulse:
     def fall_silent(self) -> None:
         """Give no more signs of life: process 0 takes the store with it, which then must not be in use any more."""
         self._silent.set()
-        self._threads[0].join()  # the other thread ends what hangs
+        beat, _ = self._threads
+        beat.join()  # the other thread ends what hangs
 
     def end(self) -> None:
         """Expect no more signs of life, and give none: Python aborts where it ends while a thread is in the store."""
