@@ -3,6 +3,7 @@
 import os
 import sys
 import threading
+import time
 from typing import Any
 
 # Seconds between two signs of life, and how many of another process may be missing before it counts as lost.
@@ -52,13 +53,19 @@ class Pulse:
             thread.join(LEAVE_SECONDS)
 
     def tell_loss(self) -> None:
-        """Say that a process is gone, unless another has said so before."""
+        """Say that a process is gone, unless another has said so before.
+
+        Process 0, which may take the store with it, stays until all that can be left have found out.
+        """
         try:
             told = self.store.add("told", 1) > 1
         except RuntimeError:  # the store is gone, too
             told = False
         if not told:
             self._say("another process of the run is gone")
+        deadline = time.monotonic() + LEAVE_SECONDS
+        while self.rank == 0 and self.store.add("told", 0) < self.size - 1 and time.monotonic() < deadline:
+            time.sleep(0.05)
 
     def _beat(self) -> None:
         """Count on in an entry of the store, and see how far the others have come in theirs."""

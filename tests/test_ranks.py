@@ -224,7 +224,12 @@ def test_a_process_is_killed(tmp_path, victim):
     ranks = train(tmp_path, 3, write(tmp_path, LONG | {"n_workers": 6}))
     ranks.wait_for("update 2/")
     started = time.monotonic()
+    # One finds out late: by then the other has said it, and process 0 may not have left with the store yet.
+    ranks.processes[2].send_signal(signal.SIGSTOP)
     ranks.processes[victim].kill()
+    if victim:
+        ranks.wait_for("another process of the run is gone")
+    ranks.processes[2].send_signal(signal.SIGCONT)
     codes = ranks.finish(PATIENCE)
     assert codes[victim] == -signal.SIGKILL and codes.count(1) == 2, ranks.text()
     lines = said_of(ranks.text(), "another process of the run is gone")
