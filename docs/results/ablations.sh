@@ -10,13 +10,13 @@
 #     docs/results/ablations.sh | sed -n '1~2p' | OMP_NUM_THREADS=1 taskset -c 0 xargs -n 1 docs/results/ablations.sh
 #     docs/results/ablations.sh | sed -n '2~2p' | OMP_NUM_THREADS=1 taskset -c 1 xargs -n 1 docs/results/ablations.sh
 #
-# UPDATES says how many updates a run has, of 16,384 steps each. A figure of one task:
+# UPDATES says how many updates a run has, of 16,384 steps each; products are those of bf16. A figure of one task:
 #
 #     python evaluate.py checkpoints/mystery_path_grid-* --seeds=100 --repetitions=1 --metric=success --cpu \
 #         --output=docs/results/mystery_path_grid_ablations --plot=docs/results/mystery_path_grid_ablations.png
 set -euo pipefail
 
-UPDATES=${UPDATES:-240}
+UPDATES=${UPDATES:-120}
 
 declare -A CHANGES=(
     [nothing]="prediction_coefficient=0 recall_coefficient=0"
@@ -44,11 +44,12 @@ IFS=- read -r task variant seed <<< "$1"
 if [ -f "models/$1.nn" ]; then
     echo "$1 is finished"
 elif compgen -G "checkpoints/$1/checkpoint-*.pt" > /dev/null; then
-    exec python train.py --resume="$1" --cpu --processes=1
+    exec python train.py --resume="$1" --precision=bf16 --cpu --processes=1
 else
     settings=(--set "updates=$UPDATES" --set checkpoint_interval=10 --set model_interval=30)
     for change in ${CHANGES[$variant]}; do
         settings+=(--set "$change")
     done
-    exec python train.py --config="configs/$task.yaml" --run-id="$1" --seed="$seed" --cpu --processes=1 "${settings[@]}"
+    exec python train.py --config="configs/$task.yaml" --run-id="$1" --seed="$seed" "${settings[@]}" \
+        --precision=bf16 --cpu --processes=1
 fi
