@@ -10,7 +10,8 @@
 #     docs/results/ablations.sh | sed -n '1~2p' | OMP_NUM_THREADS=1 taskset -c 0 xargs -n 1 docs/results/ablations.sh
 #     docs/results/ablations.sh | sed -n '2~2p' | OMP_NUM_THREADS=1 taskset -c 1 xargs -n 1 docs/results/ablations.sh
 #
-# UPDATES says how many updates a run has, of 16,384 steps each; products are those of bf16. A figure of one task:
+# UPDATES says how many updates a run has, of 16,384 steps each; products are those of bf16. Schedules stay as they are, so that
+# `prediction` is the beginning of the config's own run with that seed. A figure of one task:
 #
 #     python evaluate.py checkpoints/mystery_path_grid-* --seeds=100 --repetitions=1 --metric=success --cpu \
 #         --output=docs/results/mystery_path_grid_ablations --plot=docs/results/mystery_path_grid_ablations.png
@@ -29,7 +30,7 @@ declare -A CHANGES=(
 )
 
 if [ $# -eq 0 ]; then
-    for seed in 1 2; do
+    for seed in 2 3; do
         for variant in nothing recall prediction both with_query without_query; do
             for task in mystery_path_grid mortar_mayhem_grid; do
                 # On Mortar Mayhem Grid this is what `prediction` is.
