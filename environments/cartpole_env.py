@@ -8,7 +8,6 @@ from environments.episode import Info, Step, WrappedEnv, discrete
 from environments.registered import make_registered
 from environments.section import CartPoleSection
 
-REWARD_SCALE = 100.0
 CART_AND_POLE_VELOCITY = [1, 3]
 
 
@@ -17,6 +16,8 @@ class CartPole(WrappedEnv):
 
     A step's reward is 1/100, the return in the info is not divided: one for each step.
     """
+
+    reward_scale = 0.01
 
     def __init__(self, section: CartPoleSection, render_mode: str | None = None):
         """
@@ -58,7 +59,7 @@ class CartPole(WrappedEnv):
         """
         observation, reward, terminated, truncated, _ = self._env.step(discrete(action))
         info = self._count_step(float(reward), terminated or truncated, {})
-        return self._observe(observation), float(reward) / REWARD_SCALE, bool(terminated), bool(truncated), info
+        return self._observe(observation), float(reward) * self.reward_scale, bool(terminated), bool(truncated), info
 
     def _observe(self, observation: np.ndarray) -> np.ndarray:
         self._observation = np.array(observation, dtype=np.float32)

@@ -50,9 +50,9 @@ def try_out(env: Any) -> tuple[Task, list[str]]:
             raise BrokenContract(f"{name}: reset returned {type(first).__name__}, should be a tuple: observation, info")
         check_observation(env, first[0], task)
         mask = (first[1] or {}).get("action_mask")
-        task = replace(task, masked=mask is not None)
         action = np.zeros(task.continuous, np.float32) if task.continuous else first_allowed(task, mask)
-        checked_step(env, action, task)
+        *_, info = checked_step(env, action, replace(task, masked=True))
+        task = replace(task, masked=mask is not None or info.get("action_mask") is not None)
         return task, [f"environment: {notice}" for notice in getattr(env, "notices", list)()]
     except BrokenContract:
         raise
@@ -132,4 +132,7 @@ def checked_step(env: Any, action: np.ndarray, task: Task) -> tuple[Any, float, 
     reward = float(np.asarray(reward).item())
     if not math.isfinite(reward):
         raise BrokenContract(f"{name}: reward is not finite: {reward}")
-    return observation, reward, bool(terminated), bool(truncated), info or {}
+    info = info or {}
+    if info.get("action_mask") is not None and not task.masked:
+        raise BrokenContract(f"{name}: gives an action_mask, but gave none with its first observations")
+    return observation, reward, bool(terminated), bool(truncated), info

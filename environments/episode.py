@@ -24,12 +24,14 @@ class EpisodeEnv(gymnasium.Env):
         max_episode_steps: the longest episode, None where episodes have no limit.
         vector_names: what each entry of the observed vector is; empty where the environment does not say.
         action_bounds: lowest and highest (n,) of what an action of n numbers is clipped to; None for other actions.
+        reward_scale: what the task's own rewards are multiplied by before they are learned from.
     """
 
     metadata = {"render_modes": ["rgb_array"]}
     max_episode_steps: int | None
     vector_names: tuple[str, ...] = ()
     action_bounds: tuple[np.ndarray, np.ndarray] | None = None
+    reward_scale: float = 1.0
 
     def __init__(self, render_mode: str | None = None):
         """

@@ -33,7 +33,7 @@ class GymnasiumEnv(WrappedEnv):
         self._name = section.name
         self._env = self._make(section)
         self.max_episode_steps = self._env.spec.max_episode_steps
-        self._reward_scale = section.reward_scale
+        self.reward_scale = section.reward_scale
         self._previous_action, self._previous_reward = section.previous_action, section.previous_reward
         self._last: tuple[Any, float] = (None, 0.0)
 
@@ -105,12 +105,11 @@ class GymnasiumEnv(WrappedEnv):
             raise self._broken(f"the info is {shorten(own_info)}, should be a dict")
         ended = terminated or truncated
         numbers = task_numbers(own_info) if ended else {}
-        numbers.pop("action_mask", None)  # a mask of one action looks like a number
         if "is_success" in numbers:
             numbers["success"] = numbers.pop("is_success")
         info = self._count_step(reward, ended, numbers) | self._mask(own_info, ended)
-        self._last = action, reward * self._reward_scale
-        return self._observe(observation), reward * self._reward_scale, terminated, truncated, info
+        self._last = action, reward * self.reward_scale
+        return self._observe(observation), reward * self.reward_scale, terminated, truncated, info
 
     def _make(self, section: GymnasiumSection) -> gymnasium.Env:
         env = make_registered(

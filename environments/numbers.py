@@ -38,7 +38,7 @@ def _clean(info: Any, reserved: tuple[str, ...]) -> dict[str, float]:
     numbers: dict[str, float] = {}
     for key, name, value in _leaves(info, (), DEPTH):
         number = _number(value)
-        if number is None:
+        if number is None or key == ("action_mask",):  # that of one action looks like a number
             continue
         name = f"info_{name}" if name in reserved else name
         numbers[_distinct(name, key) if name in numbers or len(name) > NAME_LENGTH else name] = number

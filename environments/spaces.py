@@ -104,8 +104,9 @@ class FramePart:
         """
         self._name, self._declared, self._dtype = name, space.shape, space.dtype
         self._axes = picture_axes(space)
-        self._scale = pixel_scale(space)
         height, width = (space.shape[axis] for axis in self._axes[:2])
+        is_binary = space.dtype == np.uint8 and np.all(space.high == 1) and min(height, width) >= SMALLEST_PICTURE
+        self._scale = 255.0 if is_binary else pixel_scale(space)
         self.shape = (space.shape[self._axes[2]] if len(self._axes) == 3 else 1, height, width)
 
     def __call__(self, value: Any) -> np.ndarray:
@@ -113,7 +114,7 @@ class FramePart:
         picture = np.asarray(value)
         if picture.shape != self._declared:
             raise BrokenContract(f"{self._name} has the shape {picture.shape}, its space says {self._declared}")
-        if picture.dtype != np.uint8:
+        if picture.dtype != np.uint8 or self._scale != 1:
             picture = self._to_bytes(picture)
         picture = picture[:, :, None] if len(self._axes) == 2 else picture.transpose(self._axes)
         # Always a copy: environments may write their next observation into the same array.
@@ -123,7 +124,8 @@ class FramePart:
         allowed = "biu" if self._dtype == np.uint8 else "biuf"
         if picture.dtype.kind not in allowed:
             raise BrokenContract(f"{self._name} is {picture.dtype}, its space says {self._dtype}")
-        pixels = np.rint(picture * self._scale) if picture.dtype.kind == "f" else picture * int(self._scale)
+        pixels = picture if picture.dtype.kind == "f" else picture.astype(np.int64)
+        pixels = np.rint(pixels * self._scale)
         if not (pixels.min() >= 0 and pixels.max() <= 255):  # NaN included
             raise BrokenContract(f"{self._name} holds values outside of its bounds, or NaN")
         return pixels.astype(np.uint8)
@@ -239,7 +241,8 @@ class Observer:
             if path in pictures:
                 self._frame = path, FramePart(part, name)
             else:
-                self._parts.append((path, vector_part(part, name, space)))
+                others = [key for key in space.spaces if key != path[0]] if isinstance(space, spaces.Dict) else []
+                self._parts.append((path, vector_part(part, name, others)))
         self.frame_shape = None if self._frame is None else self._frame[1].shape
         self.size = sum(part.size for _, part in self._parts)
         if self.frame_shape is None and self.size == 0:
@@ -286,16 +289,17 @@ def chosen_entries(space: gymnasium.Space, observe: list[str]) -> spaces.Dict:
     for key in observe:
         if key not in space.spaces:
             raise ValueError(f"observe: {key!r} is not there; there are {there}")
-    return spaces.Dict({key: part for key, part in space.spaces.items() if key in observe})
+    # Pairs keep the space's order, which a mapping would lose: it is sorted.
+    return spaces.Dict([(key, part) for key, part in space.spaces.items() if key in observe])
 
 
-def vector_part(space: gymnasium.Space, name: str, whole: gymnasium.Space) -> OneHotPart | NumbersPart:
+def vector_part(space: gymnasium.Space, name: str, others: list) -> OneHotPart | NumbersPart:
     """Return what turns a part of observations into entries of the vector.
 
     Args:
         space: of the part.
         name: what the part is called.
-        whole: the space of the whole observation.
+        others: the entries beside it that `observe` can name, if the observation is a Dict.
 
     Raises:
         ValueError: if there is nothing that does.
@@ -311,7 +315,6 @@ def vector_part(space: gymnasium.Space, name: str, whole: gymnasium.Space) -> On
     if isinstance(space, spaces.Box | spaces.MultiBinary):
         return NumbersPart(space, name)
     kind = "text" if getattr(space.dtype, "kind", "") == "U" or isinstance(space, spaces.Text) else type(space).__name__
-    others = [key for key in whole.spaces if not name.startswith(str(key))] if isinstance(whole, spaces.Dict) else []
     way_out = f"leave it out by `observe: [{', '.join(map(str, others))}]`" if others else "wrap it in numbers"
     raise ValueError(f"{name} is {kind}, which cannot be seen: {way_out}")
 
@@ -346,7 +349,10 @@ class Actor:
                 np.concatenate([np.ravel(getattr(part, end)).astype(np.float64) for part in self._leaves])
                 for end in ("low", "high")
             )
-            self.bounds = low, high
+            kinds = np.concatenate([np.full(math.prod(part.shape), part.dtype.kind) for part in self._leaves])
+            self._whole = np.isin(kinds, ["i", "u"])
+            # The largest numbers of 64 bits are none of a float, which would be the next one beyond.
+            self.bounds = low, np.where(self._whole & (high >= 2.0**63), np.nextafter(high, 0), high)
         else:
             self.branches = tuple(count for part in self._leaves for count in branch_sizes(part))
             self.size = sum(self.branches)
@@ -365,7 +371,7 @@ class Actor:
         return [f"{name}={c}" for name, count in zip(names, self.branches, strict=True) for c in range(count)]
 
     def features(self, action: Any, out: np.ndarray) -> None:
-        """Write an action into `out`, shape (size,), which holds zeros: one-hot per branch, or the clipped numbers."""
+        """Write an action into `out`, shape (size,), which holds zeros: one-hot per branch, or numbers as passed on."""
         if self.branches:
             out[self._offsets + np.asarray(action, dtype=np.int64).reshape(len(self.branches))] = 1.0
         else:
@@ -397,7 +403,8 @@ class Actor:
         return flat
 
     def _clipped(self, action: Any) -> np.ndarray:
-        return np.clip(np.asarray(action, dtype=np.float64).reshape(self.size), *self.bounds)
+        clipped = np.clip(np.asarray(action, dtype=np.float64).reshape(self.size), *self.bounds)
+        return np.where(self._whole, np.rint(clipped), clipped)
 
 
 def branch_sizes(space: gymnasium.Space) -> list[int]:
@@ -431,8 +438,6 @@ def rebuilt(space: gymnasium.Space, flat: Iterator) -> Any:
     if isinstance(space, spaces.Discrete):
         return int(next(flat)) + int(space.start)
     values = np.array([next(flat) for _ in range(math.prod(space.shape))]).reshape(space.shape)
-    if isinstance(space, spaces.Box) and space.dtype.kind in "iu":
-        values = np.rint(values)
     return np.asarray(values.astype(space.dtype) + getattr(space, "start", 0), dtype=space.dtype)
 
 

@@ -172,9 +172,9 @@ class Player:
         self.model, self.config, self.task, self.deterministic, self.render = model, config, task, deterministic, render
         self.max_steps = math.inf if max_steps is None else max_steps
         self.steps = 0  # of the running episode
-        # Rewards are shown as they are reported, not as they are learned from.
-        self.reward_scale = getattr(config.environment, "reward_scale", 1.0)
         self.env = create_env(config.environment, "rgb_array" if render else None)
+        # Rewards are shown as they are reported, not as they are learned from.
+        self.reward_scale = getattr(self.env, "reward_scale", 1.0)
         self.arrays = SharedArrays(1, task, multiprocessing.get_context("spawn"))
 
     @property

@@ -15,8 +15,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from environments import BrokenContract
+from environments.contract import checked_step, try_out
 from environments.gymnasium_env import GymnasiumEnv
 from environments.minigrid_env import MinigridEnv
+from environments.numbers import episode_numbers
 from environments.section import Environment, GymnasiumSection, MinigridSection
 from environments.spaces import Actor, Observer, as_picture, frame_picture, hidden_entries
 from model import Normal, RunningMoments
@@ -125,6 +127,8 @@ OBSERVATIONS = {
     "grid": (box((7, 7, 3), **PIXELS), last_to_first, None),
     "grid of kinds": (box((10, 10, 20), 0, 1, bool), lambda shown: last_to_first(shown) * 255, None),
     "stack": (box((8, 84, 84), **PIXELS), np.array, None),
+    "black and white": (box((40, 36, 1), 0, 1, np.uint8), lambda shown: last_to_first(shown) * 255, None),
+    "signed": (box((40, 36), 0, 1, np.int8), lambda shown: shown[None] * 255.0, None),
     "two": (box((84, 90, 2), **PIXELS), last_to_first, None),
     "many": (box((84, 84, 90), **PIXELS), last_to_first, None),
 }
@@ -179,7 +183,7 @@ def test_environments_get_actions_that_they_contain(space, branches):
             seen = env.step(random.normal(size=branches, scale=4).astype(np.float32))[0][2:]
             received = own.actions[-1].values() if isinstance(own.actions[-1], dict) else own.actions[-1:]
             received = np.concatenate([np.ravel(part) for part in received])
-            assert np.allclose(seen, received, atol=0.5 if space.dtype == np.uint8 else 1e-6)
+            assert np.allclose(seen, received, atol=1e-6)
         else:
             assert env.action_space in (spaces.Discrete(branches[0]), spaces.MultiDiscrete(branches))
             action = random.integers(branches)
@@ -231,6 +235,7 @@ TWO = spaces.Dict(left=box((64, 64, 3), **PIXELS), right=box((64, 64, 3), **PIXE
     [
         ({"seen": box((4, 84, 84, 3), **PIXELS)}, ["(4, 84, 84, 3)", "GrayscaleObservation"]),
         ({"seen": spaces.Dict(words=spaces.Text(5), x=box((2,)))}, ["words is text", "observe: [x]"]),
+        ({"seen": spaces.Dict(mission=spaces.Text(5), m=box((2,)))}, ["mission is text", "observe: [m]"]),
         ({"seen": spaces.Text(5)}, ["text"]),
         ({"seen": spaces.Sequence(spaces.Discrete(2))}, ["Sequence"]),
         ({"seen": spaces.Graph(box((2,)), None)}, ["Graph"]),
@@ -377,6 +382,38 @@ def test_masks_of_actions(acted, mask, flat):
     for info in infos:
         assert info["action_mask"].dtype == bool
         assert info["action_mask"].tolist() == [bool(value) for value in flat]
+
+
+@pytest.mark.parametrize("first", (0, 1, 2))
+def test_masks_that_come_late(first):
+    """At reset, at the first step, or later, where it would be too late to make use of them."""
+    masks = iter([{}] * first + [{"action_mask": [0, 1, 1]}] * 3)
+    env = make(arguments={"info": lambda: next(masks)})
+    task, _ = try_out(env)
+    assert task.masked == (first < 2)
+    if first == 2:
+        with pytest.raises(BrokenContract, match="gives an action_mask, but gave none with its first observations"):
+            checked_step(env, np.zeros(1, np.int64), task)
+
+
+def test_the_mask_of_one_action_is_no_number_of_an_episode():
+    env = make(acted=spaces.Discrete(1), arguments={"info": lambda: {"action_mask": [1]}, "limit": 1})
+    env.reset(seed=0)
+    assert episode_numbers(env.step(np.array([0]))[4]) == {"reward": 2.0, "length": 1}
+
+
+def test_actions_beyond_what_whole_numbers_can_be():
+    env = make(acted=box((2,), -(2**63), 2**63 - 1, np.int64))
+    env.reset(seed=0)
+    env.step(np.array([1e20, -1e20], np.float32))
+    assert env._env.unwrapped.actions[-1].tolist() == [2**63 - 1024, -(2**63)]
+
+
+def test_observe_keeps_the_order():
+    pairs = [("z", box((1,), 7, 8)), ("a", box((1,), 0, 1)), ("t", spaces.Text(3))]
+    env = make(spaces.Dict(pairs), observe=["a", "z"], hide=[1])
+    shown = env.reset(seed=0)[0]
+    assert env.vector_names == ("z[0]", "a[0]") and shown[0] >= 7 and shown[1] == 0
 
 
 def test_masks_of_a_method(monkeypatch):

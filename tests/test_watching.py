@@ -230,8 +230,10 @@ def test_pictures_have_one_even_size_and_change(name):
     assert drawn[-1][1].reward == pytest.approx(drawn[-1][1].result["reward"])
 
 
-def test_rewards_are_shown_as_they_are_reported():
-    environment = {"type": "Gymnasium", "name": "CartPole-v1", "reward_scale": 0.02}
+@pytest.mark.parametrize(
+    "environment", ({"type": "Gymnasium", "name": "CartPole-v1", "reward_scale": 0.02}, {"type": "CartPole"})
+)
+def test_rewards_are_shown_as_they_are_reported(environment):
     player = Player(*make_model("cartpole_novel", environment=environment), render=False)
     *_, end = player.play(3)
     assert end.reward == pytest.approx(end.result["reward"]) and end.reward == end.step > 1
