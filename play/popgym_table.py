@@ -5,7 +5,9 @@ Usage:
 
 What is there already is not done again, so it may be interrupted at any time:
 finished runs are skipped, others resumed from their newest checkpoint. A run that is to be
-longer than what is there, or is there with another setting, is done anew.
+longer than what is there, or is there with another setting, is done anew. Several of these
+may write to the same files, as long as their tasks are others.
+
 Options:
     --seeds=<n>      Runs of each task, with the seeds 1 to n [default: 3].
     --tasks=<names>  Only these, or those whose names contain one of these, such as Easy,CountRecallHard.
@@ -19,9 +21,11 @@ Example: python -m play.popgym_table --seeds=1 --tasks=Easy
 """
 
 import csv
+import ctypes
 import importlib.util
 import io
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -54,6 +58,8 @@ FIGURES = {"mmer_65536": "MMER (65,536 steps)", "mmer": "MMER", "reward_mean": "
 EPISODES = 100
 # Steps of one of POPGym's updates: the best of many short means is larger than the best of few long ones.
 PUBLISHED_UPDATE = 65_536
+# Linux tells a process by a signal that its parent is gone.
+LIBC, PARENT_DEATH = ctypes.CDLL(None) if os.name == "posix" else None, 1
 
 
 class Failed(Exception):
@@ -65,6 +71,9 @@ def main() -> None:
     arguments = arguments_of(__doc__)
     seeds = whole_number(arguments, "--seeds", 1, 1000)
     config = load_config(arguments["--config"])
+    if config.environment.type != "Gymnasium":
+        raise UserError(f"--config: {arguments['--config']}: environment.type is {config.environment.type}, "
+                        "should be Gymnasium")  # fmt: skip
     updates = whole_number(arguments, "--updates", 1) or config.updates
     output = output_file(arguments, "--output", ("",))
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [-1] * (os.cpu_count() or 1)
@@ -82,22 +91,25 @@ def main() -> None:
         free.put(core)
     with ThreadPoolExecutor(parallel) as pool:
         failures = list(pool.map(partial(carry_out, table, free, start, updates), runs))
+    table.read()
     table.write()
     if any(failures):
         sys.exit(1)
 
 
 def chosen_tasks(text: str, known: list[str]) -> list[str]:
-    """Return the tasks that are named, in whole or in part, in a text with commas.
+    """Return the tasks that are named, in whole or in part, in a text with commas, all if it is empty.
 
     Raises:
-        UserError: if there are none.
+        UserError: if one of the names fits none.
     """
-    names = text.split(",")
-    tasks = [task for task in known if any(name == task if name in known else name in task for name in names)]
-    if not tasks:
-        raise UserError(f"--tasks: no task's name contains any of {', '.join(names)}")
-    return tasks
+    chosen = set()
+    for name in text.split(",") if text else known:
+        fitting = {task for task in known if (name == task if name in known else name and name in task)}
+        if not fitting:
+            raise UserError(f"--tasks: no task's name contains {name!r}; there are {', '.join(known)}")
+        chosen |= fitting
+    return [task for task in known if task in chosen]
 
 
 def changes_of_length(config: Config, updates: int) -> list[str]:
@@ -105,7 +117,7 @@ def changes_of_length(config: Config, updates: int) -> list[str]:
     if updates == config.updates:
         return []
     lengths = {
-        f"{name}.max_decay_steps": round(schedule.max_decay_steps * updates / config.updates)
+        f"{name}.max_decay_steps": max(1, round(schedule.max_decay_steps * updates / config.updates))
         for name, schedule in config
         if isinstance(schedule, Schedule)
     }
@@ -173,14 +185,25 @@ def command(script: str, *options: str, core: int, log: str) -> None:
     arguments = [sys.executable, script, *options, "--cpu", "--processes=1"]
     # Without a limit PyTorch would start a thread for every core of the machine.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    pin = partial(os.sched_setaffinity, 0, {core}) if core >= 0 else None
+    prepare = partial(bind, core) if os.name == "posix" else None
     path = Path("summaries") / f"{log}.log"
     path.parent.mkdir(exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
-        code = subprocess.run(arguments, env=environment, stdout=file, stderr=file, preexec_fn=pin).returncode
+        code = subprocess.run(arguments, env=environment, stdout=file, stderr=file, preexec_fn=prepare).returncode
     if code:
         last = path.read_text(encoding="utf-8").splitlines()[-1:]
         raise Failed(f"{script} ended with code {code}: {''.join(last)} (see {path})")
+
+
+def bind(core: int) -> None:
+    """Bind this process, which is to become a training, to a core, and let it stop when the table does.
+
+    A training that went on alone would be in the way of the next one's files.
+    """
+    if core >= 0:
+        os.sched_setaffinity(0, {core})
+    if hasattr(LIBC, "prctl"):
+        LIBC.prctl(PARENT_DEATH, signal.SIGTERM)
 
 
 def training_figures(run_id: str) -> dict[str, float]:
@@ -229,9 +252,25 @@ class Table:
         self.rows: dict[tuple[str, int], dict] = {}
         self.others: dict[tuple[str, int], dict] = {}  # of other settings, kept until done anew
         self.lock = threading.Lock()
-        for row in read_rows(self.path) if self.path.exists() else []:
-            rows = self.rows if row.get("setting") == setting else self.others
-            rows[row["task"], int(row["seed"])] = row
+        self.read()
+
+    def read(self) -> None:
+        """Read what is there, to which another process may have added.
+
+        Raises:
+            UserError: if the file is none of these.
+        """
+        try:
+            for row in read_rows(self.path) if self.path.exists() else []:
+                if not set(COLUMNS[:-1]) <= row.keys() <= set(COLUMNS):
+                    raise ValueError("other columns")
+                for name in COLUMNS[1:-1]:
+                    float(row[name])
+                rows = self.rows if row.get("setting") == self.setting else self.others
+                rows[row["task"], int(row["seed"])] = row
+        except (ValueError, TypeError, OSError, csv.Error) as error:
+            raise UserError(f"--output: {self.path}: should have the columns {', '.join(COLUMNS)}, "
+                            f"numbers in all but the first and last ({error})") from error  # fmt: skip
 
     def steps(self, task: str, seed: int) -> int:
         """Return how long the run of this setting is that is there, 0 if there is none."""
@@ -244,6 +283,7 @@ class Table:
     def add(self, row: dict) -> None:
         """Keep a run's figures, by the names of `COLUMNS`, at once."""
         with self.lock:
+            self.read()
             self.rows[row["task"], row["seed"]] = row | {"setting": self.setting}
             self.write()
 

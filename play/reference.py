@@ -4,6 +4,8 @@ import csv
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from utils import UserError
 
 COLUMNS = ("task", "run", "metric", "steps", "mean", "std_over_runs", "iqm_over_episodes", "runs")
@@ -64,6 +66,8 @@ def _curve(path: Path, name: str, metric: str) -> Reference:
         raise UserError(f"--reference: {name} in {path} is of {metrics}; --metric is {metric}")
     try:
         numbers = sorted([float(row[column]) for column in COLUMNS[3:]] for row in chosen)
+        if not np.isfinite(numbers).all():
+            raise ValueError("nan and inf are none")
     except (TypeError, ValueError) as error:
         raise UserError(f"--reference: {path}: {name}: the columns from steps on should be numbers: {error}") from error
     steps, mean, std, iqm, runs = map(list, zip(*numbers, strict=True))

@@ -1,8 +1,15 @@
 """What the table of POPGym's tasks is made of: which runs, how long, and what they reached."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 
-from play.popgym_table import Table, changes_of_length, chosen_tasks
+from play.popgym_table import COLUMNS, Table, changes_of_length, chosen_tasks
 from run.config import load_config
 from utils import UserError
 
@@ -33,8 +40,28 @@ def test_names_of_tasks():
     known = ["NoisyCartEasy", "CartEasy", "CartHard"]
     assert chosen_tasks("", known) == known and chosen_tasks("Easy", known) == known[:2]
     assert chosen_tasks("CartEasy", known) == ["CartEasy"] and chosen_tasks("Noisy,Hard", known) == known[::2]
-    with pytest.raises(UserError, match="--tasks: no task's name contains any of Boat"):
-        chosen_tasks("Boat", known)
+    for text in ("Boat", "CartHard,Boat"):
+        with pytest.raises(UserError, match="--tasks: no task's name contains 'Boat'; there are NoisyCartEasy, "):
+            chosen_tasks(text, known)
+    with pytest.raises(UserError, match="contains ''"):
+        chosen_tasks("Easy,", known)
+
+
+def test_two_tables_in_one_file_lose_nothing(tmp_path):
+    first, second = (Table(tmp_path / "table", PUBLISHED, "one") for _ in range(2))
+    first.add(row("AEasy", 1, 0.3))
+    second.add(row("AEasy", 2, 0.5))
+    assert Table(tmp_path / "table", PUBLISHED, "one").rows.keys() == {("AEasy", 1), ("AEasy", 2)}
+
+
+@pytest.mark.parametrize(
+    "text", ("task,steps\nA,1\n", "{columns},note\n{values},x\n", "{columns}\nA,one,1,1,1,1,1,1,1,s\n")
+)
+def test_a_file_that_is_no_table(tmp_path, text):
+    values = "A,1,1,1,1,1,1,1,1,s"
+    (tmp_path / "table.csv").write_text(text.format(columns=",".join(COLUMNS), values=values))
+    with pytest.raises(UserError, match="--output: .*table.csv: should have the columns task, seed"):
+        Table(tmp_path / "table", PUBLISHED, "one")
 
 
 def test_a_longer_run_has_longer_schedules():
@@ -46,3 +73,27 @@ def test_a_longer_run_has_longer_schedules():
     assert longer.updates == 490
     for update in range(0, 250, 50):
         assert longer.scheduled("gamma", 2 * update) == pytest.approx(config.scheduled("gamma", update))
+    shorter = [text.removeprefix("--set=") for text in changes_of_length(config, 12)]
+    assert load_config("configs/popgym.yaml", shorter).updates == 12
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent is gone")
+def test_trainings_stop_with_the_table(tmp_path):
+    """However it ends: a training that went on would write beside the one that resumes it."""
+    (tmp_path / "train.py").write_text("import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(60)\n")
+    (tmp_path / "table.py").write_text(
+        "from play.popgym_table import command\ncommand('train.py', core=-1, log='run')\n"
+    )
+    place = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    table = subprocess.Popen([sys.executable, "table.py"], cwd=tmp_path, env=place)
+    said, until = tmp_path / "summaries" / "run.log", time.monotonic() + 60
+    while not (said.exists() and said.read_text().strip()):
+        assert time.monotonic() < until and table.poll() is None
+        time.sleep(0.05)
+    training = Path("/proc") / said.read_text().strip()
+    assert training.exists()
+    table.send_signal(signal.SIGKILL)
+    table.wait()
+    while training.exists() and "zombie" not in (training / "status").read_text():
+        assert time.monotonic() < until
+        time.sleep(0.05)
