@@ -83,7 +83,7 @@ def chosen_options(arguments: dict, device, world=None):
         device: to compute on.
         world: all processes, None where there are no others.
     """
-    from run.options import Options
+    from run.options import PRECISIONS, Options
     from run.world import World
 
     world = world or World()
@@ -93,7 +93,7 @@ def chosen_options(arguments: dict, device, world=None):
         device,
         processes=whole_number(arguments, "--processes", 1, 4096) or max(1, cores() // world.local_size),
         overlap=overlap,
-        precision=one_of(arguments, "--precision", ("float32", "bf16")),
+        precision=one_of(arguments, "--precision", PRECISIONS),
         compile=arguments["--compile"],
         world=world,
     )

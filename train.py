@@ -17,7 +17,8 @@ Options:
     --device=<name>      cpu, cuda or cuda:N; by default cuda if there is one.
     --cpu                The same as --device=cpu.
     --processes=<n>      Processes for environments, by default one per core.
-    --precision=<name>   float32, or bf16 matrix products [default: float32].
+    --precision=<name>   float32, or bf16 matrix products; by default float32, or
+                         that of the run that is resumed.
     --compile            Compile the model first (torch.compile).
     -h --help            Show this.
 
@@ -46,7 +47,7 @@ def main() -> None:
 def train(arguments: dict, world, device) -> None:
     """Carry out a run and say how to watch the result; process 0 alone speaks."""
     from run.lifecycle import Interrupted, NonFinite, Unwritable, share_start
-    from run.options import Options
+    from run.options import PRECISIONS, Options
     from run.start import chosen_run
     from trainer import PPOTrainer
     from utils import EnvironmentFailure
@@ -68,7 +69,7 @@ def train(arguments: dict, world, device) -> None:
     use_cores(device, world.local_size)
     with world.agree_on(UserError):
         processes = whole_number(arguments, "--processes", 1, 4096) or max(1, cores() // world.local_size)
-        precision = one_of(arguments, "--precision", ("float32", "bf16"))
+        precision = arguments["--precision"] and one_of(arguments, "--precision", PRECISIONS)
         options = Options(device, processes, precision=precision, compile=arguments["--compile"], world=world)
         trainer = PPOTrainer(config, run_id, seed, options, checkpoint)
         if world.first:

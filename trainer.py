@@ -113,6 +113,8 @@ class PPOTrainer:
         self.finished: list[dict[str, float]] = []  # what the latest episodes reported
         self.run: dict[str, Any] = {"run_id": run_id, "seed": seed} | provenance(self.device)
         self.keeper = Keeper(self, options.folder, checkpoint)
+        options.precision = options.precision or str(self.run.get("precision", "float32"))
+        self.run["precision"] = options.precision
 
     @property
     def samples(self) -> int:

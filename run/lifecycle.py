@@ -20,6 +20,7 @@ from processes.runner import Episode
 from run.checkpoint import list_checkpoints, save_checkpoint, save_model, without_auxiliary
 from run.config import Config
 from run.logger import Logger
+from run.options import PRECISIONS
 from run.world import Interrupted, World
 from utils import EnvironmentFailure, UserError, reason_of
 
@@ -286,8 +287,10 @@ def restore(trainer: "PPOTrainer", state: dict[str, Any]) -> None:
     timeline.item_step[:, : timeline.length] = state["item_step"][rows].to(trainer.device)
     trainer.update, trainer.finished, trainer.run = state["update"], state["finished"], state["run"]
     # These become a path and lines; a file must not choose where else to write.
-    if not {str} >= {type(trainer.run[key]) for key in ("run_id", "device", "commit")} or not re.fullmatch(
-        r"[\w.-]*\w/[\d-]+", trainer.run.get("summaries", "x/0")
+    if (
+        not {str} >= {type(trainer.run[key]) for key in ("run_id", "device", "commit")}
+        or not re.fullmatch(r"[\w.-]*\w/[\d-]+", trainer.run.get("summaries", "x/0"))
+        or trainer.run.get("precision", "float32") not in PRECISIONS
     ):
         raise ValueError("its description is none")
     trainer.step = np.array(state["step"][rows], dtype=np.int64)

@@ -15,6 +15,7 @@ from run.world import World
 # So many environments with frames take turns in two halves on the CPU, too: half a batch costs the policy more than
 # half, which has to be less than what the other half of the environments takes.
 OVERLAP_WORTH = 32
+PRECISIONS = ("float32", "bf16")
 
 
 @dataclass
@@ -26,7 +27,8 @@ class Options:
         processes: how many processes step the environments.
         overlap: whether half of the environments step while the policy looks at the other half; by default where a GPU
             computes, or from `OVERLAP_WORTH` environments with frames on.
-        precision: "float32", or "bf16" for matrix products in bfloat16.
+        precision: one of `PRECISIONS`, the second of which is for matrix products; None is that of the run that goes
+            on, or the first.
         compile: whether to compile the model with torch.compile.
         folder: where the folders models, checkpoints and summaries lie.
         world: all processes that train together.
@@ -36,7 +38,7 @@ class Options:
     device: torch.device
     processes: int = 1
     overlap: bool | None = None
-    precision: str = "float32"
+    precision: str | None = None
     compile: bool = False
     folder: Path = Path(".")
     world: World = World()

@@ -4,6 +4,7 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 # Seconds between two signs of life, and how many of another process may be missing before it counts as lost.
@@ -57,15 +58,14 @@ class Pulse:
 
         Process 0, which may take the store with it, stays until all that can be left have found out.
         """
-        try:
-            told = self.store.add("told", 1) > 1
-        except RuntimeError:  # the store is gone, too
-            told = False
-        if not told:
+        said, deadline = False, time.monotonic() + LEAVE_SECONDS
+        with suppress(RuntimeError):  # the store is gone, too
+            said = self.store.add("told", 1) > 1
+        if not said:
             self._say("another process of the run is gone")
-        deadline = time.monotonic() + LEAVE_SECONDS
-        while self.rank == 0 and self.store.add("told", 0) < self.size - 1 and time.monotonic() < deadline:
-            time.sleep(0.05)
+        with suppress(RuntimeError):
+            while self.rank == 0 and self.store.add("told", 0) < self.size - 1 and time.monotonic() < deadline:
+                time.sleep(0.05)
 
     def _beat(self) -> None:
         """Count on in an entry of the store, and see how far the others have come in theirs."""

@@ -1277,14 +1277,14 @@ def test_flags(tmp_path):
     assert "run named, seed 3, Minigrid on cpu" in first.text and "2 updates of 32 steps" in first.text
     assert "--model=models/named.nn" in first.text
     again = Process(tmp_path, "--config", config, "--run-id=named", "--seed=4", "--updates=1", "--cpu", "--overwrite",
-                    "--processes=1")  # fmt: skip
+                    "--processes=1", "--precision=bf16")  # fmt: skip
     assert again.finish() == 0, again.text
     assert read(tmp_path / "models" / "named.nn")["run"]["seed"] == 4
-    more = Process(tmp_path, "--resume=named", "--updates=3", "--cpu", "--processes=1", "--precision=float32")
+    more = Process(tmp_path, "--resume=named", "--updates=3", "--cpu", "--processes=1")
     assert more.finish() == 0, more.text
     assert "continuing named behind update 1" in more.text
     model = read(tmp_path / "models" / "named.nn")
-    assert model["run"]["updates"] == 3 and model["run"]["seed"] == 4
+    assert model["run"]["updates"] == 3 and model["run"]["seed"] == 4 and model["run"]["precision"] == "bf16"
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ declare -A CHANGES=(
     [recall]="prediction_coefficient=0 recall_coefficient=0.1"
     [prediction]="prediction_coefficient=0.1 recall_coefficient=0"
     [both]="prediction_coefficient=0.1 recall_coefficient=0.1"
-    # With absolute positions, the only ones beside learned that a query can carry.
+    # With absolute positions, which say nothing of how long ago something was.
     [with_query]="prediction_coefficient=0.1 transformer.positional_encoding=absolute transformer.query_position=True"
     [without_query]="prediction_coefficient=0.1 transformer.positional_encoding=absolute transformer.query_position=False"
 )
@@ -51,6 +51,6 @@ else
     for change in ${CHANGES[$variant]}; do
         settings+=(--set "$change")
     done
-    exec python train.py --config="configs/$task.yaml" --run-id="$1" --seed="$seed" "${settings[@]}" \
+    exec python train.py --config="configs/$task.yaml" --run-id="$1" --overwrite --seed="$seed" "${settings[@]}" \
         --precision=bf16 --cpu --processes=1
 fi
