@@ -264,13 +264,13 @@ class Table:
             for row in read_rows(self.path) if self.path.exists() else []:
                 if not set(COLUMNS[:-1]) <= row.keys() <= set(COLUMNS):
                     raise ValueError("other columns")
-                for name in COLUMNS[1:-1]:
+                for name in COLUMNS[1:-2]:
                     float(row[name])
                 rows = self.rows if row.get("setting") == self.setting else self.others
                 rows[row["task"], int(row["seed"])] = row
         except (ValueError, TypeError, OSError, csv.Error) as error:
             raise UserError(f"--output: {self.path}: should have the columns {', '.join(COLUMNS)}, "
-                            f"numbers in all but the first and last ({error})") from error  # fmt: skip
+                            f"numbers from seed to reward_high ({error})") from error  # fmt: skip
 
     def steps(self, task: str, seed: int) -> int:
         """Return how long the run of this setting is that is there, 0 if there is none."""
