@@ -17,7 +17,7 @@ Options:
     --device=<name>      cpu, cuda or cuda:N; by default cuda if there is one.
     --cpu                The same as --device=cpu.
     --processes=<n>      Processes for environments, by default one per core.
-    --precision=<name>   float32 (default) or bf16 matrix products; resuming keeps it.
+    --precision=<name>   float32 (default), or bf16 products; --resume keeps it.
     --compile            Compile the model first (torch.compile).
     -h --help            Show this.
 
