@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from play.popgym_table import COLUMNS, Table, changes_of_length, chosen_tasks
+from play.popgym_table import COLUMNS, Table, changes_of_length, chosen_tasks, main
 from run.config import load_config
 from utils import UserError
 
@@ -45,6 +45,12 @@ def test_names_of_tasks():
             chosen_tasks(text, known)
     with pytest.raises(UserError, match="contains ''"):
         chosen_tasks("Easy,", known)
+
+
+def test_a_config_of_another_environment(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["popgym_table", "--config=configs/minigrid.yaml"])
+    with pytest.raises(UserError, match="--config: configs/minigrid.yaml: environment.type is Minigrid, should be Gym"):
+        main()
 
 
 def test_two_tables_in_one_file_lose_nothing(tmp_path):

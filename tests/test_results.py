@@ -19,7 +19,7 @@ from scipy.stats import trim_mean
 
 import evaluate
 from environments.numbers import count_missing_success, episode_numbers, episode_scalars, task_numbers
-from play.reference import Reference, read_references
+from play.reference import COLUMNS, Reference, read_references
 from play.results import (
     STATISTICS,
     Evaluated,
@@ -231,6 +231,14 @@ def test_published_curves_are_read():
     assert first.steps == sorted(first.steps) and first.mean[10] == pytest.approx(0.87, abs=0.01)
     with pytest.raises(UserError, match="is of success and reward; --metric is luck"):
         read_references([f"{PUBLISHED}:mp_off_dense/trxl"], "luck")
+
+
+@pytest.mark.parametrize("column", ("steps", "runs"))
+def test_published_curves_hold_numbers(tmp_path, column):
+    values = dict.fromkeys(COLUMNS, "1") | {"task": "a", "run": "b", "metric": "success", column: "nan"}
+    (tmp_path / "curves.csv").write_text(f"{','.join(COLUMNS)}\n{','.join(values.values())}\n")
+    with pytest.raises(UserError, match="curves.csv: a/b: the columns from steps on should be numbers: nan"):
+        read_references([f"{tmp_path / 'curves.csv'}:a/b"], "success")
 
 
 # ------------------------------------------------------------------------------------------------------- command lines
