@@ -20,7 +20,7 @@ from model import ActorCriticModel, Prediction, RunningMoments, action_noise
 from run.checkpoint import provenance
 from run.config import Config
 from run.lifecycle import Keeper, StopRequest, check_finite, check_task
-from run.options import Options
+from run.options import PRECISIONS, Options
 from run.report import collect_episodes, update_scalars
 from run.world import Interrupted
 from utils import derived_seed, inspect_environment, training_seed
@@ -111,9 +111,10 @@ class PPOTrainer:
         self.novelty = Novelty(config.novelty_schedule, len(own))
         self.ended: list[tuple[int, int, dict[str, float]]] = []  # (t, environment, report) of this update's episodes
         self.finished: list[dict[str, float]] = []  # what the latest episodes reported
-        self.run: dict[str, Any] = {"run_id": run_id, "seed": seed} | provenance(self.device)
+        self.run: dict[str, Any] = {"run_id": run_id, "seed": seed, "precision": PRECISIONS[0]}
+        self.run |= provenance(self.device)
         self.keeper = Keeper(self, options.folder, checkpoint)
-        options.precision = options.precision or str(self.run.get("precision", "float32"))
+        options.precision = options.precision or self.run["precision"]
         self.run["precision"] = options.precision
 
     @property

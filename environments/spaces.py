@@ -124,8 +124,7 @@ class FramePart:
         allowed = "biu" if self._dtype == np.uint8 else "biuf"
         if picture.dtype.kind not in allowed:
             raise BrokenContract(f"{self._name} is {picture.dtype}, its space says {self._dtype}")
-        pixels = picture if picture.dtype.kind == "f" else picture.astype(np.int64)
-        pixels = np.rint(pixels * self._scale)
+        pixels = np.rint(picture * self._scale)
         if not (pixels.min() >= 0 and pixels.max() <= 255):  # NaN included
             raise BrokenContract(f"{self._name} holds values outside of its bounds, or NaN")
         return pixels.astype(np.uint8)
@@ -349,8 +348,9 @@ class Actor:
                 np.concatenate([np.ravel(getattr(part, end)).astype(np.float64) for part in self._leaves])
                 for end in ("low", "high")
             )
-            kinds = np.concatenate([np.full(math.prod(part.shape), part.dtype.kind) for part in self._leaves])
-            self._whole = np.isin(kinds, ["i", "u"])
+            self._whole = np.concatenate(
+                [np.full(math.prod(part.shape), part.dtype.kind in "iu") for part in self._leaves]
+            )
             # The largest numbers of 64 bits are none of a float, which would be the next one beyond.
             self.bounds = low, np.where(self._whole & (high >= 2.0**63), np.nextafter(high, 0), high)
         else:

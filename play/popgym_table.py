@@ -105,7 +105,7 @@ def chosen_tasks(text: str, known: list[str]) -> list[str]:
     """
     chosen = set()
     for name in text.split(",") if text else known:
-        fitting = {task for task in known if (name == task if name in known else name and name in task)}
+        fitting = {name} if name in known else {task for task in known if name and name in task}
         if not fitting:
             raise UserError(f"--tasks: no task's name contains {name!r}; there are {', '.join(known)}")
         chosen |= fitting

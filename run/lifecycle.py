@@ -285,12 +285,13 @@ def restore(trainer: "PPOTrainer", state: dict[str, Any]) -> None:
     rows = slice(own.start, own.stop)
     timeline.items[:, :, : timeline.length] = state["memory"][:, rows].to(trainer.device)
     timeline.item_step[:, : timeline.length] = state["item_step"][rows].to(trainer.device)
-    trainer.update, trainer.finished, trainer.run = state["update"], state["finished"], state["run"]
+    trainer.update, trainer.finished = state["update"], state["finished"]
+    trainer.run = {"precision": PRECISIONS[0]} | state["run"]  # checkpoints of earlier versions lack it
     # These become a path and lines; a file must not choose where else to write.
     if (
         not {str} >= {type(trainer.run[key]) for key in ("run_id", "device", "commit")}
         or not re.fullmatch(r"[\w.-]*\w/[\d-]+", trainer.run.get("summaries", "x/0"))
-        or trainer.run.get("precision", "float32") not in PRECISIONS
+        or trainer.run["precision"] not in PRECISIONS
     ):
         raise ValueError("its description is none")
     trainer.step = np.array(state["step"][rows], dtype=np.int64)
