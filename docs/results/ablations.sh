@@ -3,7 +3,7 @@
 # In the repository's folder:
 #
 #     docs/results/ablations.sh                            names all runs
-#     docs/results/ablations.sh mystery_path_grid-both-1   carries out that run, or what is left of it
+#     docs/results/ablations.sh mystery_path_grid-both-2   carries out that run, or what is left of it
 #
 # One run per core, here on cores 0 and 1; what was interrupted goes on where it stopped, what is finished is skipped:
 #
@@ -13,7 +13,7 @@
 # UPDATES says how many updates a run has, of 16,384 steps each; products are those of bf16. Schedules stay as they are, so that
 # `prediction` is the beginning of the config's own run with that seed. A figure of one task:
 #
-#     python evaluate.py checkpoints/mystery_path_grid-* --seeds=100 --repetitions=1 --metric=success --cpu \
+#     python evaluate.py checkpoints/mystery_path_grid-* --seeds=50 --repetitions=1 --metric=success --cpu \
 #         --output=docs/results/mystery_path_grid_ablations --plot=docs/results/mystery_path_grid_ablations.png
 set -euo pipefail
 
