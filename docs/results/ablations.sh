@@ -17,7 +17,7 @@
 #         --output=docs/results/mystery_path_grid_ablations --plot=docs/results/mystery_path_grid_ablations.png
 set -euo pipefail
 
-UPDATES=${UPDATES:-240}
+UPDATES=${UPDATES:-150}
 
 declare -A CHANGES=(
     [nothing]="prediction_coefficient=0 recall_coefficient=0"
