@@ -47,7 +47,9 @@ if [ -f "models/$1.nn" ]; then
 elif compgen -G "checkpoints/$1/checkpoint-*.pt" > /dev/null; then
     exec python train.py --resume="$1" --precision=bf16 --cpu --processes=1
 else
-    settings=(--set "updates=$UPDATES" --set checkpoint_interval=10 --set model_interval=30)
+    interval=30  # as in the run that has prediction
+    [ "$task" = mystery_path_grid ] || interval=25
+    settings=(--set "updates=$UPDATES" --set checkpoint_interval=10 --set "model_interval=$interval")
     for change in ${CHANGES[$variant]}; do
         settings+=(--set "$change")
     done
