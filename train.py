@@ -108,7 +108,7 @@ def prepare(trainer, arguments: dict, new: bool) -> None:
         from play.watch import check_drawing
 
         check_drawing(trainer.model, trainer.config, trainer.task)
-    for notice in trainer.notices:
+    for notice in [*trainer.options.notices(), *trainer.notices]:
         print(notice, file=sys.stderr)
     if not new:
         return

@@ -49,3 +49,18 @@ class Options:
         if self.overlap is not None:
             return self.overlap
         return self.device.type == "cuda" or (task.frame is not None and n_workers >= OVERLAP_WORTH)
+
+    def notices(self) -> list[str]:
+        """Return what a user should know before the run starts."""
+        if self.precision == "bf16" and emulates_bf16(self.device):
+            return [f"--precision=bf16: this {self.device.type} has no instructions for it and emulates them, several "
+                    "times slower than float32"]  # fmt: skip
+        return []
+
+
+def emulates_bf16(device: torch.device) -> bool:
+    """Return whether a device lacks instructions for bf16 products: CPUs with no more than AVX2, GPUs before Ampere."""
+    if device.type == "cuda":
+        return not torch.cuda.is_bf16_supported(including_emulation=False)
+    features = torch.cpu.get_capabilities()
+    return not any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))

@@ -1300,6 +1300,9 @@ def test_bf16_is_used(toy_run, tmp_path):
     model, _, _, _ = checkpoint.load_model(tmp_path / "models" / "run.nn", torch.device("cpu"))
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     assert not same(model.state_dict(), read(toy_run / "models" / "run.nn")["weights"])
+    processor = Path("/proc/cpuinfo")  # of Linux: avx512_bf16, amx_bf16, bf16
+    if processor.exists():
+        assert ("emulates" in said) == ("bf16" not in processor.read_text())
 
 
 def test_help(tmp_path):
