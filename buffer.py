@@ -102,7 +102,7 @@ class Buffer:
         shape = (self.n_workers, self.worker_steps)
         self.all_samples = config.n_workers * self.worker_steps
         self.own_samples = range(own.start * self.worker_steps, own.stop * self.worker_steps)
-        self.normalize_advantages = config.normalize_advantages
+        self.normalize_advantages, self.advantage_floor = config.normalize_advantages, config.advantage_floor
         self.minibatch_size = self.all_samples // config.n_mini_batch
         # As many queries per group as a minibatch has on average in a stretch.
         self.per_group = max(1, STRETCH // config.n_mini_batch)
@@ -205,7 +205,7 @@ class Buffer:
         """
         advantages = self.all_advantages[self.timeline.to_device(samples)]
         if self.normalize_advantages:
-            advantages = normalised(advantages)
+            advantages = normalised(advantages, self.advantage_floor)
         first, end = np.searchsorted(samples, (self.own_samples.start, self.own_samples.stop))
         whole, samples, advantages = samples, samples[first:end] - self.own_samples.start, advantages[first:end]
         index = self.timeline.to_device(samples)
@@ -234,9 +234,9 @@ class Buffer:
         return self.timeline.group(worker, t, self.step[worker, t], self.per_group)
 
 
-def normalised(advantages: Tensor) -> Tensor:
-    """Return advantages (N,) with mean 0 and standard deviation 1."""
-    return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+def normalised(advantages: Tensor, floor: float = 0.0) -> Tensor:
+    """Return advantages (N,) with mean 0 and standard deviation 1, or less where theirs is below `floor`."""
+    return (advantages - advantages.mean()) / (advantages.std() + 1e-8).clamp(min=floor)
 
 
 def generalised_advantages(

@@ -82,7 +82,9 @@ def main() -> None:
         raise UserError("POPGym is not installed: pip install popgym")
     published = read_published()
     tasks = chosen_tasks(arguments["--tasks"] or "", task_names(published))
-    table = Table(output, published, f"{zlib.crc32(config.model_dump_json().encode()):08x}")
+    # Keys that are as they are by default do not count: those of later versions leave a setting what it is.
+    setting = f"{zlib.crc32(config.model_dump_json(exclude_defaults=True).encode()):08x}"
+    table = Table(output, published, setting)
     steps = updates * config.n_workers * config.worker_steps
     runs = [(task, seed) for seed in range(1, seeds + 1) for task in tasks if table.steps(task, seed) < steps]
     start = [f"--config={arguments['--config']}", *changes_of_length(config, updates)]

@@ -78,6 +78,14 @@ class Config(Declared):
         "agent may expect up to about ±1 whatever it sees, near 0 it expects nothing.",
     )
     normalize_advantages: Flag = Field(True, description="Advantages are normalised in each minibatch.")
+    advantage_floor: Number = Field(
+        0.0,
+        ge=0,
+        le=10**6,
+        description="Normalised advantages are divided by their standard deviation or by this, whichever is larger, so "
+        "that where nearly all goes well noise is not made as large as what is to be learned (as "
+        "Hafner et al. 2023 do with returns).",
+    )
     normalize_observations: Flag = Field(
         False, description="Observed vectors are brought to mean 0 and variance 1 by running statistics."
     )
@@ -367,6 +375,8 @@ def _check_rules(config: Config) -> list[str]:
         problems.append(f"n_mini_batch: {minibatches} should divide n_workers·worker_steps, {samples}")
     elif samples == minibatches and config.normalize_advantages:
         problems.append(f"n_mini_batch: {minibatches} leaves one sample, whose advantage cannot be normalised")
+    if config.advantage_floor and not config.normalize_advantages:
+        problems.append("advantage_floor: is for advantages that are normalised (normalize_advantages: True)")
     return problems
 
 

@@ -46,7 +46,7 @@ def scaled_down(checked: Config, **changes) -> Config:
     fitting = [count for count in (1, 2, 4) if count <= config["n_mini_batch"] and samples % count == 0]
     config["n_mini_batch"] = fitting[-1]
     if samples == fitting[-1]:
-        config["normalize_advantages"] = False
+        config["normalize_advantages"], config["advantage_floor"] = False, 0.0
     config["hidden_layer_size"] = min(config["hidden_layer_size"], 32)
     config["epochs"] = min(config["epochs"], 2)
     config["updates"] = 1
@@ -182,6 +182,7 @@ BAD = {
     "n_mini_batch": [0, -8, 7, 10**9, "8"],
     "updates": [0, -1, 1.5],
     "normalize_advantages": [1, 0, "yes", None],
+    "advantage_floor": [-0.1, True, None, float("inf")],
     "max_grad_norm": [0, -0.5, "inf"],
     "transformer.embed_dim": [0, -64, 63, 1, 64.0, "64"],
     "transformer.num_heads": [0, -1, 5, 128, True],

@@ -482,7 +482,7 @@ RUNS = {
             "layer_norm": "pre",
             "gtrxl": False,
         },
-        {"prediction_coefficient": 0.5},
+        {"prediction_coefficient": 0.5, "advantage_floor": 10.0},  # more than their standard deviation
     ),
     "Minigrid": (
         {

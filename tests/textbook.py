@@ -221,7 +221,8 @@ def loss(
     chosen = [branch.gather(1, actions[:, [index]]) for index, branch in enumerate(log_softmaxes)]  # each (N, 1)
     log_ratio = torch.cat(chosen, dim=1) - old_log_probs  # (N, branches)
     ratio = log_ratio.exp()
-    normalised = (advantages - advantages.mean()) / (advantages.std() + 1e-8)  # of this minibatch, N - 1 under the std
+    scale = max(advantages.std() + 1e-8, config.get("advantage_floor", 0))  # of this minibatch, N - 1 under the std
+    normalised = (advantages - advantages.mean()) / scale
     normalised = normalised.unsqueeze(1)  # (N,) -> (N, 1), the same for every branch
     policy_loss = torch.minimum(ratio * normalised, ratio.clamp(1 - clip, 1 + clip) * normalised).mean()
 
