@@ -10,7 +10,8 @@
 #     docs/results/ablations.sh | sed -n '1~2p' | OMP_NUM_THREADS=1 taskset -c 0 xargs -n 1 docs/results/ablations.sh
 #     docs/results/ablations.sh | sed -n '2~2p' | OMP_NUM_THREADS=1 taskset -c 1 xargs -n 1 docs/results/ablations.sh
 #
-# UPDATES says how many updates a run has, of 16,384 steps each; products are those of bf16. Schedules stay as they are, so that
+# UPDATES says how many updates a run has, of 16,384 steps each; products are those of bf16 (PRECISION=float32 where a processor
+# has no instructions for it; compare runs of one precision). Schedules stay as they are, so that
 # `prediction` is the beginning of the config's own run with that seed. A figure of one task:
 #
 #     python evaluate.py checkpoints/mystery_path_grid-* --seeds=50 --repetitions=1 --metric=success --cpu \
@@ -18,6 +19,7 @@
 set -euo pipefail
 
 UPDATES=${UPDATES:-150}
+PRECISION=${PRECISION:-bf16}
 
 declare -A CHANGES=(
     [nothing]="prediction_coefficient=0 recall_coefficient=0"
@@ -45,7 +47,7 @@ IFS=- read -r task variant seed <<< "$1"
 if [ -f "models/$1.nn" ]; then
     echo "$1 is finished"
 elif compgen -G "checkpoints/$1/checkpoint-*.pt" > /dev/null; then
-    exec python train.py --resume="$1" --precision=bf16 --cpu --processes=1
+    exec python train.py --resume="$1" --precision="$PRECISION" --cpu --processes=1
 else
     interval=30  # as in the run that has prediction
     [ "$task" = mystery_path_grid ] || interval=25
@@ -54,5 +56,5 @@ else
         settings+=(--set "$change")
     done
     exec python train.py --config="configs/$task.yaml" --run-id="$1" --overwrite --seed="$seed" "${settings[@]}" \
-        --precision=bf16 --cpu --processes=1
+        --precision="$PRECISION" --cpu --processes=1
 fi
