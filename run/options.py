@@ -59,7 +59,7 @@ class Options:
 
 
 def emulates_bf16(device: torch.device) -> bool:
-    """Return whether a device lacks instructions for bf16 products: CPUs with no more than AVX2, GPUs before Ampere."""
+    """Return whether a device lacks instructions for bf16 products: x86 before AVX512_BF16, GPUs before Ampere."""
     if device.type == "cuda":
         return not torch.cuda.is_bf16_supported(including_emulation=False)
     features = torch.cpu.get_capabilities()
