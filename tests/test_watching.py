@@ -92,7 +92,7 @@ def command(
     environment = {key: value for key, value in os.environ.items() if key not in ("DISPLAY", "WAYLAND_DISPLAY")}
     environment |= {"OMP_NUM_THREADS": "1"} | variables
     return subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], cwd=folder, env=environment,
-                          capture_output=True, text=True, timeout=400)  # fmt: skip
+                          capture_output=True, text=True, timeout=120)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------- the same as in training
