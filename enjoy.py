@@ -26,7 +26,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from play.window import has_display, open_window
+from evaluation.window import has_display, open_window
 from run.cli import arguments_of, choose_device, command_line, output_file, step_limit, use_cores, whole_number
 from utils import UserError
 
@@ -41,9 +41,9 @@ def main() -> None:
     max_steps = whole_number(arguments, "--max-steps", 1, 10**9)
     if arguments["--window"] and not has_display():
         raise UserError("--window: there is no display; write a video instead: --video=episode.mp4")
-    from play.agent import first_unseen_seed, load_for_play
-    from play.video import film
-    from play.watch import Player, check_drawing, describe_means
+    from evaluation.agent import first_unseen_seed, load_for_play
+    from evaluation.video import film
+    from evaluation.watch import Player, check_drawing, describe_means
 
     video = output_file(arguments, "--video", (".mp4", ".gif"))
     device = choose_device(arguments)
@@ -84,7 +84,7 @@ def play(player, seeds: range, fps: int, window, results: list[dict[str, float]]
         window: a `Window` to show them in, or None.
         results: takes what the environment reports of each episode.
     """
-    from play.watch import describe, draw_episode
+    from evaluation.watch import describe, draw_episode
 
     for number, seed in enumerate(seeds, start=1):
         moments = draw_episode(player, seed, WIDTH, fps) if player.render else ((None, m) for m in player.play(seed))

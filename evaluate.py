@@ -59,8 +59,8 @@ def main() -> None:
 
 def checked(arguments: dict, device) -> tuple[dict, list]:
     """Return how is evaluated, and published curves; UserError where the command line is wrong."""
-    from play.reference import read_references
-    from play.results import AGGREGATES
+    from evaluation.published import read_references
+    from evaluation.statistics import AGGREGATES
     from run.checkpoint import provenance
 
     seeds, repetitions = (whole_number(arguments, name, 1, 10**6) for name in ("--seeds", "--repetitions"))
@@ -85,8 +85,8 @@ def checked(arguments: dict, device) -> tuple[dict, list]:
 
 def find_and_load(paths: list[str], device) -> list[tuple]:
     """Return path, model, config, task and run of all models; UserError where there are none to be played."""
-    from play.agent import load_for_play
-    from play.results import find_models
+    from evaluation.agent import load_for_play
+    from evaluation.statistics import find_models
 
     return [(path, *load_for_play(path, device)) for path in find_models(paths)]
 
@@ -95,8 +95,8 @@ def play(models: list[tuple], protocol: dict, arguments: dict, world) -> list:
     """Let all models play the same seeds, which `protocol` then names; return what they did."""
     import torch
 
-    from play.agent import first_unseen_seed, play_episodes, task_name
-    from play.results import Evaluated
+    from evaluation.agent import first_unseen_seed, play_episodes, task_name
+    from evaluation.statistics import Evaluated
 
     mine = max(1, cores() // world.local_size)
     # The environments need the other cores. Must not depend on --processes: it decides how sums are rounded.
@@ -121,7 +121,7 @@ def play(models: list[tuple], protocol: dict, arguments: dict, world) -> list:
 
 def report(evaluated: list, protocol: dict, arguments: dict, references: list) -> None:
     """Print the table and write the files that were asked for."""
-    from play import results
+    from evaluation import statistics as results
 
     groups = results.group_runs(evaluated, arguments["--aggregate"])
     print("\n".join(results.table(groups)), flush=True)
@@ -179,7 +179,7 @@ def write_results(
         metric: what the figure shows; UserError where no group reports it.
         references: published curves that it shows too.
     """
-    from play.results import plot, to_csv, to_json
+    from evaluation.statistics import plot, to_csv, to_json
     from run.checkpoint import write_file
 
     files = {}

@@ -4,27 +4,53 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from environments.contract import Task
+from environments.section import Declared, Flag, Number, Whole
 from kernels.frames import channels_last
 from kernels.groups import MemoryView
 from kernels.products import Linear
 from kernels.windows import MASKED, Windows
-from transformer import Transformer
-
-if TYPE_CHECKING:
-    from run.config import Config
+from recurrence import MemorylessConfig, RecurrenceConfig
+from transformer import Transformer, TransformerConfig
 
 # The smallest frame that passes the three convolutions of `VisualEncoder`.
 SMALLEST_PICTURE = 36
 # Normalised vectors are clipped to this many standard deviations.
 FURTHEST = 10.0
 Layer = TypeVar("Layer", bound=nn.Linear | nn.Conv2d | nn.ConvTranspose2d)
+
+
+class ModelConfig(Declared):
+    """What of a config decides what the model is like."""
+
+    hidden_layer_size: Whole = Field(
+        384, ge=1, le=10**5, description="Width of the hidden layers in front of the policy and of the value."
+    )
+    value_gain: Number = Field(
+        1.0,
+        ge=0,
+        le=1000,
+        description="Gain of the value head's orthogonal initialisation: with 1, as in the reference, an untrained "
+        "agent may expect up to about ±1 whatever it sees, near 0 it expects nothing.",
+    )
+    normalize_observations: Flag = Field(
+        False, description="Observed vectors are brought to mean 0 and variance 1 by running statistics."
+    )
+    transformer: TransformerConfig | None = Field(None, description="Memory by a transformer: its shape.")
+    recurrence: RecurrenceConfig | None = Field(None, description="Memory by a recurrent cell: its shape.")
+    memoryless: MemorylessConfig | None = Field(None, description="No memory.")
+
+    @property
+    def core(self) -> TransformerConfig | RecurrenceConfig | MemorylessConfig:
+        """Return the section that is there: exactly one is (checked by run/config.py)."""
+        return self.transformer or self.recurrence or self.memoryless
 
 
 @dataclass
@@ -242,10 +268,10 @@ class ActorCriticModel(nn.Module):
         task: what it plays.
     """
 
-    def __init__(self, config: "Config", task: Task) -> None:
+    def __init__(self, config: ModelConfig, task: Task) -> None:
         super().__init__()
         self.task = task
-        embed_dim, hidden = config.transformer.embed_dim, config.hidden_layer_size
+        embed_dim, hidden = config.core.embed_dim, config.hidden_layer_size
         self.encoder: nn.Module
         if task.frame is None:
             self.encoder = VectorEncoder(task.vector, embed_dim)

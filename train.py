@@ -93,7 +93,7 @@ def film(config: Config):
     """Return what draws episodes for TensorBoard, None where the config wants none: it takes seconds to import."""
     if not config.video_interval:
         return None
-    from play.watch import episode_summary
+    from evaluation.watch import episode_summary
 
     return episode_summary
 
@@ -105,7 +105,7 @@ def prepare(trainer, arguments: dict, new: bool) -> None:
 
     trainer.options.film = film(trainer.config)
     if trainer.options.film is not None:
-        from play.watch import check_drawing
+        from evaluation.watch import check_drawing
 
         check_drawing(trainer.model, trainer.config, trainer.task)
     for notice in [*trainer.options.notices(), *trainer.notices]:

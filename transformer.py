@@ -12,19 +12,43 @@ which costs 2·D² + 2·heads·L·D instead of 2·L·D² multiply-adds per query
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from environments.section import Declared, Flag, Number, Whole
 from kernels.gating import Gating
 from kernels.groups import MemoryView
 from kernels.products import Linear, linear
 from kernels.windows import Windows
 
-if TYPE_CHECKING:
-    from run.config import TransformerConfig
+
+class TransformerConfig(Declared):
+    """The shape of the transformer and of its memory."""
+
+    num_blocks: Whole = Field(3, ge=1, le=100, description="How many blocks follow each other.")
+    embed_dim: Whole = Field(384, ge=2, le=2**14, description="Width of the blocks: even, divisible by `num_heads`.")
+    num_heads: Whole = Field(4, ge=1, le=2**14, description="Attention heads.")
+    memory_length: Whole = Field(
+        ge=1, le=10**5, description="How many past steps a block attends to; may exceed the longest episode."
+    )
+    positional_encoding: Literal["", "absolute", "learned", "relative"] = Field(
+        description="What tells the steps in memory apart; tasks without a step limit need `relative` or none."
+    )
+    query_position: Flag = Field(
+        False,
+        description="The current step's own position is added to the embedded observation; not without positions.",
+    )
+    layer_norm: Literal["", "pre", "post"] = Field(
+        "pre", description="Where layers are normalised: nowhere, before or after attention and projection."
+    )
+    gtrxl: Flag = Field(False, description="GRU-type gates (Parisotto et al. 2020) in place of the residual additions.")
+    gtrxl_bias: Number = Field(
+        0.0, ge=-100, le=100, description="Where the gates' bias starts; above 0 they start closer to the identity."
+    )
 
 
 def sinusoid(angle_steps: Tensor, embed_dim: int) -> Tensor:
@@ -156,7 +180,7 @@ class Block(nn.Module):
         config: the `transformer` section of a config.
     """
 
-    def __init__(self, config: "TransformerConfig") -> None:
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         embed_dim, self.layer_norm = config.embed_dim, config.layer_norm
         self.attention = Attention(
@@ -189,7 +213,7 @@ class Transformer(nn.Module):
         max_episode_steps: T, which the absolute and the learned encoding need; None for endless tasks.
     """
 
-    def __init__(self, config: "TransformerConfig", max_episode_steps: int | None) -> None:
+    def __init__(self, config: TransformerConfig, max_episode_steps: int | None) -> None:
         super().__init__()
         self.embed_dim, self.num_heads = config.embed_dim, config.num_heads
         self.encoding, self.pre_norm = config.positional_encoding, config.layer_norm == "pre"

@@ -1,13 +1,12 @@
 """Configs: what may stand in them, and every mistake found before anything starts.
 
-`python -m run.config` writes configs/schema.json and docs/configuration.md from what is declared here and in
+`python -m tools.write_docs` writes configs/schema.json and docs/configuration.md from what is declared here and in
 environments/section.py.
 """
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from runpy import run_module
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -17,36 +16,12 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from typing_extensions import get_type_hints, is_typeddict
 
-from environments.section import Declared, Environment, Flag, Number, Schedule, Section, Whole, Words
+from environments.section import Environment, Flag, Number, Schedule, Section, Whole, Words
+from model import ModelConfig
 from utils import UserError, polynomial_decay
 
 
-class TransformerConfig(Declared):
-    """The shape of the transformer and of its memory."""
-
-    num_blocks: Whole = Field(3, ge=1, le=100, description="How many blocks follow each other.")
-    embed_dim: Whole = Field(384, ge=2, le=2**14, description="Width of the blocks: even, divisible by `num_heads`.")
-    num_heads: Whole = Field(4, ge=1, le=2**14, description="Attention heads.")
-    memory_length: Whole = Field(
-        ge=1, le=10**5, description="How many past steps a block attends to; may exceed the longest episode."
-    )
-    positional_encoding: Literal["", "absolute", "learned", "relative"] = Field(
-        description="What tells the steps in memory apart; tasks without a step limit need `relative` or none."
-    )
-    query_position: Flag = Field(
-        False,
-        description="The current step's own position is added to the embedded observation; not without positions.",
-    )
-    layer_norm: Literal["", "pre", "post"] = Field(
-        "pre", description="Where layers are normalised: nowhere, before or after attention and projection."
-    )
-    gtrxl: Flag = Field(False, description="GRU-type gates (Parisotto et al. 2020) in place of the residual additions.")
-    gtrxl_bias: Number = Field(
-        0.0, ge=-100, le=100, description="Where the gates' bias starts; above 0 they start closer to the identity."
-    )
-
-
-class Config(Declared):
+class Config(ModelConfig):
     """Everything that a training depends on, but for its seed."""
 
     environment: Environment = Field(description="What is played: one of the sections below, told apart by `type`.")
@@ -64,18 +39,8 @@ class Config(Declared):
     value_loss_coefficient: Number = Field(
         0.5, ge=0, le=1000, description="Weight of the value loss (squared error without ½)."
     )
-    hidden_layer_size: Whole = Field(
-        384, ge=1, le=10**5, description="Width of the hidden layers in front of the policy and of the value."
-    )
     max_grad_norm: Number = Field(
         0.25, ge=1e-6, le=10**6, description="Gradients are clipped to this norm, taken over all of them."
-    )
-    value_gain: Number = Field(
-        1.0,
-        ge=0,
-        le=1000,
-        description="Gain of the value head's orthogonal initialisation: with 1, as in the reference, an untrained "
-        "agent may expect up to about ±1 whatever it sees, near 0 it expects nothing.",
     )
     normalize_advantages: Flag = Field(True, description="Advantages are normalised in each minibatch.")
     advantage_floor: Number = Field(
@@ -85,9 +50,6 @@ class Config(Declared):
         description="Normalised advantages are divided by their standard deviation or by this, whichever is larger, so "
         "that where nearly all goes well noise is not made as large as what is to be learned (as "
         "Hafner et al. 2023 do with returns).",
-    )
-    normalize_observations: Flag = Field(
-        False, description="Observed vectors are brought to mean 0 and variance 1 by running statistics."
     )
     reconstruction_coefficient: Number = Field(
         0.0,
@@ -120,7 +82,6 @@ class Config(Declared):
     histogram_interval: Whole = Field(
         0, ge=0, le=10**9, description="Updates between histograms of the weights; 0 is never."
     )
-    transformer: TransformerConfig = Field(description="The shape of the transformer and of its memory.")
     gamma_schedule: Schedule | None = Field(
         None,
         description="A discount that changes, and takes the place of `gamma` (François-Lavet et al. 2015).",
@@ -378,7 +339,3 @@ def _check_rules(config: Config) -> list[str]:
     if config.advantage_floor and not config.normalize_advantages:
         problems.append("advantage_floor: is for advantages that are normalised (normalize_advantages: True)")
     return problems
-
-
-if __name__ == "__main__":
-    run_module("run.reference", run_name="__main__")

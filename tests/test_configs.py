@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from environments.section import Section
 from run.config import SECTIONS, Config, check_config, load_config
 from run.lifecycle import NonFinite
-from run.reference import FILES
+from tools.write_docs import FILES
 from trainer import Options, PPOTrainer
 from utils import UserError
 
@@ -452,7 +452,7 @@ def test_configs_stored_before_they_were_typed(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_what_is_written_from_the_declarations(path):
-    assert path.read_text(encoding="utf-8") == FILES[path](), "to be written anew by `python -m run.config`"
+    assert path.read_text(encoding="utf-8") == FILES[path](), "to be written anew by `python -m tools.write_docs`"
 
 
 def test_configs_say_only_what_differs():

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from play.popgym_table import COLUMNS, Table, changes_of_length, chosen_tasks, main
 from run.config import load_config
+from tools.popgym_table import COLUMNS, Table, changes_of_length, chosen_tasks, main
 from utils import UserError
 
 PUBLISHED = {"AEasy": {"task": "AEasy", "gru_mmer": "0.1", "best_mmer": "0.5", "best_model": "GRU"}}
@@ -88,7 +88,7 @@ def test_trainings_stop_with_the_table(tmp_path):
     """However it ends: a training that went on would write beside the one that resumes it."""
     (tmp_path / "train.py").write_text("import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(60)\n")
     (tmp_path / "table.py").write_text(
-        "from play.popgym_table import command\ncommand('train.py', core=-1, log='run')\n"
+        "from tools.popgym_table import command\ncommand('train.py', core=-1, log='run')\n"
     )
     place = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
     table = subprocess.Popen([sys.executable, "table.py"], cwd=tmp_path, env=place)

@@ -128,7 +128,7 @@ TASKS["vector"]["environment"] = {
 
 def train_small(folder: Path) -> None:
     """Train all tasks and write down what came of them; go on with what two processes left. Run by each process."""
-    from play.agent import play_episodes
+    from evaluation.agent import play_episodes
     from run.checkpoint import load_newest
     from run.config import check_config
     from run.launch import together

@@ -19,8 +19,8 @@ from scipy.stats import trim_mean
 
 import evaluate
 from environments.numbers import count_missing_success, episode_numbers, episode_scalars, task_numbers
-from play.reference import COLUMNS, Reference, read_references
-from play.results import (
+from evaluation.published import COLUMNS, Reference, read_references
+from evaluation.statistics import (
     STATISTICS,
     Evaluated,
     group_runs,
@@ -32,7 +32,7 @@ from play.results import (
     to_csv,
     to_json,
 )
-from play.watch import describe_means
+from evaluation.watch import describe_means
 from run.cli import command_line, step_limit
 from utils import UserError
 
@@ -255,10 +255,10 @@ def played(monkeypatch):
         asked.update(options)
         return [{"seed": s, "repetition": r, "reward": float(s % 5 > 0)} for s in seeds for r in range(repetitions)]
 
-    monkeypatch.setattr("play.agent.load_for_play", lambda path, device: (None, config, task, run))
-    monkeypatch.setattr("play.agent.play_episodes", play_episodes)
-    monkeypatch.setattr("play.agent.first_unseen_seed", lambda environment: 100_000)
-    monkeypatch.setattr("play.agent.task_name", lambda environment: environment["type"])
+    monkeypatch.setattr("evaluation.agent.load_for_play", lambda path, device: (None, config, task, run))
+    monkeypatch.setattr("evaluation.agent.play_episodes", play_episodes)
+    monkeypatch.setattr("evaluation.agent.first_unseen_seed", lambda environment: 100_000)
+    monkeypatch.setattr("evaluation.agent.task_name", lambda environment: environment["type"])
     monkeypatch.setattr("torch.set_num_threads", lambda number: None)
     return asked
 

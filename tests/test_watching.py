@@ -16,11 +16,10 @@ from PIL import Image, ImageSequence
 import enjoy
 import evaluate
 from buffer import Timeline
-from model import ActorCriticModel
-from play.agent import Agent, first_unseen_seed, load_for_play, play_episodes
-from play.results import Evaluated, group_runs
-from play.video import film, write_video
-from play.watch import (
+from evaluation.agent import Agent, first_unseen_seed, load_for_play, play_episodes
+from evaluation.statistics import Evaluated, group_runs
+from evaluation.video import film, write_video
+from evaluation.watch import (
     SUMMARY_STEPS,
     SUMMARY_WIDTH,
     Moment,
@@ -30,7 +29,8 @@ from play.watch import (
     draw_episode,
     episode_summary,
 )
-from play.window import Window
+from evaluation.window import Window
+from model import ActorCriticModel
 from run.checkpoint import save_model
 from run.cli import command_line
 from run.config import Config, check_config, load_config
@@ -177,8 +177,8 @@ def test_memory_goes_on_when_the_timeline_is_full(monkeypatch):
     model, config, task = make_model("cartpole_masked", memory_length=4, positional_encoding="relative")
     short, long = [], []
     for values, rollout in ((short, 5), (long, 500)):
-        monkeypatch.setattr("play.agent.SHORTEST_ROLLOUT", rollout)
-        monkeypatch.setattr("play.agent.OBSERVATIONS_KEPT", rollout)
+        monkeypatch.setattr("evaluation.agent.SHORTEST_ROLLOUT", rollout)
+        monkeypatch.setattr("evaluation.agent.OBSERVATIONS_KEPT", rollout)
         player = Player(model, config, task, render=False)
         values += [moment.value for moment in player.play(2)]
     assert len(short) > 3 * 5
@@ -200,7 +200,7 @@ def test_batched_episodes_are_those_of_the_player():
 
 def test_evaluation_is_repeatable_and_independent_of_processes(monkeypatch):
     """The same episodes with one process, with three, and again; others with another seed of the actions."""
-    monkeypatch.setattr("play.agent.ENVIRONMENTS", 7)
+    monkeypatch.setattr("evaluation.agent.ENVIRONMENTS", 7)
     model, config, task = make_model("poc_memory_env")
     seeds = list(range(100_000, 100_010))
     one, three, again, other = (

@@ -14,7 +14,7 @@ import numpy as np
 from scipy.stats import trim_mean
 
 from environments.numbers import count_missing_success, metrics_of
-from play.reference import Reference
+from evaluation.published import Reference
 from utils import UserError
 
 # Bootstrap resamples behind each confidence interval.

@@ -14,7 +14,7 @@ from run.config import SECTIONS, Config, describe, fields_of
 ROOT = Path(__file__).parents[1]
 INTRODUCTION = """# Configuration
 
-<!-- Written by `python -m run.config` from the declarations in run/config.py and environments/section.py. -->
+<!-- Written by `python -m tools.write_docs` from the declarations in run/config.py and environments/section.py. -->
 
 A config is a YAML file such as those in `configs/`. It says what is played, what has to be given, and what differs from
 the defaults below. Everything is checked before anything starts; every mistake is named, with the nearest known key.

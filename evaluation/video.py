@@ -13,7 +13,7 @@ from PIL import Image
 from run.lifecycle import StopRequest
 
 if TYPE_CHECKING:
-    from play.watch import Player
+    from evaluation.watch import Player
 
 
 def film(path: Path, pictures: Iterable[Image.Image], fps: int, player: "Player") -> bool:

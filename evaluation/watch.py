@@ -15,9 +15,9 @@ from torch.utils.tensorboard.summary import Summary
 from environments import BrokenContract
 from environments.contract import Task, check_observation, checked_step
 from environments.numbers import episode_means, episode_numbers
+from evaluation.agent import Agent, first_unseen_seed, task_name
+from evaluation.video import encode_gif
 from model import ActorCriticModel, Prediction
-from play.agent import Agent, first_unseen_seed, task_name
-from play.video import encode_gif
 from processes.arrays import SharedArrays
 from run.config import Config
 from utils import EnvironmentFailure, UserError, create_env, reason_of

@@ -17,7 +17,7 @@ Options:
     --output=<file>  Write <file>.csv and <file>.md [default: docs/results/popgym].
     -h --help        Show this.
 
-Example: python -m play.popgym_table --seeds=1 --tasks=Easy
+Example: python -m tools.popgym_table --seeds=1 --tasks=Easy
 """
 
 import csv

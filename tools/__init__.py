@@ -1,0 +1,1 @@
+"""Drivers of experiments, and what writes parts of the documentation."""
