@@ -5,7 +5,6 @@ None of it is needed to play a trained model. A task has a loss that is added to
 
 import math
 from functools import reduce
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,18 +12,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from buffer import Buffer, Minibatch
+from environments.section import Schedule
 from kernels.frames import FrameCrossEntropy, channels_last, upsample
 from kernels.products import Linear
-from model import ActorCriticModel, Prediction, VisualEncoder, orthogonal
-from run.world import World
+from kernels.transfer import to_device
+from memory import ObservationStore
+from model import ActorCriticModel, Output, VisualEncoder, orthogonal
+from run.config import Config
+from run.distributed import Ranks
+from processes.arrays import DIGEST_SIZE
 from utils import UserError, polynomial_decay
 
-if TYPE_CHECKING:
-    from run.config import Config, Schedule
-
-
-# What a task's loss needs of each sample, by name: a tensor (N, …) each.
-Targets = dict[str, Tensor]
 # A loss, and what is reported of it, in the order of `reports`.
 Loss = tuple[Tensor, list[Tensor]]
 
@@ -43,24 +41,13 @@ class AuxiliaryTask(nn.Module):
     def prepare(self, buffer: Buffer) -> None:
         """Derive what the targets need of a whole rollout."""
 
-    def targets(self, buffer: Buffer, samples: np.ndarray, candidates: np.ndarray | None) -> Targets:
-        """Return what `loss` needs of `samples` (N,), a tensor (N, …) each.
+    def loss(self, output: Output, batch: Minibatch, candidates: Tensor) -> Loss:
+        """Return this rank's share of the loss, and of what is reported of it.
 
         Args:
-            buffer: the rollout.
-            samples: of this process.
-            candidates: (M,) numbers of the distinct frames of the whole minibatch.
-        """
-        return {}
-
-    def loss(self, prediction: Prediction, part: Minibatch, embedded: Tensor, targets: Targets) -> Loss:
-        """Return the loss of n samples and what is reported of it.
-
-        Args:
-            prediction: of the samples under the current weights.
-            part: the samples.
-            embedded: (M, D) the distinct observations of the whole minibatch, embedded.
-            targets: of `targets`, for these samples.
+            output: of the minibatch under the current weights.
+            batch: the minibatch.
+            candidates: (M', D) its distinct frames, embedded.
         """
         raise NotImplementedError
 
@@ -80,7 +67,7 @@ class Reconstruction(AuxiliaryTask):
         if not isinstance(encoder, VisualEncoder):
             raise UserError("reconstruction_coefficient: needs frames of at least 36×36; allowed here is 0")
         self.sizes = encoder.sizes
-        self.hidden = orthogonal(Linear(encoder.hidden.out_features, encoder.hidden.in_features), math.sqrt(2))
+        self.hidden = orthogonal(Linear(model.core.output_dim, encoder.hidden.in_features), math.sqrt(2))
         self.deconv3 = orthogonal(nn.ConvTranspose2d(64, 64, 3, 1), math.sqrt(2))
         self.deconv2 = orthogonal(nn.ConvTranspose2d(64, 32, 4, 2), math.sqrt(2))
         self.deconv1 = orthogonal(nn.ConvTranspose2d(32, encoder.conv1.in_channels, 8, 4), math.sqrt(2))
@@ -93,9 +80,10 @@ class Reconstruction(AuxiliaryTask):
         x = F.relu(upsample(x, self.deconv2, self.sizes[1]))
         return upsample(x, self.deconv1, self.sizes[0])
 
-    def loss(self, prediction: Prediction, part: Minibatch, embedded: Tensor, targets: Targets) -> Loss:
+    def loss(self, output: Output, batch: Minibatch, candidates: Tensor) -> Loss:
         """Return the mean binary cross-entropy of all pixels; see `AuxiliaryTask.loss`."""
-        loss = FrameCrossEntropy.apply(self(prediction.output), part.observations, part.which)
+        logits = self(output.output)
+        loss = FrameCrossEntropy.apply(logits, batch.observations, batch.which) / (batch.size * math.prod(logits.shape[1:]))
         return loss, [loss.detach()]
 
 
@@ -107,23 +95,28 @@ class Recall(AuxiliaryTask):
 
     Args:
         embed_dim: D.
+        output_dim: of the core.
+        memory_length: how many steps the core can look back.
     """
 
     reports, compares = ("recall",), True
 
-    def __init__(self, embed_dim: int) -> None:
+    def __init__(self, embed_dim: int, output_dim: int, memory_length: float) -> None:
         super().__init__()
-        self.query = Linear(embed_dim, embed_dim)
+        self.memory_length = memory_length
+        self.query = Linear(output_dim, embed_dim)
         self.prior = Linear(embed_dim, 1)
         self.seen = np.zeros((0, 0, 0), dtype=bool)
+        self.known = np.zeros((0, 0), dtype=bool)
 
     def forward(self, output: Tensor, frames: Tensor) -> Tensor:
         """Return logits (N, M) for transformer outputs (N, D) and embedded frames (M, D)."""
         return F.linear(self.query(output), frames) / math.sqrt(frames.shape[1]) + self.prior(frames).T
 
     def prepare(self, buffer: Buffer) -> None:
-        """Fill `seen`: which distinct frames the running episode has shown in front of each step of this rollout."""
+        """Fill `seen`: which distinct frames the running episode has shown before each step of this rollout."""
         frames, (workers, steps) = buffer.frame_number[buffer.frame_index()], buffer.step.shape
+        self.known = buffer.step <= np.minimum(np.arange(steps), self.memory_length)
         self.seen = np.zeros((workers, steps, buffer.frame_count), dtype=bool)
         running, everyone = np.zeros((workers, buffer.frame_count), dtype=bool), np.arange(workers)
         for t in range(steps):
@@ -131,25 +124,24 @@ class Recall(AuxiliaryTask):
             self.seen[:, t] = running
             running[everyone, frames[:, t]] = True
 
-    def targets(self, buffer: Buffer, samples: np.ndarray, candidates: np.ndarray | None) -> Targets:
-        """Return what `samples` (N,) should recall of their minibatch's M distinct frames.
+    def targets(self, batch: Minibatch) -> tuple[Tensor, Tensor]:
+        """Return what the samples of a minibatch should recall of its M' distinct frames.
 
         Returns:
-            Whether the episode has `shown` the frame (N, M), and whether that is `known` (N, 1): the whole episode lies
-            in this rollout and in the memory window.
+            Whether the episode has shown the frame (N, M'), and whether that is known (N, 1): the whole episode lies in
+            this rollout and in the memory window.
         """
-        worker, t = np.divmod(samples, buffer.worker_steps)
-        known = buffer.step[worker, t] <= np.minimum(t, buffer.timeline.length)
-        shown = self.seen[worker, t][:, candidates]
-        to_device = buffer.timeline.to_device
-        return {"shown": to_device(shown), "known": to_device(known)[:, None]}
+        worker, t = np.divmod(batch.samples, self.seen.shape[1])
+        shown = self.seen[worker, t][:, batch.candidates]
+        device = batch.which.device
+        return to_device(shown, device), to_device(self.known[worker, t], device)[:, None]
 
-    def loss(self, prediction: Prediction, part: Minibatch, embedded: Tensor, targets: Targets) -> Loss:
+    def loss(self, output: Output, batch: Minibatch, candidates: Tensor) -> Loss:
         """Return the mean binary cross-entropy, where the unknown counts as zero; see `AuxiliaryTask.loss`."""
-        shown = targets["shown"].float()
-        logits = self(prediction.output, embedded[: part.distinct])
-        known = targets["known"].float().expand_as(logits)
-        loss = F.binary_cross_entropy_with_logits(logits, shown, known)
+        logits = self(output.output, candidates)
+        shown, known = self.targets(batch)
+        weight = known.float().expand_as(logits)
+        loss = batch.mean(F.binary_cross_entropy_with_logits(logits, shown.float(), weight, reduction="none"))
         return loss, [loss.detach()]
 
 
@@ -173,7 +165,7 @@ class NextObservation(AuxiliaryTask):
         self.frames, self.vectors = task.frame is not None, task.vector > 0
         self.compares = self.frames
         self.reports = ("prediction", *(("predicted", "predictable") if self.frames else ()))
-        self.query = Linear(embed_dim, embed_dim)
+        self.query = Linear(model.core.output_dim, embed_dim)
         # No bias: without any action, E[a] would be zero and the output alone would predict.
         sizes = [task.continuous] if task.continuous else task.branches
         self.actions = nn.ModuleList(nn.Linear(n, embed_dim, bias=False) for n in sizes)
@@ -182,7 +174,8 @@ class NextObservation(AuxiliaryTask):
         self.continuous = task.continuous > 0
         self.prior = Linear(embed_dim, 1) if self.frames else None
         self.regression = Linear(embed_dim, task.vector) if self.vectors else None
-        self.following = np.zeros((0, 0), dtype=np.int64)
+        self.following = self.frame = np.zeros(0, dtype=np.int64)
+        self.observations: ObservationStore | None = None
 
     def forward(self, output: Tensor, actions: Tensor) -> Tensor:
         """Return W o ⊙ (1 + E[a]) (N, D) for transformer outputs (N, D) and what was done (N, entries)."""
@@ -194,53 +187,52 @@ class NextObservation(AuxiliaryTask):
         return self.query(output) * (1 + change)
 
     def prepare(self, buffer: Buffer) -> None:
-        """Fill `following` (W, T): the observation behind each step, −1 where the episode ended there."""
+        """Fill `following` and `frame` (W·T,): the observation after each step and its frame; −1 after the last."""
         following = np.concatenate((buffer.observation_index[:, 1:], buffer.last_index[:, None]), axis=1)
-        self.following = np.where(buffer.terminated | buffer.truncated, -1, following)
-
-    def targets(self, buffer: Buffer, samples: np.ndarray, candidates: np.ndarray | None) -> Targets:
-        """Return what came behind `samples` (N,).
-
-        Returns:
-            `frame` (N,): which of the minibatch's distinct frames, −1 where the episode ended or no sample saw it;
-            `vector` (N, n), normalised as the model sees it, and whether the episode went on (N, 1) as `known`.
-        """
-        following, to_device = self.following.flat[samples], buffer.timeline.to_device
-        targets = {}
+        self.following = np.where(buffer.terminated | buffer.truncated, -1, following).flatten()
+        self.observations = buffer.observations
         if self.frames:
-            frames = np.where(following < 0, -1, buffer.frame_number[buffer.observations.frame_index(following)])
-            place = np.searchsorted(candidates, frames).clip(max=len(candidates) - 1)
-            targets["frame"] = to_device(np.where(candidates[place] == frames, place, -1))
-        if self.vectors:
-            targets["vector"] = self.normalised(buffer.observations.vectors_of(following.clip(min=0)))
-            targets["known"] = to_device(following >= 0)[:, None]
-        return targets
+            frame = buffer.frame_number[buffer.observations.frame_index(self.following)]
+            self.frame = np.where(self.following < 0, -1, frame)
 
-    def loss(self, prediction: Prediction, part: Minibatch, embedded: Tensor, targets: Targets) -> Loss:
+    def next_frame(self, batch: Minibatch) -> Tensor:
+        """Return (N,): which of the minibatch's frames came next, −1 where the episode ended or no sample saw it."""
+        frame = self.frame[batch.samples]
+        place = np.searchsorted(batch.candidates, frame).clip(max=len(batch.candidates) - 1)
+        return to_device(np.where(batch.candidates[place] == frame, place, -1), batch.which.device)
+
+    def next_vector(self, batch: Minibatch) -> tuple[Tensor, Tensor]:
+        """Return what came next (N, n), normalised as the model sees it, and whether the episode went on (N, 1)."""
+        following = self.following[batch.samples]
+        vector = self.normalised(self.observations.vectors_of(following.clip(min=0)))
+        return vector, to_device(following >= 0, batch.which.device)[:, None]
+
+    def loss(self, output: Output, batch: Minibatch, candidates: Tensor) -> Loss:
         """Return cross-entropy and squared error per sample; see `AuxiliaryTask.loss`.
 
         Reported are the loss, and of frames the shares of samples that were predicted and that could be.
         """
-        question, count = self(prediction.output, part.actions), len(part)
+        question = self(output.output, batch.actions)
         loss, reported = question.new_zeros(()), []
         if self.frames:
-            frames, target = embedded[: part.distinct], targets["frame"]
-            logits = F.linear(question, frames) / math.sqrt(frames.shape[1]) + self.prior(frames).T
-            loss = F.cross_entropy(logits.float(), target, ignore_index=-1, reduction="sum") / count
-            reported = [(logits.detach().argmax(dim=1) == target).float().mean(), (target >= 0).float().mean()]
+            target = self.next_frame(batch)
+            logits = F.linear(question, candidates) / math.sqrt(candidates.shape[1]) + self.prior(candidates).T
+            loss = F.cross_entropy(logits.float(), target, ignore_index=-1, reduction="sum") / batch.size
+            predicted = logits.detach().argmax(dim=1) == target
+            reported = [batch.mean(predicted.float()), batch.mean((target >= 0).float())]
         if self.vectors:
-            error = (self.regression(question).float() - targets["vector"]) ** 2
-            loss = loss + (error.mean(dim=1, keepdim=True) * targets["known"]).sum() / count
+            vector, known = self.next_vector(batch)
+            loss = loss + batch.mean((self.regression(question).float() - vector) ** 2 * known)
         return loss, [loss.detach(), *reported]
 
 
-def auxiliary_tasks(config: "Config", model: ActorCriticModel) -> dict[str, AuxiliaryTask]:
+def auxiliary_tasks(config: Config, model: ActorCriticModel) -> dict[str, AuxiliaryTask]:
     """Return the tasks whose coefficient, `<name>_coefficient` of the config, is above 0, by name.
 
     Raises:
         UserError: if a task does not suit what is observed.
     """
-    embed_dim = config.transformer.embed_dim
+    embed_dim = config.core.embed_dim
     tasks: dict[str, AuxiliaryTask] = {}
     for name in ("reconstruction", "recall"):
         coefficient = getattr(config, f"{name}_coefficient")
@@ -249,30 +241,23 @@ def auxiliary_tasks(config: "Config", model: ActorCriticModel) -> dict[str, Auxi
     if config.reconstruction_coefficient > 0:
         tasks["reconstruction"] = Reconstruction(model)
     if config.recall_coefficient > 0:
-        tasks["recall"] = Recall(embed_dim)
+        memory_length = config.transformer.memory_length if config.transformer else math.inf
+        tasks["recall"] = Recall(embed_dim, model.core.output_dim, memory_length)
     if config.prediction_coefficient > 0:
         tasks["prediction"] = NextObservation(model, embed_dim)
     return tasks
 
 
-def exchange_candidates(world: World, minibatch: Minibatch, embedded: Tensor) -> Tensor:
-    """Return all distinct frames of a minibatch (M, D), embedded: each by the first process that has it.
+def embedded_candidates(ranks: Ranks, batch: Minibatch, embedded: Tensor) -> Tensor:
+    """Return all distinct frames of a minibatch (M', D), embedded: each by the first rank that has it.
 
     Args:
-        world: all processes.
-        minibatch: this process's share.
+        ranks: of the run; their gradients come together where a frame was embedded.
+        batch: this rank's share of the minibatch.
         embedded: (≥ m, D) its own distinct observations.
     """
-    candidates = embedded.new_zeros(minibatch.distinct, embedded.shape[1], dtype=torch.float32)
-    candidates[minibatch.own] = embedded.detach()[minibatch.rows].float()
-    world.add(candidates)
-    return candidates.requires_grad_()
-
-
-def return_gradient(world: World, minibatch: Minibatch, of_embedded: Tensor, of_candidates: Tensor) -> None:
-    """Add to the gradient of what this process embedded what all processes did with it as candidates (M, D)."""
-    world.add(of_candidates)
-    of_embedded[minibatch.rows] += of_candidates[minibatch.own].to(of_embedded.dtype)
+    candidates = embedded.new_zeros(len(batch.candidates), embedded.shape[1])
+    return ranks.sum_with_gradient(candidates.index_copy(0, batch.own, embedded[batch.rows]))
 
 
 class Novelty:
@@ -283,7 +268,7 @@ class Novelty:
         n_workers: number of environments.
     """
 
-    def __init__(self, schedule: "Schedule", n_workers: int) -> None:
+    def __init__(self, schedule: Schedule, n_workers: int) -> None:
         self.schedule = schedule
         # Observations of the running episodes, in the order in which they were first shown.
         self.seen: list[dict[bytes, None]] = [{} for _ in range(n_workers)]
@@ -312,3 +297,11 @@ class Novelty:
                 paid[place] = bonus
             seen[digest] = None
         return paid
+
+    def state_dict(self) -> dict[str, list[Tensor]]:
+        """Return the digests that each environment's running episode has shown, as bytes."""
+        return {"seen": [torch.frombuffer(bytearray(b"".join(seen)), dtype=torch.uint8) for seen in self.seen]}
+
+    def load_state_dict(self, state: dict[str, list[Tensor]]) -> None:
+        """Continue from what `state_dict` returned."""
+        self.seen = [dict.fromkeys(map(bytes, seen.view(-1, DIGEST_SIZE).numpy())) for seen in state["seen"]]

@@ -1,34 +1,33 @@
 """The rollout: what was observed and done, and what came of it; advantages; minibatches."""
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.groups import QueryGroups
-from kernels.windows import Windows
-from memory import STRETCH, ObservationStore, Timeline
+from kernels.transfer import to_device
+from memory import ObservationStore, make_memory
 from model import ActorCriticModel
-from run.world import World
-
-if TYPE_CHECKING:
-    from run.config import Config
+from recurrence import Fragments
+from run.config import Config
+from run.distributed import Ranks
+from transformer import MemoryView
 
 
 @dataclass
 class Minibatch:
-    """What one optimiser step, or a part of it, learns from: N samples that saw M distinct observations.
+    """What one optimiser step learns from: this rank's N samples, which saw M distinct observations.
 
     Attributes:
-        samples: (N,) flat indices w·T + t over the environments of this process.
+        samples: (N,) flat indices w·T + t over the environments of this rank, in whole segments.
+        size: number of samples on all ranks.
         observations: (M, C, H, W) frames, perhaps followed by some that no sample saw, or (N, n) vectors.
-        distinct: M, over all processes that share the minibatch.
         which: (N,) int64 the observation that each sample saw.
         vectors: (N, n) observed beside frames, None without.
-        windows: what the samples may look at, or how they share memory columns for it.
+        past: what the samples may look at, or the states before them.
         step: (N,) int64 episode step.
         actions: (N, branches) int64, or (N, entries) float32.
         masks: (N, sum of actions) bool, which actions were allowed; None if all always are.
@@ -36,18 +35,17 @@ class Minibatch:
         values: (N,) when they were sampled.
         returns: (N,).
         advantages: (N,), normalised over the whole minibatch where the config says so.
-        targets: of each auxiliary task, by name: a tensor (N, …) each.
-        candidates: (M,) numbers of the distinct frames, None where no auxiliary task needs them.
-        own: (m,) places among the candidates that this process embeds for all.
+        candidates: (M',) numbers of the distinct frames that all ranks saw, None where no auxiliary task asks for them.
+        own: (m,) places among the candidates of those that this rank embeds for all.
         rows: (m,) which of its observations those are.
     """
 
     samples: np.ndarray
+    size: int
     observations: Tensor
-    distinct: int
     which: Tensor
     vectors: Tensor | None
-    windows: Windows | QueryGroups
+    past: MemoryView | Fragments
     step: Tensor
     actions: Tensor
     masks: Tensor | None
@@ -55,36 +53,17 @@ class Minibatch:
     values: Tensor
     returns: Tensor
     advantages: Tensor
-    targets: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     candidates: np.ndarray | None = None
     own: Tensor | None = None
     rows: Tensor | None = None
 
-    def __len__(self) -> int:
-        return len(self.which)
-
-    def split(self, parts: int) -> list["Minibatch"]:
-        """Divide the samples into equal parts."""
-        if parts == 1:
-            return [self]
-        return [self._part(torch.from_numpy(samples), windows) for samples, windows in self.windows.split(parts)]
-
-    def _part(self, samples: Tensor, windows: Windows | QueryGroups) -> "Minibatch":
-        shared: dict[str, Any] = {"observations": self.observations, "distinct": self.distinct, "windows": windows}
-        shared |= {"candidates": self.candidates, "own": self.own, "rows": self.rows}
-        own = {f.name: chosen(getattr(self, f.name), samples) for f in fields(self) if f.name not in shared}
-        return Minibatch(**shared | own)
-
-
-def chosen(value: Any, samples: Tensor) -> Any:
-    """Return the rows `samples` of a tensor, of all tensors in nested dicts, or of None."""
-    if isinstance(value, dict):
-        return {name: chosen(part, samples) for name, part in value.items()}
-    return None if value is None else value[samples]
+    def mean(self, values: Tensor) -> Tensor:
+        """Return this rank's share of the mean of values (N, …) over the samples of all ranks."""
+        return values.sum() / (self.size * math.prod(values.shape[1:]))
 
 
 class Buffer:
-    """One rollout of this process's environments: W environments × T steps.
+    """One rollout of this rank's environments: W environments × T steps.
 
     What the host decides on (rewards, ends, episode steps, indices of observations) are NumPy arrays, what only the
     model needs lives on the training device.
@@ -93,28 +72,27 @@ class Buffer:
         config: of the run.
         model: the model that samples.
         device: the training device.
-        world: all processes of the run; samples are numbered w·T + t over the environments of all of them.
+        ranks: of the run; samples are numbered w·T + t over the environments of all of them.
     """
 
-    def __init__(self, config: "Config", model: ActorCriticModel, device: torch.device, world: World) -> None:
-        task, own = model.task, world.share(config.n_workers)
-        self.world, self.n_workers, self.worker_steps = world, len(own), config.worker_steps
+    def __init__(self, config: Config, model: ActorCriticModel, device: torch.device, ranks: Ranks) -> None:
+        task, own = model.task, ranks.share(config.n_workers)
+        self.ranks, self.device, self.n_workers, self.worker_steps = ranks, device, len(own), config.worker_steps
         shape = (self.n_workers, self.worker_steps)
         self.all_samples = config.n_workers * self.worker_steps
         self.own_samples = range(own.start * self.worker_steps, own.stop * self.worker_steps)
         self.normalize_advantages, self.advantage_floor = config.normalize_advantages, config.advantage_floor
-        self.minibatch_size = self.all_samples // config.n_mini_batch
-        # As many queries per group as a minibatch has on average in a stretch.
-        self.per_group = max(1, STRETCH // config.n_mini_batch)
-        self.timeline = Timeline(model, config.transformer, *shape, device)
+        self.minibatch_size, self.segment_length = self.all_samples // config.n_mini_batch, config.segment_length
+        self.memory = make_memory(model, *shape, device)
         # Every step can be the last of an episode and leave a final observation.
         capacity = self.n_workers * (2 * self.worker_steps + 1)
-        self.observations = ObservationStore(task, config.transformer.embed_dim, capacity, device)
+        self.observations = ObservationStore(task, config.core.embed_dim, capacity, device)
         kind = torch.float32 if task.continuous else torch.int64
         self.actions = torch.zeros(*shape, task.action_size, dtype=kind, device=device)
         allowed = (*shape, sum(task.branches))
         self.masks = torch.ones(allowed, dtype=torch.bool, device=device) if task.masked else None
         self.log_probs = torch.zeros(*shape, len(task.branches) or 1, device=device)
+        self.policies = torch.zeros(*shape, 2 * task.continuous or sum(task.branches), device=device)
         self.values = torch.zeros(shape, device=device)
         self.advantages = torch.zeros(shape, device=device)
         self.all_advantages = self.advantages.flatten()
@@ -125,12 +103,12 @@ class Buffer:
         self.terminated = np.zeros(shape, dtype=bool)
         self.truncated = np.zeros(shape, dtype=bool)
         self.final_index: dict[tuple[int, int], int] = {}  # observation after the truncated step (worker, t)
-        self.frame_number = np.zeros(0, dtype=np.int64)  # of each of this process's distinct frames
+        self.frame_number = np.zeros(0, dtype=np.int64)  # of each of this rank's distinct frames
         self.all_frames = np.zeros(0, dtype=np.int64)  # the number of the frame of every sample
         self.frame_count = 0
 
     def begin(self) -> None:
-        """Start a new rollout: the newest L memory columns stay, everything else is forgotten."""
+        """Start a new rollout: what is remembered stays, everything else is forgotten."""
         self.observations.clear()
         self.final_index.clear()
 
@@ -139,15 +117,15 @@ class Buffer:
         return self.observations.frame_index(self.observation_index)
 
     def number_frames(self) -> None:
-        """Give the distinct frames of all processes numbers, in the order in which they turned up."""
+        """Give the distinct frames of all ranks numbers, in the order in which they turned up."""
         if self.observations.frames is None:
             return
         numbers: dict[bytes, int] = {}
         found = []
-        for known, index in self.world.gather((list(self.observations.frames.known), self.frame_index())):
+        for known, index in self.ranks.gather((list(self.observations.frames.known), self.frame_index())):
             number = np.array([numbers.setdefault(digest, len(numbers)) for digest in known])
             found.append(number[index])
-            if len(found) == self.world.rank + 1:
+            if len(found) == self.ranks.rank + 1:
                 self.frame_number = number
         self.all_frames, self.frame_count = np.concatenate(found).flatten(), len(numbers)
 
@@ -163,8 +141,8 @@ class Buffer:
         t = np.array([self.worker_steps] * self.n_workers + [t + 1 for _, t in cut])
         step = np.concatenate((last_step, [self.step[w, t] + 1 for w, t in cut])).astype(np.int64)
         index = np.concatenate((self.last_index, list(self.final_index.values()))).astype(np.int64)
-        memory = self.timeline.view(self.timeline.group(worker, t, step, self.per_group))
-        following = model(self.observations.embed(model, index, step), memory).value.cpu()
+        past = self.memory.past_of(worker, t, step[:, None])
+        following = model(self.observations.embed(model, index, step), past).value.cpu()
         values = self.values.cpu()
         next_values = torch.cat((values[:, 1:], following[: self.n_workers, None]), dim=1)
         for place, value in zip(cut, following[self.n_workers :], strict=True):
@@ -189,49 +167,61 @@ class Buffer:
             lamda,
         )
         self.advantages.copy_(advantages)
-        self.all_advantages = self.world.join_rows(self.advantages).flatten()
+        self.all_advantages = self.ranks.join_rows(self.advantages).flatten()
 
     def minibatches(self, generator: np.random.Generator) -> Iterator[np.ndarray]:
-        """Yield the samples of one epoch, fully shuffled, as flat indices w·T + t of equally large minibatches."""
-        order = generator.permutation(self.all_samples)
-        for start in range(0, len(order), self.minibatch_size):
-            yield np.sort(order[start : start + self.minibatch_size])
+        """Yield the samples of one epoch as flat indices w·T + t of equally large minibatches of shuffled segments."""
+        length = self.segment_length
+        order, size = generator.permutation(self.all_samples // length), self.minibatch_size // length
+        for start in range(0, len(order), size):
+            segments = np.sort(order[start : start + size])
+            yield (segments[:, None] * length + np.arange(length)).flatten()
 
     def minibatch(self, samples: np.ndarray) -> Minibatch:
-        """Return what this process learns from in one optimiser step: its own share of `samples`.
+        """Return what this rank learns from in one optimiser step: its own share of `samples`.
 
         Args:
             samples: (N,) flat indices w·T + t over all environments; advantages are normalised over all of them.
         """
-        advantages = self.all_advantages[self.timeline.to_device(samples)]
+        advantages = self.all_advantages[to_device(samples, self.device)]
         if self.normalize_advantages:
             advantages = normalised(advantages, self.advantage_floor)
         first, end = np.searchsorted(samples, (self.own_samples.start, self.own_samples.stop))
-        whole, samples, advantages = samples, samples[first:end] - self.own_samples.start, advantages[first:end]
-        index = self.timeline.to_device(samples)
-        masks = None if self.masks is None else self.masks.flatten(0, 1)[index]
+        own = samples[first:end] - self.own_samples.start
+        index = to_device(own, self.device)
         rollout = (self.actions, self.log_probs, self.values, self.advantages)
         actions, log_probs, values, plain = (tensor.flatten(0, 1)[index] for tensor in rollout)
-        groups, step = self.group(samples), self.timeline.to_device(self.step.flat[samples])
-        minibatch = Minibatch(
-            samples, *self.observe(samples), groups, step, actions, masks, log_probs, values, values + plain, advantages
+        observations, _, which, vectors = self.observations.gather(self.observation_index.flat[own])
+        return Minibatch(
+            samples=own,
+            size=len(samples),
+            observations=observations,
+            which=which,
+            vectors=vectors,
+            past=self.past_of(own),
+            step=to_device(self.step.flat[own], self.device),
+            actions=actions,
+            masks=None if self.masks is None else self.masks.flatten(0, 1)[index],
+            log_probs=log_probs,
+            values=values,
+            returns=values + plain,
+            advantages=advantages[first:end],
+            **self._candidates(samples, first, end, which),
         )
-        if len(self.all_frames):
-            minibatch.candidates, shown = np.unique(self.all_frames[whole], return_index=True)
-            own = np.flatnonzero((shown >= first) & (shown < end))
-            minibatch.distinct = len(minibatch.candidates)
-            minibatch.own = self.timeline.to_device(own)
-            minibatch.rows = minibatch.which[self.timeline.to_device(shown[own] - first)]
-        return minibatch
 
-    def observe(self, samples: np.ndarray) -> tuple[Tensor, int, Tensor, Tensor | None]:
-        """Return what `samples` (N,) of this process observed, as `ObservationStore.gather` does."""
-        return self.observations.gather(self.observation_index.flat[samples])
+    def _candidates(self, samples: np.ndarray, first: int, end: int, which: Tensor) -> dict:
+        """Return `candidates`, `own` and `rows` of a minibatch, whose samples first…end are this rank's."""
+        if not len(self.all_frames):
+            return {}
+        candidates, shown = np.unique(self.all_frames[samples], return_index=True)
+        own = np.flatnonzero((shown >= first) & (shown < end))
+        rows = which[to_device(shown[own] - first, self.device)]
+        return {"candidates": candidates, "own": to_device(own, self.device), "rows": rows}
 
-    def group(self, samples: np.ndarray) -> Windows | QueryGroups:
-        """Return what `samples` (N,) may look at, or how they share memory columns for it."""
-        worker, t = np.divmod(samples, self.worker_steps)
-        return self.timeline.group(worker, t, self.step[worker, t], self.per_group)
+    def past_of(self, samples: np.ndarray) -> MemoryView | Fragments:
+        """Return what `samples` (N,), whole segments, may look at, or the states before them."""
+        worker, t = np.divmod(samples.reshape(-1, self.segment_length), self.worker_steps)
+        return self.memory.past_of(worker[:, 0], t[:, 0], self.step[worker, t])
 
 
 def normalised(advantages: Tensor, floor: float = 0.0) -> Tensor:
@@ -248,7 +238,7 @@ def generalised_advantages(
     gamma: float,
     lamda: float,
 ) -> Tensor:
-    """Return the advantages (W, T); all tensors are (W, T), `next_values` of the observation behind each step."""
+    """Return the advantages (W, T); all tensors are (W, T), `next_values` of the observation after each step."""
     targets = rewards + gamma * next_values * ~terminated
     decay = gamma * lamda * ~(terminated | truncated)
     advantages = torch.empty_like(values)

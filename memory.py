@@ -1,22 +1,20 @@
-"""Episodic memory over rollout time, the stores of observations, and the step that all who act with memory take."""
+"""What memory keeps over rollout time, the stores of observations, and the step that all who act with memory take."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from environments.contract import Task
-from kernels.groups import MemoryView, QueryGroups, group_queries
+from kernels.groups import group_queries
 from kernels.store import FrameStore
 from kernels.transfer import to_device
-from kernels.windows import Windows
-from model import ActorCriticModel, Prediction
+from model import ActorCriticModel, Output
+from recurrence import Fragments, Memoryless, Recurrence
+from transformer import MemoryView, Transformer
 from processes.arrays import SharedArrays
-
-if TYPE_CHECKING:
-    from run.config import TransformerConfig
 
 # How many columns beyond the longest window a group of training queries may stretch over: more columns serve more
 # queries with one product, but each query pays for all of them.
@@ -24,42 +22,31 @@ STRETCH = 64
 
 
 class Timeline:
-    """Episodic memory of all environments over rollout time.
+    """A transformer's memory: the items of all environments over rollout time.
 
     Column L + t holds what step t of this rollout wrote, the first L columns the last L of the previous rollout. What a
-    step may look at are the last min(step, L) columns in front of it, so that nothing depends on the number or the
+    step may look at are the last min(step, L) columns before its own, so that nothing depends on the number or the
     length of episodes.
 
     Args:
-        model: whose memory it is.
-        config: the `transformer` section of a config.
+        transformer: whose memory it is.
         n_workers: number of environments.
-        steps: number of columns beyond the first L.
+        steps: of a rollout.
         device: where it lives.
     """
 
-    def __init__(
-        self, model: ActorCriticModel, config: "TransformerConfig", n_workers: int, steps: int, device: torch.device
-    ) -> None:
-        self.transformer, self.length, self.device = model.transformer, config.memory_length, device
-        columns = self.length + steps
-        self.items = torch.zeros(config.num_blocks, n_workers, columns, config.embed_dim, device=device)
+    def __init__(self, transformer: Transformer, n_workers: int, steps: int, device: torch.device) -> None:
+        self.transformer, self.length, self.device = transformer, transformer.memory_length, device
+        columns, blocks = self.length + steps, len(transformer.blocks)
+        self.items = torch.zeros(blocks, n_workers, columns, transformer.embed_dim, device=device)
         self.item_step = torch.zeros(n_workers, columns, dtype=torch.int64, device=device)
-        self.offsets = torch.arange(columns, device=device)
-        self.stretch = STRETCH
         # A GPU wants equal shapes at every step; elsewhere columns that nobody may look at are left out.
         self.narrow = device.type != "cuda"
-        # Whether attention reads windows where they lie, or copies of stretches. Learned positions have a gradient.
-        self.in_place = device.type == "cpu" and self.transformer.encoding != "learned"
 
-    def to_device(self, array: np.ndarray) -> Tensor:
-        """Copy a NumPy array to the timeline's device without waiting for it."""
-        return to_device(array, self.device)
-
-    def window(self, workers: slice, t: int, step: np.ndarray) -> Windows | MemoryView:
+    def past(self, workers: slice, t: int, step: np.ndarray) -> MemoryView:
         """Return what the step at column L + t of some environments may look at: a plain slice of the timeline.
 
-        For sampling; `group` and `view` say the same of any samples of a rollout, for training.
+        For sampling; `past_of` says the same of any steps of a rollout, for training.
 
         Args:
             workers: n neighbouring environments.
@@ -68,26 +55,85 @@ class Timeline:
         """
         # An episode's first step has number 0: so many steps back, and no further, its memory goes.
         valid = np.minimum(step, self.length)
-        # The loops over windows run in one thread. Where products have several, these would have to be woken up again
-        # after each loop: there a slice with a mask is read by products, too.
-        if self.in_place and torch.get_num_threads() == 1:
-            end = np.full(len(step), self.length + t)
-            return Windows(self.items, np.arange(workers.start, workers.stop), end - valid, end)
         width = max(1, int(valid.max())) if self.narrow else self.length
         columns = slice(self.length + t - width, self.length + t)
-        valid = self.to_device(valid)[:, None]  # (n, 1)
+        seen = to_device(valid, self.device)[:, None]  # (n, 1)
         return MemoryView(
             items=self.items[:, workers, columns],
-            mask=(self.offsets[:width] >= width - valid)[:, None],  # (n, 1, width)
-            nonempty=(valid > 0).float(),
-            distance=(width - self.offsets[:width]).expand(len(step), 1, width),
+            distance=torch.full_like(seen, width),
+            valid=seen,
+            nonempty=(seen > 0).float(),
             item_step=self.item_step[workers, columns],
         )
 
-    def write(self, workers: slice, t: int, inputs: Tensor, step: np.ndarray) -> None:
+    def past_of(self, worker: np.ndarray, start: np.ndarray, step: np.ndarray) -> MemoryView:
+        """Return what the steps of G segments, each of S consecutive steps, may look at.
+
+        Segments of one step share columns with their neighbours; longer ones see what they write themselves.
+
+        Args:
+            worker: (G,) environment of each segment.
+            start: (G,) rollout time of its first step.
+            step: (G, S) episode step of each step.
+        """
+        if step.shape[1] == 1:
+            return self._grouped(worker, start, step[:, 0])
+        own = np.arange(step.shape[1])
+        valid = np.minimum(step, self.length)
+        # Before a segment lie the columns that its steps look at and do not write themselves.
+        width = max(1, int((valid - own).max(initial=0))) if self.narrow else self.length
+        rows, item_step = self._columns(worker, start + self.length - width, width)
+        return MemoryView(
+            items=self.items.flatten(1, 2),
+            distance=to_device(np.broadcast_to(width + own, step.shape).copy(), self.device),
+            valid=to_device(valid, self.device),
+            nonempty=to_device(valid.reshape(-1, 1) > 0, self.device).float(),
+            rows=rows,
+            own=step.shape[1],
+            step=to_device(step.flatten(), self.device),
+            item_step=item_step,
+        )
+
+    def _grouped(self, worker: np.ndarray, t: np.ndarray, step: np.ndarray) -> MemoryView:
+        """Return what any N steps may look at, in groups that share columns; worker, t and step are (N,)."""
+        valid, end = np.minimum(step, self.length), t + self.length  # `end` is the query's own column
+        total = self.items.shape[2]
+        # As many queries to a group as a stretch has on average.
+        per_group = max(1, STRETCH * len(t) // max(1, len(np.unique(worker)) * (total - self.length)))
+        longest = int(valid.max(initial=0)) if self.narrow else self.length
+        columns = min(longest + STRETCH, total)
+        owner, first, slot = group_queries(worker, end - valid, end, per_group, columns)
+        if self.narrow:  # no wider than the widest group
+            widest = np.zeros(len(owner), dtype=np.int64)
+            np.maximum.at(widest, slot // per_group, end - first[slot // per_group])
+            columns = max(1, int(widest.max(initial=0)))
+        first = np.minimum(first, total - columns)
+        source = np.zeros(len(owner) * per_group, dtype=np.int64)
+        # Places that only fill up a group keep a valid of 0 and so see nothing.
+        distance, seen = np.zeros((2, *source.shape), dtype=np.int64)
+        source[slot], distance[slot], seen[slot] = np.arange(len(slot)), end - first[slot // per_group], valid
+        rows, item_step = self._columns(owner, first, columns)
+        return MemoryView(
+            items=self.items.flatten(1, 2),
+            distance=to_device(distance.reshape(-1, per_group), self.device),
+            valid=to_device(seen.reshape(-1, per_group), self.device),
+            nonempty=to_device(valid[:, None] > 0, self.device).float(),
+            rows=rows,
+            item_step=item_step,
+            source=to_device(source, self.device),
+            slot=to_device(slot, self.device),
+        )
+
+    def _columns(self, worker: np.ndarray, first: np.ndarray, width: int) -> tuple[Tensor, Tensor | None]:
+        """Return the rows (groups, width) of `width` columns from `first` (groups,) on, and when they were written."""
+        rows = to_device(worker * self.items.shape[2] + first, self.device)[:, None]
+        rows = rows + torch.arange(width, device=self.device)
+        return rows, self.item_step.flatten()[rows] if self.transformer.encoding == "learned" else None
+
+    def write(self, workers: slice, t: int, kept: Tensor, step: np.ndarray) -> None:
         """Store what the blocks received (blocks, n, D) at episode step `step` (n,) in column L + t."""
-        steps = self.to_device(step)
-        self.items[:, workers, self.length + t] = self.transformer.to_items(inputs, steps).float()
+        steps = to_device(step, self.device)
+        self.items[:, workers, self.length + t] = self.transformer.to_items(kept, steps).float()
         self.item_step[workers, self.length + t] = steps
 
     def roll(self, steps: int) -> None:
@@ -95,30 +141,107 @@ class Timeline:
         self.items[:, :, : self.length] = self.items[:, :, steps : steps + self.length].clone()
         self.item_step[:, : self.length] = self.item_step[:, steps : steps + self.length].clone()
 
-    def group(self, worker: np.ndarray, t: np.ndarray, step: np.ndarray, per_group: int) -> Windows | QueryGroups:
-        """Return what any samples of the rollout may look at, or how they are to share columns for it.
+    def replay(self, workers: slice, x: Tensor, step: np.ndarray) -> Tensor:
+        """Return the outputs (n·T, D) of whole rollouts with the memory that the current weights would have written.
+
+        There is no loop over time: the input of a block at all steps gives all items that the block reads. Older
+        rollouts' items stay as they are.
 
         Args:
-            worker: (N,) environment of each sample.
-            t: (N,) rollout time of each.
-            step: (N,) episode step of each.
-            per_group: Q, the most samples of a group.
+            workers: n neighbouring environments.
+            x: (n·T, D) their embedded observations.
+            step: (n, T) their episode steps.
         """
-        valid, end = np.minimum(step, self.length), t + self.length
-        if self.in_place:
-            return Windows(self.items, worker, end - valid, end)
-        longest = int(valid.max(initial=0)) if self.narrow else self.length
-        columns = min(longest + self.stretch, self.items.shape[2])
-        owner, start, slot = group_queries(worker, end - valid, end, per_group, columns)
-        return QueryGroups(end - valid, end, slot, owner, start, per_group, columns)
+        n, steps = step.shape
+        worker, t = np.divmod(np.arange(step.size), steps)
+        view = self._grouped(worker + workers.start, t, step.flatten())
+        view.rows -= workers.start * self.items.shape[2]
+        bias, item_steps = view.bias(self.transformer.num_heads), to_device(step.flatten(), self.device)
+        for index, block in enumerate(self.transformer.blocks):
+            items = self.items[index, workers].clone()
+            items[:, self.length :] = self.transformer.to_items(x, item_steps).view(n, steps, -1)
+            own = replace(view, items=items.flatten(0, 1)[None])
+            x, _ = block(x, self.transformer.columns(own, 0, x), own, bias)
+        return x
 
-    def view(self, groups: Windows | QueryGroups) -> Windows | MemoryView:
-        """Return what the queries that `group` got may look at."""
-        if isinstance(groups, Windows):
-            return groups
-        learned, relative = self.transformer.encoding == "learned", self.transformer.encoding == "relative"
-        item_step, longest = self.item_step if learned else None, self.length if relative else None
-        return groups.view(self.items, item_step, longest, self.narrow)
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what the next rollout remembers, by environment."""
+        items = self.items[:, :, : self.length].transpose(0, 1)
+        return {"items": items.clone(), "item_step": self.item_step[:, : self.length].clone()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from what `state_dict` returned."""
+        self.items[:, :, : self.length] = state["items"].transpose(0, 1).to(self.device)
+        self.item_step[:, : self.length] = state["item_step"].to(self.device)
+
+
+class States:
+    """A recurrent cell's memory: its state before every step of a rollout.
+
+    Args:
+        core: whose memory it is; one without memory has states of width 0.
+        n_workers: number of environments.
+        steps: of a rollout.
+        device: where it lives.
+    """
+
+    def __init__(self, core: Recurrence | Memoryless, n_workers: int, steps: int, device: torch.device) -> None:
+        self.core, self.device = core, device
+        self.states = torch.zeros(n_workers, steps + 1, core.state_size, device=device)
+
+    def past(self, workers: slice, t: int, step: np.ndarray) -> Fragments:
+        """Return the state before step t of some environments; arguments as for `Timeline.past`."""
+        return self.past_of(np.arange(workers.start, workers.stop), np.full(len(step), t), step[:, None])
+
+    def past_of(self, worker: np.ndarray, start: np.ndarray, step: np.ndarray) -> Fragments:
+        """Return the fragments that G segments consist of: a new one begins where an episode does.
+
+        A segment's first fragment continues from the stored state, the others from zero. Arguments as for
+        `Timeline.past_of`.
+        """
+        begins = step == 0
+        begins[:, 0] = True
+        group, place = np.nonzero(begins)
+        first = np.flatnonzero(begins)
+        length = np.diff(np.append(first, step.size))
+        longest_first = np.argsort(-length, kind="stable")
+        group, place, first, length = (array[longest_first] for array in (group, place, first, length))
+        fragment = np.repeat(np.arange(len(first)), length)
+        within = np.arange(step.size) - np.repeat(np.cumsum(length) - length, length)
+        order = np.lexsort((fragment, within))  # first steps of all fragments, then second ones, …
+        state = self.states[to_device(worker[group], self.device), to_device(start[group] + place, self.device)]
+        continued = to_device(step[group, place] > 0, self.device)[:, None]
+        sizes = torch.from_numpy(np.bincount(within))
+        return Fragments(state * continued, to_device((first[fragment] + within)[order], self.device), sizes)
+
+    def write(self, workers: slice, t: int, kept: Tensor, step: np.ndarray) -> None:
+        """Store the state (n, state_size) after step t, which is that before the next one."""
+        self.states[workers, t + 1] = kept
+
+    def roll(self, steps: int) -> None:
+        """Let a new rollout start with the state after `steps` steps."""
+        self.states[:, 0] = self.states[:, steps]
+
+    def replay(self, workers: slice, x: Tensor, step: np.ndarray) -> Tensor:
+        """Return the outputs (n·T, D) of whole rollouts, unrolled from their start; arguments as `Timeline.replay`."""
+        worker = np.arange(workers.start, workers.stop)
+        return self.core(x, self.past_of(worker, np.zeros_like(worker), step.copy()))[0]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what the next rollout starts with, by environment."""
+        return {"states": self.states[:, 0].clone()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from what `state_dict` returned."""
+        self.states[:, 0] = state["states"].to(self.device)
+
+
+def make_memory(model: ActorCriticModel, n_workers: int, steps: int, device: torch.device) -> Timeline | States:
+    """Return the memory of a model's core for rollouts of so many environments and steps."""
+    core = model.core
+    if isinstance(core, Transformer):
+        return Timeline(core, n_workers, steps, device)
+    return States(core, n_workers, steps, device)
 
 
 class ObservationStore:
@@ -143,12 +266,17 @@ class ObservationStore:
         if self.frames is not None:
             self.frames.clear()
 
+    def forget_features(self) -> None:
+        """Let frames be encoded anew: the weights have changed."""
+        if self.frames is not None:
+            self.frames.encoded = 0
+
     def __len__(self) -> int:
         """Return the number of distinct observations: of frames, where there are any."""
         return self.count if self.frames is None else len(self.frames)
 
     def add(self, arrays: SharedArrays, rows: slice, final: bool = False) -> np.ndarray:
-        """Store what n environments show, or what they showed behind a time limit; return the index (n,) of each."""
+        """Store what n environments show, or what they showed after a time limit; return the index (n,) of each."""
         index = np.zeros(0, dtype=np.int64)
         if self.frames is not None:
             frames = arrays.final_frames if final else arrays.frames
@@ -200,22 +328,22 @@ class ObservationStore:
 
 def policy_step(
     model: ActorCriticModel,
-    forward: Callable[..., Prediction],
-    timeline: Timeline,
+    forward: Callable[..., Output],
+    memory: Timeline | States,
     store: ObservationStore,
     arrays: SharedArrays,
     rows: slice,
     t: int,
     step: np.ndarray,
-) -> tuple[Prediction, np.ndarray, Tensor | None]:
-    """Let the model see what some environments show, predict, and remember.
+) -> tuple[Output, np.ndarray, Tensor | None]:
+    """Let the model see what some environments show, and remember.
 
     Training, evaluation and watching all act through this function.
 
     Args:
         model: the actor-critic.
         forward: its forward pass, perhaps compiled.
-        timeline: the memory, read in front of and written to column L + t.
+        memory: read before step t and written after it.
         store: takes the observations.
         arrays: of the workers.
         rows: n neighbouring environments.
@@ -223,12 +351,12 @@ def policy_step(
         step: (n,) episode step of each.
 
     Returns:
-        The prediction, the index (n,) of the observations in the store, and the mask (n, sum of actions) of what was
-        allowed, None where everything is.
+        The model's output, the index (n,) of the observations in the store, and the mask (n, sum of actions) of what
+        was allowed, None where everything is.
     """
     index = store.add(arrays, rows)
-    mask = None if arrays.masks is None else to_device(arrays.masks[rows].copy(), timeline.device)
+    mask = None if arrays.masks is None else to_device(arrays.masks[rows].copy(), memory.device)
     with torch.inference_mode():
-        prediction = forward(store.embed(model, index, step), timeline.window(rows, t, step), mask)
-        timeline.write(rows, t, prediction.inputs, step)
-    return prediction, index, mask
+        output = forward(store.embed(model, index, step), memory.past(rows, t, step), mask)
+        memory.write(rows, t, output.kept, step)
+    return output, index, mask

@@ -1,4 +1,4 @@
-"""The actor-critic: observation encoder, Transformer-XL over episodic memory, policy and value heads."""
+"""The actor-critic: observation encoder, a core that remembers, policy and value heads."""
 
 import math
 from collections.abc import Sequence
@@ -14,11 +14,9 @@ from torch.nn import functional as F
 from environments.contract import Task
 from environments.section import Declared, Flag, Number, Whole
 from kernels.frames import channels_last
-from kernels.groups import MemoryView
 from kernels.products import Linear
-from kernels.windows import MASKED, Windows
-from recurrence import MemorylessConfig, RecurrenceConfig
-from transformer import Transformer, TransformerConfig
+from recurrence import Fragments, Memoryless, MemorylessConfig, Recurrence, RecurrenceConfig
+from transformer import MASKED, MemoryView, Transformer, TransformerConfig
 
 # The smallest frame that passes the three convolutions of `VisualEncoder`.
 SMALLEST_PICTURE = 36
@@ -63,6 +61,14 @@ class Categorical:
 
     log_probs: list[Tensor]
 
+    def parameters(self) -> Tensor:
+        """Return (N, sum of actions): all that tells this policy from others."""
+        return torch.cat(self.log_probs, dim=1)
+
+    def kl(self, old: Tensor) -> Tensor:
+        """Return (N,): KL(old ‖ this), summed over branches, for the `parameters` of an older policy."""
+        return (old.exp() * (old - self.parameters())).sum(dim=1)
+
     def log_prob(self, actions: Tensor) -> Tensor:
         """Return (N, branches): the log-probability of each branch of `actions` (N, branches)."""
         chosen = [branch.gather(1, action[:, None]) for branch, action in zip(self.log_probs, actions.T, strict=True)]
@@ -98,6 +104,16 @@ class Normal:
     mean: Tensor
     log_std: Tensor
 
+    def parameters(self) -> Tensor:
+        """Return (N, 2·entries): all that tells this policy from others."""
+        return torch.cat((self.mean, self.log_std.expand_as(self.mean)), dim=1)
+
+    def kl(self, old: Tensor) -> Tensor:
+        """Return (N,): KL(old ‖ this), summed over entries, for the `parameters` of an older policy."""
+        mean, log_std = old.chunk(2, dim=1)
+        squares = (2 * log_std).exp() + (mean - self.mean) ** 2
+        return (self.log_std - log_std + 0.5 * squares * (-2 * self.log_std).exp() - 0.5).sum(dim=1)
+
     def log_prob(self, actions: Tensor) -> Tensor:
         """Return (N, 1): the logarithm of the joint density of `actions` (N, entries)."""
         distance = (actions - self.mean) * (-self.log_std).exp()
@@ -124,20 +140,21 @@ def action_noise(task: Task, shape: Sequence[int], generator: torch.Generator) -
 
 
 @dataclass
-class Prediction:
-    """What the model says about N observations.
+class Output:
+    """What the model returns for N observations.
 
     Attributes:
         policy: the distribution of actions.
-        value: (N,) predicted discounted return.
-        inputs: (blocks, N, D) inputs of the blocks, detached: what memory is to keep of a step.
-        output: (N, D) output of the transformer.
+        value: (N,) expected discounted return.
+        kept: what memory is to keep of each step, detached: (blocks, N, D) inputs of the blocks of a transformer, or
+            the state (N, state_size) of a recurrent cell.
+        output: (N, output_dim) of the core.
         attention: per block the attention weights, detached, as `Attention.forward` returns them.
     """
 
     policy: Categorical | Normal
     value: Tensor
-    inputs: Tensor
+    kept: Tensor
     output: Tensor
     attention: list[Tensor]
 
@@ -261,10 +278,10 @@ class RunningMoments(nn.Module):
 
 
 class ActorCriticModel(nn.Module):
-    """Encoder → embedding → Transformer-XL over episodic memory → policy and value.
+    """Encoder → embedding → core (Transformer-XL, a recurrent cell, or nothing) → policy and value.
 
     Args:
-        config: of the run.
+        config: of the model.
         task: what it plays.
     """
 
@@ -280,9 +297,15 @@ class ActorCriticModel(nn.Module):
         else:
             self.encoder = VisualEncoder(task.frame, embed_dim)
         self.embedding = orthogonal(Linear(embed_dim, embed_dim), math.sqrt(2))
-        self.transformer = Transformer(config.transformer, task.max_episode_steps)
-        self.policy_hidden = orthogonal(Linear(embed_dim, hidden), math.sqrt(2))
-        self.value_hidden = orthogonal(Linear(embed_dim, hidden), math.sqrt(2))
+        # Under the name of its section: so are its parameters called.
+        if config.transformer is not None:
+            self.transformer = Transformer(config.transformer, task.max_episode_steps)
+        elif config.recurrence is not None:
+            self.recurrence = Recurrence(config.recurrence)
+        else:
+            self.memoryless = Memoryless(config.memoryless)
+        self.policy_hidden = orthogonal(Linear(self.core.output_dim, hidden), math.sqrt(2))
+        self.value_hidden = orthogonal(Linear(self.core.output_dim, hidden), math.sqrt(2))
         outputs = [task.continuous] if task.continuous else task.branches
         self.policy = nn.ModuleList(orthogonal(Linear(hidden, n), math.sqrt(0.01)) for n in outputs)
         self.value = orthogonal(Linear(hidden, 1), config.value_gain)
@@ -292,6 +315,11 @@ class ActorCriticModel(nn.Module):
         normalised = config.normalize_observations and task.vector
         self.moments = RunningMoments(task.vector) if normalised else nn.Identity()
 
+    @property
+    def core(self) -> Transformer | Recurrence | Memoryless:
+        """What remembers."""
+        return next(getattr(self, name) for name in ("transformer", "recurrence", "memoryless") if hasattr(self, name))
+
     def embed(self, distinct: Tensor) -> Tensor:
         """Embed what observations share.
 
@@ -299,9 +327,10 @@ class ActorCriticModel(nn.Module):
             distinct: (M, C, H, W) frames, or (M, n) vectors where there are no frames.
 
         Returns:
-            (M, D) h⁰, what the first block reads; without its ReLU where `complete` adds a vector.
+            (M, D) h⁰, what the core reads, in float32 whatever the products' precision, because memory keeps it so;
+            without its ReLU where `complete` adds a vector.
         """
-        embedded = self.embedding(self.encoder(distinct if self.task.frame else self.moments(distinct)))
+        embedded = self.embedding(self.encoder(distinct if self.task.frame else self.moments(distinct))).float()
         return embedded if self.vector is not None else F.relu(embedded)
 
     def complete(self, embedded: Tensor, vectors: Tensor | None, step: Tensor) -> Tensor:
@@ -317,17 +346,21 @@ class ActorCriticModel(nn.Module):
         """
         if self.vector is not None:
             embedded = F.relu(embedded + self.vector(self.moments(vectors)))
-        return self.transformer.place(embedded, step)
+        return self.core.place(embedded, step)
 
-    def forward(self, x: Tensor, memory: Windows | MemoryView, mask: Tensor | None = None) -> Prediction:
-        """Predict.
+    def forward(self, x: Tensor, past: MemoryView | Fragments, mask: Tensor | None = None) -> Output:
+        """Return policy and value.
 
         Args:
             x: (N, D) of `complete`.
-            memory: what each sample may look at.
+            past: what each sample may look at, or the states before.
             mask: (N, sum of actions) bool, False for actions that are not allowed; None if all are.
         """
-        output, inputs, attention = self.transformer(x, memory)
+        output, kept, attention = self.core(x, past)
+        return Output(*self.heads(output, mask), kept, output, attention)
+
+    def heads(self, output: Tensor, mask: Tensor | None = None) -> tuple[Categorical | Normal, Tensor]:
+        """Return the policy and the value (N,) for outputs (N, output_dim) of the core; `mask` as in `forward`."""
         hidden = F.relu(self.policy_hidden(output))
         logits = [branch(hidden).float() for branch in self.policy]
         if self.log_std is not None:
@@ -337,5 +370,4 @@ class ActorCriticModel(nn.Module):
                 allowed = mask.split(list(self.task.branches), dim=1)
                 logits = [x.masked_fill(~part, MASKED) for x, part in zip(logits, allowed, strict=True)]
             policy = Categorical([x.log_softmax(dim=1) for x in logits])
-        value = self.value(F.relu(self.value_hidden(output))).float().squeeze(1)
-        return Prediction(policy, value, inputs, output, attention)
+        return policy, self.value(F.relu(self.value_hidden(output))).float().squeeze(1)

@@ -1,8 +1,17 @@
-"""A recurrent cell, or nothing, in the place of the transformer: what a comparison of memories compares it with."""
+"""A recurrent cell, or nothing, in the place of the transformer: what its memory is compared with.
 
+Both are cores as `transformer.Transformer` is one: they take the embedded observations and what is known of the past,
+and return an output, what memory is to keep, and attention, which they do not have.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from environments.section import Declared, Whole
 
@@ -20,3 +29,91 @@ class MemorylessConfig(Declared):
     """No memory: the policy sees the current observation only."""
 
     embed_dim: Whole = Field(384, ge=1, le=2**14, description="Width of the embedded observation.")
+
+
+@dataclass
+class Fragments:
+    """The past of N steps: they are stretches of steps of one episode each, with the state before the first of each.
+
+    Attributes:
+        state: (F, width) of each fragment, the longest fragment first.
+        order: (N,) int64 the steps in the order of `PackedSequence`: first steps of all fragments, then second ones.
+        sizes: (longest,) int64 on the CPU, how many fragments have a first, a second, … step.
+    """
+
+    state: Tensor
+    order: Tensor
+    sizes: Tensor
+
+
+class Recurrence(nn.Module):
+    """A GRU or LSTM of one or more layers.
+
+    Args:
+        config: the `recurrence` section of a config.
+    """
+
+    def __init__(self, config: RecurrenceConfig) -> None:
+        super().__init__()
+        kind = nn.GRU if config.layer_type == "gru" else nn.LSTM
+        self.cell = kind(config.embed_dim, config.hidden_state_size, config.num_layers)
+        for name, parameter in self.cell.named_parameters():
+            nn.init.orthogonal_(parameter) if "weight" in name else nn.init.zeros_(parameter)
+        self.output_dim = config.hidden_state_size
+        self.states = 1 if config.layer_type == "gru" else 2  # an LSTM has a hidden and a cell state
+        self.state_size = self.states * config.num_layers * config.hidden_state_size
+
+    def constant_weights(self) -> AbstractContextManager[None]:
+        """Nothing is derived from the weights; see `Transformer.constant_weights`."""
+        return nullcontext()
+
+    def place(self, embedded: Tensor, step: Tensor) -> Tensor:
+        """Return the embedded observations (N, D) as they are: the state tells the time."""
+        return embedded
+
+    def forward(self, x: Tensor, past: Fragments) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Unroll the cell over fragments, with gradients inside each.
+
+        Args:
+            x: (N, D) embedded observations.
+            past: what came before them.
+
+        Returns:
+            output (N, hidden_state_size), the state after each fragment (F, state_size), detached, and no attention.
+        """
+        state = past.state.view(len(past.state), -1, self.output_dim).transpose(0, 1)  # (states·layers, F, H)
+        with torch.autocast(x.device.type, enabled=False):  # as precise while sampling as while training
+            packed = PackedSequence(x.float()[past.order], past.sizes)
+            if self.states == 1:
+                output, after = self.cell(packed, state.contiguous())
+            else:
+                output, both = self.cell(packed, tuple(part.contiguous() for part in state.chunk(2)))
+                after = torch.cat(both)  # (2·layers, F, H)
+        steps = torch.empty_like(past.order).scatter_(0, past.order, torch.arange(len(x), device=x.device))
+        return output.data[steps], after.detach().transpose(0, 1).flatten(1), []
+
+
+class Memoryless(nn.Module):
+    """Nothing between the embedded observation and the heads.
+
+    Args:
+        config: the `memoryless` section of a config.
+    """
+
+    state_size = 0
+
+    def __init__(self, config: MemorylessConfig) -> None:
+        super().__init__()
+        self.output_dim = config.embed_dim
+
+    def constant_weights(self) -> AbstractContextManager[None]:
+        """Nothing is derived from the weights; see `Transformer.constant_weights`."""
+        return nullcontext()
+
+    def place(self, embedded: Tensor, step: Tensor) -> Tensor:
+        """Return the embedded observations (N, D) as they are."""
+        return embedded
+
+    def forward(self, x: Tensor, past: Fragments) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Return x (N, D), nothing to keep (F, 0), and no attention."""
+        return x, past.state, []

@@ -1,7 +1,8 @@
-"""PPO with episodic Transformer-XL memory: sample → advantages → epochs of minibatches → log."""
+"""PPO with episodic memory: sample → advantages → epochs of minibatches → log."""
 
+import copy
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from functools import partial
 from typing import Any
 
@@ -10,28 +11,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from auxiliary import Novelty, auxiliary_tasks, exchange_candidates, return_gradient
+from auxiliary import Novelty, auxiliary_tasks, embedded_candidates
 from buffer import Buffer, Minibatch
+from environments.contract import Task
 from kernels.allocator import release_memory
 from kernels.optimizer import Optimizer
-from kernels.threads import divide, use_threads
+from kernels.threads import use_threads
 from memory import policy_step
-from model import ActorCriticModel, Prediction, RunningMoments, action_noise
-from run.checkpoint import provenance
+from model import ActorCriticModel, Output, RunningMoments, action_noise
 from run.config import Config
-from run.lifecycle import Keeper, StopRequest, check_finite, check_task
-from run.options import PRECISIONS, Options
-from run.report import collect_episodes, update_scalars
-from run.world import Interrupted
-from utils import derived_seed, inspect_environment, training_seed
-from worker import EnvironmentFailure, Workers
+from run.distributed import Interrupted
+from run.logger import Episodes
+from run.start import Options, Run
+from utils import EnvironmentFailure, NonFinite, UserError, derived_seed, own_rows, training_seed
+from worker import Workers
 
 # What PPO reports of a minibatch, in this order; then come the auxiliary tasks, the total loss and gradient norms.
 LOSS_PARTS = ("policy", "value", "entropy", "kl", "clip_fraction")
+# How often the way from the old weights to the new ones is halved before an update is taken back.
+MOST_HALVINGS = 8
+# So many samples at once act again with the new weights, which bounds the memory that it takes.
+REPLAYED_AT_ONCE = 2048
 
 
 def ppo_loss(
-    prediction: Prediction, batch: Minibatch, value_loss_coefficient: float, clip_range: float, beta: float
+    output: Output, batch: Minibatch, value_loss_coefficient: float, clip_range: float, beta: float
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the clipped PPO objective as a loss, and its parts (Schulman et al. 2017, eq. 7 and 9).
 
@@ -39,27 +43,26 @@ def ppo_loss(
     the clipped and the unclipped squared error, clipped with the policy's range.
 
     Args:
-        prediction: of N samples under the current weights.
-        batch: what was done and predicted when they were sampled, and what came of it.
+        output: of the model under the current weights for N samples.
+        batch: what was done and expected when they were sampled, and what came of it.
         value_loss_coefficient: weight of the value loss.
         clip_range: ε.
         beta: entropy coefficient.
 
     Returns:
-        The loss, and its parts in the order of `LOSS_PARTS`, detached.
+        This rank's share of the loss, and of its parts in the order of `LOSS_PARTS`, detached.
     """
     advantages, returns, old_values = batch.advantages[:, None], batch.returns, batch.values
-    log_ratio = prediction.policy.log_prob(batch.actions) - batch.log_probs
+    log_ratio = output.policy.log_prob(batch.actions) - batch.log_probs
     ratio = log_ratio.exp()
-    policy = torch.min(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages).mean()
-    value = prediction.value
+    policy = batch.mean(torch.min(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages))
+    value = output.value
     clipped_value = old_values + (value - old_values).clamp(-clip_range, clip_range)
-    value_error = torch.max((value - returns) ** 2, (clipped_value - returns) ** 2).mean()
-    entropy = prediction.policy.entropy().mean()
+    value_error = batch.mean(torch.max((value - returns) ** 2, (clipped_value - returns) ** 2))
+    entropy = batch.mean(output.policy.entropy())
+    kl = batch.mean(ratio - 1 - log_ratio)  # Schulman 2020, "Approximating KL divergence", k3
+    clip_fraction = batch.mean(((ratio - 1).abs() > clip_range).float())
     loss = -policy + value_loss_coefficient * value_error - beta * entropy
-    with torch.no_grad():
-        kl = (ratio - 1 - log_ratio).mean()  # Schulman 2020, "Approximating KL divergence", k3
-        clip_fraction = ((ratio - 1).abs() > clip_range).float().mean()
     return loss, [part.detach() for part in (policy, value_error, entropy, kl, clip_fraction)]
 
 
@@ -68,98 +71,74 @@ class PPOTrainer:
 
     Args:
         config: of the run.
-        run_id: names the folders and the model.
+        task: of its environment.
         seed: everything random derives from it.
         options: how the run is carried out.
-        checkpoint: the state to continue from, or None for a new run.
     """
 
-    def __init__(
-        self, config: Config, run_id: str, seed: int, options: Options, checkpoint: dict | None = None
-    ) -> None:
-        self.config, self.seed, self.options, self.device = config, seed, options, options.device
-        self.world, self.stop = options.world, StopRequest(options.world)
-        self.task, self.notices = inspect_environment(config.environment)
-        check_task(config, self.task)
+    def __init__(self, config: Config, task: Task, seed: int, options: Options) -> None:
+        check_task(config, task)
+        self.config, self.task, self.seed, self.options = config, task, seed, options
+        self.device, self.ranks = options.device, options.ranks
         torch.manual_seed(seed)
-        self.model = ActorCriticModel(config, self.task).to(self.device)
+        self.model = ActorCriticModel(config, task).to(self.device)
         self.tasks = auxiliary_tasks(config, self.model)
         self.auxiliary = nn.ModuleDict(self.tasks).to(self.device)
         self.forward = torch.compile(self.model, dynamic=True) if options.compile else self.model
         self.optimizer = Optimizer({"": self.model, "auxiliary.": self.auxiliary}, config.max_grad_norm)
-        self.buffer = Buffer(config, self.model, self.device, self.world)
-        self.buffer.timeline.in_place &= not options.compile  # what torch.compile cannot look into
+        self.buffer = Buffer(config, self.model, self.device, self.ranks)
         self.generator = torch.Generator(self.device)
         self.threads = torch.get_num_threads()
-        # A whole minibatch fills a GPU, and a compiled model belongs to one thread.
-        divisible = self.device.type == "cpu" and not options.compile
-        self.parts, self.map_parts = divide(self.buffer.minibatch_size // self.world.size, divisible)
         self.reports = (*LOSS_PARTS, *(name for task in self.tasks.values() for name in task.reports), "total")
         self.compares = any(task.compares for task in self.tasks.values())
-        # Observations are embedded for a whole minibatch; all that follows is differentiated in parts.
-        front = {*self.model.encoder.parameters(), *self.model.embedding.parameters()}
-        self.behind = [parameter for parameter in self.optimizer.parameters if parameter not in front]
-        own = self.world.share(config.n_workers)
-        overlap = options.overlaps(self.task, config.n_workers)
+        own = self.ranks.share(config.n_workers)
+        groups = 2 if options.overlaps(task, config.n_workers) and len(own) > 1 else 1
         episode_seed = partial(training_seed, seed, config.environment)
-        groups = 2 if overlap and len(own) > 1 else 1
         self.workers = Workers(
-            config.environment, self.task, len(own), episode_seed, options.processes, groups, first=own.start
+            config.environment, task, len(own), episode_seed, options.processes, groups, own.start, stop=options.stop
         )
-        self.update = 0
         self.step = np.zeros(len(own), dtype=np.int64)  # episode step of each environment
         self.novelty = Novelty(config.novelty_schedule, len(own))
-        self.ended: list[tuple[int, int, dict[str, float]]] = []  # (t, environment, report) of this update's episodes
-        self.finished: list[dict[str, float]] = []  # what the latest episodes reported
-        self.run: dict[str, Any] = {"run_id": run_id, "seed": seed, "precision": PRECISIONS[0]}
-        self.run |= provenance(self.device)
-        self.keeper = Keeper(self, options.folder, checkpoint)
-        options.precision = options.precision or self.run["precision"]
-        self.run["precision"] = options.precision
+        self.episodes = Episodes(self.ranks)
+        self.update = 0  # finished updates
 
     @property
     def samples(self) -> int:
         """Environment steps of one update."""
         return self.config.n_workers * self.config.worker_steps
 
-    def train(self) -> None:
-        """Carry out all updates that are left and write the model.
-
-        Raises:
-            Interrupted: after SIGINT or SIGTERM, when the state behind the last update is saved.
-            EnvironmentFailure: if an environment fails, when that state is saved too.
-            NonFinite: if a number went wrong; the checkpoints stay as they are.
-            Unwritable: if the disk is full or gone.
-        """
-        with self.stop.on_signals(), self.keeper.nothing_lost(), self.keeper.log() as logger:
-            try:
-                self.start_workers()
-                while self.update < self.config.updates:
-                    self.keeper.at_intervals(logger, self.train_update())
-                self.keeper.finish(logger)
-            finally:
-                self.workers.close()
+    def train(self, run: Run) -> None:
+        """Carry out all updates that are left; `run` logs them, keeps their states and says when to stop."""
+        with run.open(self.state_dict()), closing(self.workers):
+            self.start_workers()
+            while self.update < self.config.updates:
+                scalars = self.train_update()
+                run.after_update(self.state_dict(), scalars)
+            run.finish()
 
     def train_update(self) -> dict[str, float]:
-        """Carry out one update and return what is logged of it."""
+        """Carry out one update and return what is logged of it, by TensorBoard tag."""
         times = [time.perf_counter()]
         self.sample()
         times.append(time.perf_counter())
+        before = self.optimizer.weights.clone()
         statistics = self.optimise()
-        check_finite(self, statistics)
+        self.check_finite(statistics)
+        limited = self.limit_acting_kl(before)
         times.append(time.perf_counter())
         self.update += 1
-        self.buffer.timeline.roll(self.config.worker_steps)
+        self.buffer.memory.roll(self.config.worker_steps)
         if isinstance(self.model.moments, RunningMoments):
-            self._update_moments(self.model.moments)
-        collect_episodes(self)
-        self.keeper.remember()
+            moments = self.buffer.observations.moments()
+            self.ranks.add(moments)
+            self.model.moments.update(moments)
+        self.episodes.collect()
         release_memory()
-        return update_scalars(self, statistics, np.diff(times))
+        return self._scalars(statistics, np.diff(times)) | limited | self.episodes.scalars()
 
     def start_workers(self) -> None:
         """Start the environments, with the running episodes of a resumed run replayed."""
-        with self.world.agree_on(EnvironmentFailure):
+        with self.ranks.agree_on(EnvironmentFailure):
             fresh = self.workers.start()
         self.step[fresh] = 0
         for index in range(len(self.step)) if self.update == 0 else fresh:
@@ -174,15 +153,15 @@ class PPOTrainer:
         """
         config, buffer, groups = self.config, self.buffer, self.workers.groups
         # Where the policy and the environments work at the same time, they share the cores.
-        use_threads(len(groups[0]), config.transformer.embed_dim, max(1, self.threads // len(groups)))
+        use_threads(len(groups[0]), config.core.embed_dim, max(1, self.threads // len(groups)))
         buffer.begin()
         # Noise depends on environment and step only: not on groups, nor on who steps the environment.
         self.generator.manual_seed(derived_seed(self.seed, self.update))
         noise = action_noise(self.task, (buffer.worker_steps, config.n_workers), self.generator)
-        own = self.world.share(config.n_workers)
+        own = self.ranks.share(config.n_workers)
         noise = noise[:, own.start : own.stop]
-        with self._precision(), self.model.transformer.constant_weights():
-            with self.world.agree_on(Interrupted, EnvironmentFailure):
+        with self._precision(), self.model.core.constant_weights():
+            with self.ranks.agree_on(Interrupted, EnvironmentFailure):
                 for t in range(buffer.worker_steps):
                     for group in groups:
                         if t > 0:
@@ -193,8 +172,7 @@ class PPOTrainer:
             buffer.last_index = buffer.observations.add(self.workers.arrays, slice(0, buffer.n_workers))
             with torch.no_grad():
                 next_values = buffer.bootstrap(self.model, self.step)
-        gamma, lamda = (config.scheduled(name, self.update) for name in ("gamma", "lamda"))
-        buffer.compute_advantages(next_values, gamma, lamda)
+        buffer.compute_advantages(next_values, self.scheduled("gamma"), self.scheduled("lamda"))
         if self.compares:
             buffer.number_frames()
         for task in self.tasks.values():
@@ -202,25 +180,26 @@ class PPOTrainer:
 
     def _act(self, group: range, t: int, noise: Tensor) -> None:
         """Let the policy act in the environments of a group by their noise (n, entries), and let them step."""
-        self.stop.check()
+        self.options.stop.check()
         buffer, arrays, rows = self.buffer, self.workers.arrays, slice(group.start, group.stop)
         step = self.step[rows].copy()
-        prediction, index, mask = policy_step(
-            self.model, self.forward, buffer.timeline, buffer.observations, arrays, rows, t, step
+        output, index, mask = policy_step(
+            self.model, self.forward, buffer.memory, buffer.observations, arrays, rows, t, step
         )
         if mask is not None:
             buffer.masks[rows, t] = mask
-        actions = prediction.policy.sample(noise)
+        actions = output.policy.sample(noise)
         self.workers.send(group, actions.cpu().numpy())
         buffer.observation_index[rows, t], buffer.step[rows, t] = index, step
         buffer.actions[rows, t] = actions
-        buffer.log_probs[rows, t] = prediction.policy.log_prob(actions)
-        buffer.values[rows, t] = prediction.value
+        buffer.log_probs[rows, t] = output.policy.log_prob(actions)
+        buffer.policies[rows, t] = output.policy.parameters()
+        buffer.values[rows, t] = output.value
 
     def _receive(self, group: range, t: int) -> None:
         """Wait for the environments of a group and store what came of step t."""
         workers, buffer, rows = self.workers, self.buffer, slice(group.start, group.stop)
-        self.ended += [(t, workers.first + index, report) for index, report in workers.receive(group)]
+        self.episodes.add((t, workers.first + index, report) for index, report in workers.receive(group))
         arrays = workers.arrays
         buffer.rewards[rows, t] = arrays.rewards[rows]
         buffer.terminated[rows, t] = arrays.terminated[rows]
@@ -237,92 +216,188 @@ class PPOTrainer:
 
     def optimise(self) -> Tensor:
         """Train on the rollout; return the statistics (minibatches, names) of all minibatches, still on the device."""
-        config = self.config
-        self.optimizer.set_learning_rate(config.scheduled("learning_rate", self.update))
-        clip_range = config.scheduled("clip_range", self.update)
-        beta = config.scheduled("beta", self.update)
-        use_threads(self.buffer.minibatch_size, config.transformer.embed_dim, self.threads)
+        self.optimizer.set_learning_rate(self.scheduled("learning_rate"))
+        use_threads(self.buffer.minibatch_size, self.config.core.embed_dim, self.threads)
         statistics = []
-        for epoch in range(config.epochs):
+        for epoch in range(self.config.epochs):
             for samples in self.buffer.minibatches(np.random.default_rng((self.seed, self.update, epoch))):
-                self.stop.check_together()
-                statistics.append(self._train_minibatch(samples, clip_range, beta))
+                self.options.stop.check_together()
+                statistics.append(self._train_minibatch(samples))
         losses, norms = torch.stack(statistics).split((len(self.reports), len(self.optimizer.modules) + 1), dim=1)
         losses = losses.contiguous()
-        self.world.add(losses)
+        self.ranks.add(losses)
         return torch.cat((losses, norms), dim=1)
 
-    def _train_minibatch(self, samples: np.ndarray, clip_range: float, beta: float) -> Tensor:
-        """Take one optimiser step; return its losses, of this process's share, and its gradient norms (names,)."""
-        minibatch = self.buffer.minibatch(samples)
-        for name, task in self.tasks.items():
-            minibatch.targets[name] = task.targets(self.buffer, minibatch.samples, minibatch.candidates)
+    def _train_minibatch(self, samples: np.ndarray) -> Tensor:
+        """Take one optimiser step; return this rank's share of the losses, and the gradient norms (names,)."""
+        batch = self.buffer.minibatch(samples)
         self.optimizer.clear()
-        losses = self._accumulate_gradient(minibatch, len(samples), clip_range, beta)
-        self.world.add(self.optimizer.gradient)
-        return torch.cat((losses, self.optimizer.step()))
-
-    def _accumulate_gradient(self, minibatch: Minibatch, size: int, clip_range: float, beta: float) -> Tensor:
-        """Differentiate this process's share of a minibatch of so many samples; return its losses (names,).
-
-        Observations are embedded for the whole minibatch, which shares them. All that follows is differentiated in
-        parts, each by a thread of its own: so the cores wait for each other once and not in every operation. The leaves
-        cut the graph at the embedding; its own backward pass takes up where those of all parts have ended.
-        """
         with self._precision():
-            embedded = self.model.embed(minibatch.observations)
-        leaves = [embedded.detach().requires_grad_()]
-        if self.compares and self.world.size > 1:
-            leaves.append(exchange_candidates(self.world, minibatch, leaves[0]))
-        differentiate = partial(self._differentiate, size, leaves, clip_range, beta)
-        of_leaves = [torch.zeros_like(leaf) for leaf in leaves]
-        losses = torch.zeros(len(self.reports), device=self.device)
-        parts = minibatch.split(self.parts) if len(minibatch) else []
-        for gradients, reported in self.map_parts(differentiate, parts):
-            torch._foreach_add_([parameter.grad for parameter in self.behind], gradients[len(leaves) :])
-            of_leaves = [total + gradient for total, gradient in zip(of_leaves, gradients, strict=False)]
-            losses = losses + reported
-        if len(leaves) > 1:
-            return_gradient(self.world, minibatch, *of_leaves)
-        embedded.backward(of_leaves[0])
-        return losses
+            loss, reported = self._loss(batch)
+        loss.backward()
+        self.ranks.add(self.optimizer.gradient)
+        return torch.cat((torch.stack([*reported, loss.detach()]), self.optimizer.step()))
 
-    def _differentiate(
-        self, size: int, leaves: list[Tensor], clip_range: float, beta: float, part: Minibatch
-    ) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Return what a part of a minibatch contributes to the gradients of the loss and to what is reported.
+    def _loss(self, batch: Minibatch) -> tuple[Tensor, list[Tensor]]:
+        """Return this rank's share of the loss of a minibatch, and of what is reported of it."""
+        config = self.config
+        embedded = self.model.embed(batch.observations)
+        x = self.model.complete(F.embedding(batch.which, embedded), batch.vectors, batch.step)
+        output = self.forward(x, batch.past, batch.masks)
+        clip_range, beta = self.scheduled("clip_range"), self.scheduled("beta")
+        loss, reported = ppo_loss(output, batch, config.value_loss_coefficient, clip_range, beta)
+        candidates = embedded_candidates(self.ranks, batch, embedded) if batch.candidates is not None else embedded
+        for name, task in self.tasks.items():
+            auxiliary, parts = task.loss(output, batch, candidates)
+            loss = loss + getattr(config, f"{name}_coefficient") * auxiliary
+            reported += parts
+        return loss, reported
+
+    # ---------------------------------------------------------------------------------------------------- trust region
+
+    def limit_acting_kl(self, before: Tensor) -> dict[str, float]:
+        """Go back halfway from the new weights to those before, until the policy that acts is close to the one before.
+
+        PPO's ratio takes memory as it was stored, so it does not see what new weights do to memory itself. The policy
+        that acts next has the memory that they write: of that one, KL(old ‖ new) is limited by a line search
+        (docs/trust_region.md; Schulman et al. 2015, appendix C, has one for the policy that the loss sees).
 
         Args:
-            size: samples of the whole minibatch.
-            leaves: (M, D) its distinct observations, embedded; perhaps those of all processes, to tell apart, too.
-            clip_range: ε.
-            beta: entropy coefficient.
-            part: some of its samples.
+            before: all weights before the epochs.
 
         Returns:
-            The gradients with respect to `leaves` and to the parameters behind them, and the losses (names,).
+            What is logged: the KL and how often the way was halved.
         """
-        config = self.config
-        with self._precision():
-            x = self.model.complete(F.embedding(part.which, leaves[0]), part.vectors, part.step)
-            prediction = self.forward(x, self.buffer.timeline.view(part.windows), part.masks)
-            loss, reported = ppo_loss(prediction, part, config.value_loss_coefficient, clip_range, beta)
-            for name, task in self.tasks.items():
-                auxiliary, parts = task.loss(prediction, part, leaves[-1], part.targets[name])
-                loss = loss + getattr(config, f"{name}_coefficient") * auxiliary
-                reported += parts
-        share = len(part) / size
-        gradients = torch.autograd.grad(loss * share, [*leaves, *self.behind])
-        return gradients, share * torch.stack([*reported, loss.detach()])
+        if self.config.kl_limit == 0:
+            return {}
+        weights, step = self.optimizer.weights, self.optimizer.weights - before
+        kl, halvings = self.acting_kl(), 0
+        # Not a number counts as too far.
+        while not kl <= self.config.kl_limit and halvings < MOST_HALVINGS:
+            halvings += 1
+            weights.copy_(before + step * 0.5**halvings)
+            kl = self.acting_kl()
+        return {"training/acting_kl": kl, "training/halvings": halvings}
+
+    @torch.no_grad()
+    def acting_kl(self) -> float:
+        """Return the mean KL(old ‖ new) over the rollout, with the memory that the current weights would have written."""
+        buffer, total = self.buffer, torch.zeros((), device=self.device)
+        at_once = max(1, REPLAYED_AT_ONCE // buffer.worker_steps)
+        buffer.observations.forget_features()
+        with self._precision(), self.model.core.constant_weights():
+            for first in range(0, buffer.n_workers, at_once):
+                rows = slice(first, min(first + at_once, buffer.n_workers))
+                index, step = buffer.observation_index[rows].flatten(), buffer.step[rows]
+                x = buffer.observations.embed(self.model, index, step.flatten())
+                masks = None if buffer.masks is None else buffer.masks[rows].flatten(0, 1)
+                policy, _ = self.model.heads(buffer.memory.replay(rows, x, step), masks)
+                total += policy.kl(buffer.policies[rows].flatten(0, 1)).sum()
+        self.ranks.add(total)
+        return total.item() / self.samples
+
+    # ---------------------------------------------------------------------------------------------- numbers and state
+
+    def scheduled(self, name: str) -> float:
+        """Return what a value with a schedule is in this update."""
+        return self.config.scheduled(name, self.update)
 
     def _precision(self) -> AbstractContextManager[None]:
         """Compute matrix products as `options.precision` says."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16")
 
-    # ------------------------------------------------------------------------------------------------------ statistics
+    def check_finite(self, statistics: Tensor) -> None:
+        """Raise NonFinite naming the first number of an update that is not finite.
 
-    def _update_moments(self, running: RunningMoments) -> None:
-        """Let the model normalise vectors by what this rollout has shown, too."""
-        moments = self.buffer.observations.moments()
-        self.world.add(moments)
-        running.update(moments)
+        Args:
+            statistics: (minibatches, names) of `optimise`.
+        """
+        for name in ("values", "log_probs", "advantages"):
+            if not torch.isfinite(getattr(self.buffer, name)).all():
+                raise NonFinite(f"update {self.update + 1}, sampling: not all {name} are finite")
+        bad = (~torch.isfinite(statistics)).cpu().numpy()
+        if bad.any():
+            step = int(bad.any(axis=1).argmax())
+            names = [*(f"{name} loss" for name in self.reports), *(f"gradient of {name}" for name in self.optimizer.modules)]
+            name = [*names, "gradient norm"][bad[step].argmax()]
+            epoch, minibatch = divmod(step, self.config.n_mini_batch)
+            where = f"epoch {epoch + 1}, minibatch {minibatch + 1}"
+            raise NonFinite(f"update {self.update + 1}, {where}: the {name} is not finite")
+        if not torch.isfinite(self.optimizer.weights).all():
+            raise NonFinite(f"update {self.update + 1}, last optimiser step: a weight is not finite")
+
+    def _scalars(self, statistics: Tensor, seconds: np.ndarray) -> dict[str, float]:
+        """Return what is logged of the update just finished, by tag.
+
+        Args:
+            statistics: (minibatches, names) of `optimise`.
+            seconds: that sampling and optimisation took.
+        """
+        buffer, config = self.buffer, self.config
+        names = [f"losses/{name}" for name in self.reports]
+        names += [f"gradients/{module}" for module in (*self.optimizer.modules, "all")]
+        scalars = dict(zip(names, statistics.mean(dim=0).tolist(), strict=True))
+        for name in ("kl", "clip_fraction"):
+            scalars[f"training/{name}"] = scalars.pop(f"losses/{name}")
+        if "losses/predictable" in scalars:
+            predicted, predictable = scalars.pop("losses/predicted"), scalars.pop("losses/predictable")
+            scalars["training/prediction_accuracy"] = predicted / max(predictable, 1e-8)
+        scalars["losses/policy"] *= -1  # what is minimised
+        values, advantages = self.ranks.join_rows(buffer.values), buffer.all_advantages.view(config.n_workers, -1)
+        returns = values + advantages
+        scalars["training/value"], scalars["training/advantage"] = values.mean().item(), advantages.mean().item()
+        unexplained = advantages.var() / returns.var().clamp(min=1e-8)
+        scalars["training/explained_variance"] = 1 - unexplained.item()
+        for name in ("learning_rate", "clip_range", "beta", "novelty", "gamma", "lamda"):
+            scalars[f"training/{name}"] = config.scheduled(name, self.update - 1)
+        scalars["performance/distinct_observations"] = len(buffer.observations)
+        for name, duration in zip(("sampling", "optimisation", "update"), (*seconds, seconds.sum()), strict=True):
+            scalars[f"performance/{name}_steps_per_second"] = self.samples / duration
+        return scalars
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return a copy of all that the rest of the run depends on; under `environments` that of this rank's own."""
+        return {
+            "config": self.config.model_dump(),
+            "seed": self.seed,
+            "update": self.update,
+            "weights": cloned(self.model.state_dict()),
+            "auxiliary": cloned(self.auxiliary.state_dict()),
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+            "episodes": self.episodes.state_dict(),
+            "environments": {
+                "memory": self.buffer.memory.state_dict(),
+                "workers": self.workers.state_dict(),
+                "novelty": self.novelty.state_dict(),
+                "step": torch.from_numpy(self.step.copy()),
+            },
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what `state_dict` returned, with the environments of all ranks in it."""
+        self.model.load_state_dict(state["weights"])
+        self.auxiliary.load_state_dict(state["auxiliary"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.episodes.load_state_dict(state["episodes"])
+        own = own_rows(state["environments"], self.ranks.share(self.config.n_workers))
+        self.buffer.memory.load_state_dict(own["memory"])
+        self.workers.load_state_dict(own["workers"])
+        self.novelty.load_state_dict(own["novelty"])
+        self.step, self.update = own["step"].numpy().copy(), state["update"]
+
+
+def cloned(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a copy of weights, each with a storage of its own: in the model they are views of one tensor."""
+    return {name: weight.detach().clone() for name, weight in weights.items()}
+
+
+def check_task(config: Config, task: Task) -> None:
+    """Raise UserError where a config does not fit its task."""
+    encoding = config.transformer.positional_encoding if config.transformer else ""
+    if task.max_episode_steps is None and encoding in ("absolute", "learned"):
+        raise UserError(
+            f"transformer.positional_encoding: {encoding!r} needs a longest episode, which this task does not have; "
+            "allowed are '' and 'relative'"
+        )
+    if config.normalize_observations and not task.vector:
+        raise UserError("normalize_observations: True needs vectors, this task shows frames; allowed is False")

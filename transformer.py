@@ -12,6 +12,8 @@ which costs 2·D² + 2·heads·L·D instead of 2·L·D² multiply-adds per query
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import reduce
 from typing import Literal, NamedTuple
 
 import torch
@@ -21,9 +23,11 @@ from torch.nn import functional as F
 
 from environments.section import Declared, Flag, Number, Whole
 from kernels.gating import Gating
-from kernels.groups import MemoryView
+from kernels.groups import shift_rows
 from kernels.products import Linear, linear
-from kernels.windows import Windows
+
+# Score of what a query must not look at; finite, so that a row without any column to look at stays finite too.
+MASKED = -1e30
 
 
 class TransformerConfig(Declared):
@@ -49,6 +53,72 @@ class TransformerConfig(Declared):
     gtrxl_bias: Number = Field(
         0.0, ge=-100, le=100, description="Where the gates' bias starts; above 0 they start closer to the identity."
     )
+
+
+@dataclass
+class MemoryView:
+    """What N queries may look at: each at some of the columns of memory that its group shares.
+
+    Queries come in groups of Q, since the windows of nearby steps overlap. A group's K columns are K' stored ones,
+    which are constant, and in a segment the Q that its own queries write, which have a gradient. Column c lies
+    distance − c steps before a query, which sees it if that is from 1 to `valid`. Places that no query takes see
+    nothing.
+
+    Attributes:
+        items: (blocks, groups, K', D) stored items; or (blocks, columns, D) of which `rows` says the ones that count.
+        distance: (groups, Q) int64 steps from the group's first column to each query.
+        valid: (groups, Q) int64 how many steps back each query may look.
+        nonempty: (N, 1) float, 0 where a query sees nothing, else 1.
+        rows: (groups, K') int64 which columns of `items` the group's are; None where they are all there.
+        own: Q if queries see what earlier ones of their group write, else 0.
+        step: (N,) int64 episode step of each query, where `own` is not 0.
+        item_step: (groups, K') int64 episode step at which a column was written; for the learned encoding only.
+        source: (groups·Q,) int64 which query each place holds; None where all are taken, in order.
+        slot: (N,) int64 the place of each query; None where all are taken, in order.
+    """
+
+    items: Tensor
+    distance: Tensor
+    valid: Tensor
+    nonempty: Tensor
+    rows: Tensor | None = None
+    own: int = 0
+    step: Tensor | None = None
+    item_step: Tensor | None = None
+    source: Tensor | None = None
+    slot: Tensor | None = None
+
+    @property
+    def columns(self) -> int:
+        """Return K."""
+        return (self.items.shape[2] if self.rows is None else self.rows.shape[1]) + self.own
+
+    def stored(self, block: int) -> Tensor:
+        """Return (groups, K', D): what is stored for a block."""
+        items = self.items[block]
+        return items if self.rows is None else items.index_select(0, self.rows.flatten()).unflatten(0, self.rows.shape)
+
+    def bias(self, num_heads: int) -> Tensor:
+        """Return (groups, Q·heads, K): MASKED for what a query must not look at, else 0."""
+        back = self.distance[..., None] - torch.arange(self.columns, device=self.distance.device)  # (groups, Q, K)
+        unseen = (back < 1) | (back > self.valid[..., None])
+        return (unseen * MASKED).repeat_interleave(num_heads, dim=1)
+
+    def to_places(self, queries: Tensor, num_heads: int) -> Tensor:
+        """Return (groups, Q·heads, width): what belongs to the queries (N, heads·width), in their places."""
+        queries = queries if self.source is None else F.embedding(self.source, queries)
+        return queries.view(self.distance.shape[0], self.distance.shape[1] * num_heads, queries.shape[1] // num_heads)
+
+    def to_queries(self, places: Tensor, num_heads: int) -> Tensor:
+        """Return (N, heads·width): what belongs to the queries, from their places (groups, Q·heads, width)."""
+        queries = places.reshape(self.distance.numel(), num_heads * places.shape[2])
+        return queries if self.slot is None else F.embedding(self.slot, queries)
+
+    def by_column(self, by_distance: Tensor, num_heads: int) -> Tensor:
+        """Return (groups, Q·heads, K) of each column, from (N, heads·(L+1)) of each distance, the largest first."""
+        rows = self.to_places(by_distance, num_heads)
+        start = (rows.shape[2] - 1 - self.distance).repeat_interleave(num_heads, dim=1)  # column 0 is so far back
+        return shift_rows(rows.flatten(0, 1), start.flatten(), self.columns).view(*rows.shape[:2], self.columns)
 
 
 def sinusoid(angle_steps: Tensor, embed_dim: int) -> Tensor:
@@ -104,30 +174,36 @@ class Attention(nn.Module):
             self.register_buffer("distances", sinusoid(distances, embed_dim), persistent=False)
 
     def forward(
-        self, x: Tensor, items: Tensor, memory: Windows | MemoryView, norm: nn.LayerNorm | None
+        self, x: Tensor, items: list[Tensor], memory: MemoryView, bias: Tensor, norm: nn.LayerNorm | None
     ) -> tuple[Tensor, Tensor]:
         """Attend from x to the items.
 
         Args:
             x: (N, D), normalised already where the block does so.
-            items: what `memory` holds for this block, normalised without affine where `norm` is given.
-            memory: which items each query may look at.
+            items: (groups, k, D) each, together the K columns of `memory`, normalised without affine where `norm` is
+                given.
+            memory: which of them each query may look at.
+            bias: (groups, Q·heads, K) of `memory.bias`.
             norm: the affine part of norm_kv, or None. It folds in exactly: its bias shifts all scores of a query alike
                 and cancels in the softmax, and Σ aᵢ = 1 carries it through to the values.
 
         Returns:
-            (N, D) and the attention weights: (N, heads, K), or (groups, Q·heads, K) where queries share columns.
+            (N, D) and the attention weights (groups, Q·heads, K).
         """
-        weight = self.folded or self.fold(norm)
+        weight, heads = self.folded or self.fold(norm), self.num_heads
         query = self.query(x)  # (N, D)
         content = query if self.relative is None else query + self.content_bias.flatten()
-        questions = linear(content, weight.key, groups=self.num_heads).unflatten(1, (self.num_heads, -1))
-        scores = memory.scores(items, questions)
+        questions = memory.to_places(linear(content, weight.key, groups=heads), heads)  # (groups, Q·heads, D)
         if self.relative is not None:
-            scores = scores + memory.by_column(self._by_distance(query, weight.table))
-        weights = scores.softmax(dim=-1)
-        context = memory.mixture(items, weights).flatten(1)  # (N, heads·D)
-        values = linear(context, weight.value, weight.shift, groups=self.num_heads)  # (N, D)
+            bias = bias + memory.by_column(self._by_distance(query, weight.table), heads)
+        sizes = [part.shape[1] for part in items]
+        pairs = zip(bias.split(sizes, dim=2), items, strict=True)
+        scores = [torch.baddbmm(added, questions, part.transpose(1, 2)) for added, part in pairs]  # (groups, Q·heads, k)
+        weights = (scores[0] if len(items) == 1 else torch.cat(scores, dim=2)).softmax(dim=2)
+        shares = zip(weights.split(sizes, dim=2), items, strict=True)
+        mixture = reduce(torch.add, [torch.bmm(share, part) for share, part in shares])  # (groups, Q·heads, D)
+        context = memory.to_queries(mixture, heads)  # (N, heads·D)
+        values = linear(context, weight.value, weight.shift, groups=heads)  # (N, D)
         return self.out(values * memory.nonempty), weights
 
     def fold(self, norm: nn.LayerNorm | None) -> Folded:
@@ -142,9 +218,9 @@ class Attention(nn.Module):
         return Folded(key, value, shift, table)
 
     def _by_distance(self, query: Tensor, table: Tensor) -> Tensor:
-        """Return (N, heads, L+1): (q + v)·W_R r of each query (N, D) and distance."""
+        """Return (N, heads·(L+1)): (q + v)·W_R r of each query (N, D) and distance."""
         query = (query + self.position_bias.flatten()).view(-1, self.num_heads, self.head_dim)
-        return torch.bmm(query.transpose(0, 1), table.transpose(1, 2)).transpose(0, 1)
+        return torch.bmm(query.transpose(0, 1), table.transpose(1, 2)).transpose(0, 1).flatten(1)
 
 
 class Gate(nn.Module):
@@ -194,10 +270,10 @@ class Block(nn.Module):
         self.gate1 = Gate(embed_dim, config.gtrxl_bias) if config.gtrxl else torch.add
         self.gate2 = Gate(embed_dim, config.gtrxl_bias) if config.gtrxl else torch.add
 
-    def forward(self, x: Tensor, items: Tensor, memory: Windows | MemoryView) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, items: list[Tensor], memory: MemoryView, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Return the layer's output (N, D) and its attention weights; arguments as in `Attention.forward`."""
         pre, post = self.layer_norm == "pre", self.layer_norm == "post"
-        attended, weights = self.attention(self.norm1(x) if pre else x, items, memory, self.norm_kv)
+        attended, weights = self.attention(self.norm1(x) if pre else x, items, memory, bias, self.norm_kv)
         x = self.gate1(x, attended)
         x = self.norm1(x) if post else x
         forwarded = F.relu(self.feed_forward(self.norm2(x) if pre else x))
@@ -215,7 +291,8 @@ class Transformer(nn.Module):
 
     def __init__(self, config: TransformerConfig, max_episode_steps: int | None) -> None:
         super().__init__()
-        self.embed_dim, self.num_heads = config.embed_dim, config.num_heads
+        self.embed_dim = self.output_dim = config.embed_dim
+        self.num_heads, self.memory_length = config.num_heads, config.memory_length
         self.encoding, self.pre_norm = config.positional_encoding, config.layer_norm == "pre"
         self.query_position = config.query_position
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_blocks))
@@ -248,19 +325,19 @@ class Transformer(nn.Module):
             return embedded
         if self.encoding == "relative":
             return embedded + sinusoid(step, self.embed_dim)
-        # What a time limit leaves behind the last step stands where that step stood.
+        # What a time limit leaves after the last step stands where that step stood.
         return embedded + F.embedding(step.clamp(max=len(self.position) - 1), self.position)
 
     def to_items(self, inputs: Tensor, step: Tensor) -> Tensor:
         """Turn what the blocks received at a step into what memory stores: constant for as long as it is kept.
 
         Args:
-            inputs: (blocks, N, D) inputs of the blocks, detached.
+            inputs: (…, N, D) inputs of one or all blocks.
             step: (N,) int64 episode step.
 
         Returns:
-            (blocks, N, D): with the absolute position added, and normalised in front of "pre" blocks; a learned
-            position changes with every optimiser step and is added when the item is read.
+            (…, N, D): with the absolute position added, and normalised before "pre" blocks. A learned position changes
+            with every optimiser step and is added when the item is read.
         """
         if self.encoding == "learned":
             return inputs
@@ -268,15 +345,22 @@ class Transformer(nn.Module):
             inputs = inputs + self.position[step]
         return F.layer_norm(inputs, (self.embed_dim,)) if self.pre_norm else inputs
 
-    def _items(self, memory: Windows | MemoryView, block: int) -> Tensor:
-        """Return what the memory holds for a block, as its attention reads it."""
-        items = memory.items[block]
-        if self.encoding == "learned" and isinstance(memory, MemoryView):
-            items = items + self.position[memory.item_step]
-            items = F.layer_norm(items, (self.embed_dim,)) if self.pre_norm else items
-        return items
+    def read(self, items: Tensor, step: Tensor | None) -> Tensor:
+        """Return stored items (…, D), written at episode steps (…), as attention reads them."""
+        if self.encoding != "learned":
+            return items
+        items = items + self.position[step]
+        return F.layer_norm(items, (self.embed_dim,)) if self.pre_norm else items
 
-    def forward(self, x: Tensor, memory: Windows | MemoryView) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def columns(self, memory: MemoryView, block: int, x: Tensor) -> list[Tensor]:
+        """Return the columns of memory for a block: those stored, and in a segment those that x (N, D) writes."""
+        stored = self.read(memory.stored(block), memory.item_step)
+        if not memory.own:
+            return [stored]
+        own = self.read(self.to_items(x, memory.step), memory.step)
+        return [stored, own.view(-1, memory.own, self.embed_dim)]
+
+    def forward(self, x: Tensor, memory: MemoryView) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Run all blocks.
 
         Args:
@@ -284,12 +368,12 @@ class Transformer(nn.Module):
             memory: what each of them may attend to.
 
         Returns:
-            output (N, D), the inputs of the blocks (blocks, N, D) and the attention weights of each block.
+            output (N, D), what memory is to keep of each step (blocks, N, D), detached, and the attention weights of
+            each block.
         """
-        memory.prepare(self.num_heads)
-        inputs, weights = [], []
+        bias, kept, weights = memory.bias(self.num_heads), [], []
         for index, block in enumerate(self.blocks):
-            inputs.append(x.detach())
-            x, attended = block(x, self._items(memory, index), memory)
+            kept.append(x.detach())
+            x, attended = block(x, self.columns(memory, index, x), memory, bias)
             weights.append(attended.detach())
-        return x, torch.stack(inputs), weights
+        return x, torch.stack(kept), weights

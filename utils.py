@@ -18,6 +18,17 @@ class EnvironmentFailure(Exception):
     """An environment failed while it was played; the message says which, its seed, its step and how."""
 
 
+class NonFinite(Exception):
+    """A loss, a gradient or a value is not a number."""
+
+
+def own_rows(state: Any, rows: range) -> Any:
+    """Return those entries of nested dicts of lists and tensors, one entry per environment, that `rows` names."""
+    if isinstance(state, dict):
+        return {name: own_rows(part, rows) for name, part in state.items()}
+    return state[rows.start : rows.stop]
+
+
 def create_env(section: Section, render_mode: str | None = None) -> Any:
     """Create one environment.
 

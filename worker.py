@@ -16,7 +16,7 @@ from environments.section import Section
 from processes.arrays import SharedArrays
 from processes.process import Died, Process, process_context
 from processes.runner import EnvironmentRunner, Episode, packed_type
-from utils import EnvironmentFailure
+from utils import EnvironmentFailure, inspect_environment  # noqa
 
 # How often the processes may be restarted at the same step before the run gives up.
 MAX_RESTARTS = 3
@@ -48,6 +48,7 @@ class Workers:
         groups: int = 1,
         first: int = 0,
         max_steps: int | None = None,
+        stop=None,
     ) -> None:
         context = process_context()
         self.arrays = SharedArrays(n_workers, task, context)
@@ -71,6 +72,13 @@ class Workers:
         for episode, digest in zip(self.episodes, self.arrays.digests, strict=True):
             episode.digest = digest.tobytes()
         return fresh
+
+    def state_dict(self):
+        import torch
+        return {"number": [e.number for e in self.episodes], "actions": [torch.from_numpy(np.frombuffer(e.actions, np.uint8).copy()) for e in self.episodes], "digest": [e.digest.hex() for e in self.episodes]}
+
+    def load_state_dict(self, state):
+        self.episodes = [Episode(n, bytearray(a.numpy().tobytes()), bytes.fromhex(d)) for n, a, d in zip(state["number"], state["actions"], state["digest"])]
 
     def send(self, group: range, actions: np.ndarray) -> None:
         """Let the environments of a group step with actions (n, branches)."""

@@ -39,7 +39,7 @@ def upsample(x: Tensor, layer: nn.ConvTranspose2d, size: tuple[int, int]) -> Ten
 
 
 class FrameCrossEntropy(torch.autograd.Function):
-    """Mean binary cross-entropy of logits and frames, with its gradient in the same pass.
+    """Binary cross-entropy of logits and frames, summed over all pixels, with its gradient in the same pass.
 
     The logits of a minibatch are its largest tensor. `binary_cross_entropy_with_logits` reads or writes as much a dozen
     times; here a few frames at a time stay in the processor's cache.
@@ -47,10 +47,10 @@ class FrameCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(context: Any, logits: Tensor, frames: Tensor, which: Tensor) -> Tensor:
-        """Return the mean over all pixels of softplus(x) − x·y.
+        """Return the sum over all pixels of softplus(x) − x·y.
 
         Args:
-            context: keeps the gradient, sigmoid(x) − y, but for the number of pixels.
+            context: keeps the gradient, sigmoid(x) − y.
             logits: x (N, C, H, W).
             frames: (M, C, H, W) uint8, in 255ths.
             which: (N,) of them is y.
@@ -68,10 +68,10 @@ class FrameCrossEntropy(torch.autograd.Function):
             total += x.clamp(min=0).sub_(x * y).sum() - certainty.log().sum()
             slope.copy_(probability.sub_(y))
         context.save_for_backward(gradient)
-        return total / logits.numel()
+        return total
 
     @staticmethod
     def backward(context: Any, slope: Tensor) -> tuple[Tensor, None, None]:
         """Return the gradient with respect to the logits for that of the loss."""
         (gradient,) = context.saved_tensors
-        return gradient.mul_(slope / gradient.numel()).permute(0, 3, 1, 2), None, None
+        return gradient.mul_(slope).permute(0, 3, 1, 2), None, None

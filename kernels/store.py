@@ -64,12 +64,11 @@ class FrameStore:
                 setattr(self, name, new)
 
     def embed(self, encode: Callable[[Tensor], Tensor], index: np.ndarray) -> Tensor:
-        """Return (n, D) embedded frames while sampling; only those not seen before in this rollout are encoded."""
-        count = len(self.known)
-        if count > self.encoded:
-            new = slice(self.encoded, count)
-            self.features[new] = encode(self.frames[new].permute(0, 3, 1, 2)).float()
-            self.encoded = count
+        """Return (n, D) embedded frames under constant weights; only those not encoded with them yet are."""
+        for first in range(self.encoded, len(self.known), MANY_FRAMES):
+            new = slice(first, min(first + MANY_FRAMES, len(self.known)))
+            self.features[new] = encode(self.frames[new].permute(0, 3, 1, 2))
+        self.encoded = len(self.known)
         return self.features[to_device(index, self.features.device)]
 
     def gather(self, index: np.ndarray) -> tuple[Tensor, int, Tensor]:

@@ -72,6 +72,8 @@ class Config(ModelConfig):
         description="Weight of an auxiliary loss: from the transformer's output and the action, tell the next "
         "observation (frames: among the minibatch's distinct ones; vectors: by regression).",
     )
+    segment_length: Whole = Field(1, ge=1, le=10**5, description="S.")
+    kl_limit: Number = Field(0.0, ge=0, le=1000, description="KL.")
     checkpoint_interval: Whole = Field(50, ge=1, le=10**9, description="Updates between checkpoints.")
     model_interval: Whole = Field(
         0, ge=0, le=10**9, description="Updates between models kept in `checkpoints/<run-id>/`; 0 is never."
@@ -317,6 +319,8 @@ def _check_rules(config: Config) -> list[str]:
     """Return what is wrong between keys that are fine on their own."""
     problems = []
     transformer = config.transformer
+    if transformer is None:
+        return []
     embed_dim, heads = transformer.embed_dim, transformer.num_heads
     if embed_dim % heads:
         problems.append(f"transformer.embed_dim: {embed_dim} should be divisible by transformer.num_heads, {heads}")

@@ -10,7 +10,8 @@ from torch.utils.tensorboard.summary import Summary
 from environments.contract import Task
 from model import ActorCriticModel
 from run.config import Config
-from run.world import World
+from run.distributed import Ranks, Interrupted
+import signal
 
 # So many environments with frames take turns in two halves on the CPU, too: half a batch costs the policy more than
 # half, which has to be less than what the other half of the environments takes.
@@ -41,7 +42,11 @@ class Options:
     precision: str | None = None
     compile: bool = False
     folder: Path = Path(".")
-    world: World = World()
+    ranks: Ranks = Ranks()
+    stop: object = None
+
+    def __post_init__(self):
+        self.stop = self.stop or StopRequest()
     film: Callable[[ActorCriticModel, Config, Task, str], Summary] | None = None
 
     def overlaps(self, task: Task, n_workers: int) -> bool:
@@ -64,3 +69,9 @@ def emulates_bf16(device: torch.device) -> bool:
         return not torch.cuda.is_bf16_supported(including_emulation=False)
     features = torch.cpu.get_capabilities()
     return not any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+class StopRequest:
+    asked = False
+    def check(self): pass
+    def check_together(self): pass

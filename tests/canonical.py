@@ -13,7 +13,8 @@ from torch.nn import functional
 
 from environments.contract import Task
 from model import ActorCriticModel
-from run.config import Config, TransformerConfig
+from run.config import Config
+from transformer import TransformerConfig
 
 # The tests' products are so small that a second thread only waits, for very long where the cores are busy.
 torch.set_num_threads(1)
@@ -62,6 +63,8 @@ def product_config(config: dict[str, Any]) -> Config:
         hidden_layer_size=config["hidden_layer_size"],
         value_loss_coefficient=config["value_loss_coefficient"],
         reconstruction_coefficient=config.get("reconstruction_coefficient", 0.0),
+        recurrence=None,
+        memoryless=None,
     )
 
 

@@ -25,15 +25,16 @@ from auxiliary import Reconstruction, auxiliary_tasks
 from buffer import generalised_advantages
 from kernels import gating, products
 from kernels.frames import FrameCrossEntropy
-from kernels.groups import group_queries
+from kernels.groups import group_queries, shift_rows
+from kernels.optimizer import Optimizer
 from kernels.store import FrameStore
-from kernels.windows import MASKED, Windows
 from memory import STRETCH, ObservationStore, Timeline, policy_step
-from model import Categorical, Prediction
-from processes.arrays import SharedArrays
+from model import Categorical, Output
 from run.config import check_config
-from trainer import Options, PPOTrainer
+from run.start import Options
+from trainer import PPOTrainer
 from utils import UserError, create_env, training_seed
+from worker import SharedArrays, inspect_environment
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-5  # of outputs, absolute
@@ -63,13 +64,13 @@ def unsettle(model: nn.Module, seed: int) -> None:
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
-def compare(prediction: Prediction, expected: textbook.Step, what: object) -> None:
-    """Requires that a prediction of the product is the textbook's."""
-    for found, branch in zip(prediction.policy.log_probs, expected.log_softmaxes, strict=True):
+def compare(output: Output, expected: textbook.Step, what: object) -> None:
+    """Requires that what the product returns is the textbook's."""
+    for found, branch in zip(output.policy.log_probs, expected.log_softmaxes, strict=True):
         assert_close(found, branch, what)
-    assert_close(prediction.value, expected.value, what)
-    assert_close(prediction.inputs.transpose(0, 1), expected.memory, what)
-    assert_close(prediction.output, expected.output, what)
+    assert_close(output.value, expected.value, what)
+    assert_close(output.kept.transpose(0, 1), expected.memory, what)
+    assert_close(output.output, expected.output, what)
 
 
 class History:
@@ -139,9 +140,7 @@ class Rollouts:
             for block in self.model.transformer.blocks:  # so that attention is far from uniform
                 block.attention.query.weight.mul_(3)
                 block.attention.key.weight.mul_(3)
-        settings = canonical.product_config(self.config).transformer
-        self.timeline = Timeline(self.model, settings, n_workers, worker_steps, CPU)
-        self.in_place = self.timeline.in_place  # whether windows may be read where they lie
+        self.timeline = Timeline(self.model.transformer, n_workers, worker_steps, CPU)
         self.store = ObservationStore(task, self.config["embed_dim"], n_workers * worker_steps, CPU)
         self.arrays = SharedArrays(n_workers, task, multiprocessing)
         self.generator = np.random.default_rng(seed)
@@ -173,56 +172,88 @@ class Rollouts:
             for worker, observation in enumerate(shown):
                 self.arrays.show(worker, observation)
             self.observations[:, t], self.step[:, t] = torch.from_numpy(shown), self.now
-            predictions = []
-            self.timeline.in_place = self.in_place and t % 2 == 0  # both ways of attending write the same memory
+            outputs = []
             for rows in (slice(0, half), slice(half, self.n_workers)):
                 if rows.start < rows.stop:
                     step = self.now[rows].copy()
-                    prediction, *_ = policy_step(
+                    output, *_ = policy_step(
                         self.model, self.model, self.timeline, self.store, self.arrays, rows, t, step
                     )
-                    self.values[rows, t] = prediction.value
-                    predictions.append((rows, prediction))
+                    self.values[rows, t] = output.value
+                    outputs.append((rows, output))
             if check:
                 expected = self.history.take(parameters, self.observations[:, t], self.now == 0)
-                for rows, prediction in predictions:
-                    compare(prediction, _rows(expected, rows), f"rollout {self.played}, step {t}")
+                for rows, output in outputs:
+                    compare(output, _rows(expected, rows), f"rollout {self.played}, step {t}")
             ended = self.generator.random(self.n_workers) < self.ends
             ended |= self.now + 1 == self.config["max_episode_steps"]
             self.now = np.where(ended, 0, self.now + 1)
 
-    def predict(self, samples: np.ndarray, per_group: int | None) -> Prediction:
-        """Returns what training predicts for samples w·T + t, in groups or, with None, from windows in place."""
-        self.timeline.in_place = per_group is None
+    def train(self, samples: np.ndarray, length: int = 1) -> Output:
+        """Returns what training computes for samples w·T + t, in segments of so many consecutive steps."""
         worker, t = np.divmod(samples, self.worker_steps)
-        view = self.timeline.view(self.timeline.group(worker, t, self.step[worker, t], per_group))
+        first = worker.reshape(-1, length)[:, 0], t.reshape(-1, length)[:, 0]
+        past = self.timeline.past_of(*first, self.step[worker, t].reshape(-1, length))
         embedded, step = self.model.embed(self.observations[worker, t]), torch.from_numpy(self.step[worker, t])
-        return self.model(self.model.complete(embedded, None, step), view)
+        return self.model(self.model.complete(embedded, None, step), past)
 
-    def check_training(self, samples: np.ndarray, per_groups: tuple[int, ...] = (1, 3, 8)) -> None:
+    def expected(self, parameters: dict, samples: np.ndarray, length: int) -> textbook.Step:
+        """Returns the textbook's steps, one after another; a segment's later steps see what its earlier ones wrote."""
+        worker, t = np.divmod(samples.reshape(-1, length), self.worker_steps)
+        first, taken = len(self.history.starts[0]) - self.worker_steps, []
+        stored = self.history.items
+        for place in range(length):
+            windows = self.history.windows(
+                list(zip(worker[:, place].tolist(), (first + t[:, place]).tolist(), strict=True))
+            )
+            taken.append(self.history.predict(parameters, self.observations[worker[:, place], t[:, place]], windows))
+            # From here on with a gradient: each segment in a history of its own.
+            if length > 1:
+                self.history.items = self.history.items if place else [items.clone() for items in stored]
+                for row, (w, now) in enumerate(
+                    zip(worker[:, place].tolist(), (first + t[:, place]).tolist(), strict=True)
+                ):
+                    items = self.history.items[w]
+                    self.history.items[w] = torch.cat((items[:now], taken[-1].memory[[row]], items[now + 1 :]))
+        self.history.items = stored
+        return _joined(taken)
+
+    def check_training(self, samples: np.ndarray, length: int = 1) -> None:
         """Requires that training's outputs and gradients are the textbook's, for samples w·T + t of the rollout."""
-        worker, t = np.divmod(samples, self.worker_steps)
         parameters = canonical.parameters(self.model)
-        first = len(self.history.starts[0]) - self.worker_steps
-        windows = self.history.windows(list(zip(worker.tolist(), (first + t).tolist(), strict=True)))
-        expected = self.history.predict(parameters, self.observations[worker, t], windows)
+        expected = self.expected(parameters, samples, length)
         weights = torch.Generator().manual_seed(len(samples))
         shapes = [branch.shape for branch in expected.log_softmaxes] + [expected.value.shape]
         weights = [torch.randn(shape, generator=weights) for shape in shapes]
         _weighted([*expected.log_softmaxes, expected.value], weights).backward()
-        for per_group in (*per_groups, None) if self.in_place else per_groups:
-            what = f"{len(samples)} samples, {per_group} per group"
-            self.model.zero_grad()
-            prediction = self.predict(samples, per_group)
-            compare(prediction, expected, what)
-            _weighted([*prediction.policy.log_probs, prediction.value], weights).backward()
-            assert_gradients(self.model, parameters, what)
+        self.model.zero_grad()
+        output = self.train(samples, length)
+        what = f"{len(samples)} samples in segments of {length}"
+        compare(output, expected, what)
+        _weighted([*output.policy.log_probs, output.value], weights).backward()
+        assert_gradients(self.model, parameters, what)
 
     def check_minibatches(self) -> None:
         """Requires the same of minibatches of one, of an odd number and of all samples."""
         order = self.generator.permutation(self.n_workers * self.worker_steps)
         for samples in (order[:1], order[1:8], np.sort(order)):
             self.check_training(samples)
+
+    def check_segments(self, length: int) -> None:
+        """Requires the same of a minibatch of whole segments, at most one of each environment."""
+        parts = self.worker_steps // length
+        segments = np.arange(self.n_workers) * parts + self.generator.integers(0, parts, self.n_workers)
+        self.check_training((segments[:, None] * length + np.arange(length)).flatten(), length)
+
+
+def _joined(steps: list[textbook.Step]) -> textbook.Step:
+    """Returns the samples of S steps of G segments in the order of segments."""
+
+    def join(parts):
+        return torch.stack(parts, dim=1).flatten(0, 1)  # (G, S, …) -> (G·S, …)
+
+    branches = [join(branch) for branch in zip(*(step.log_softmaxes for step in steps), strict=True)]
+    return textbook.Step(branches, *(join(part) for part in list(zip(*steps, strict=True))[1:]))
 
 
 def _rows(step: textbook.Step, rows: slice) -> textbook.Step:
@@ -297,12 +328,43 @@ def test_groups_along_a_long_rollout(encoding):
     rollouts = Rollouts(changes, n_workers=2, worker_steps=2 * STRETCH + 30, ends=0.03, seed=3)
     rollouts.play()
     samples = np.arange(rollouts.step.size)
-    rollouts.timeline.in_place = False
-    groups = rollouts.timeline.group(*np.divmod(samples, rollouts.worker_steps), rollouts.step.ravel(), 8)
-    view = rollouts.timeline.view(groups)
-    assert view.mask.shape[2] < rollouts.worker_steps
-    rollouts.check_training(samples, (1, 8, 64))
+    worker, t = np.divmod(samples, rollouts.worker_steps)
+    view = rollouts.timeline.past_of(worker, t, rollouts.step.reshape(-1, 1))
+    assert view.distance.shape[1] > 1 and view.columns < rollouts.worker_steps
+    rollouts.check_training(samples)
     rollouts.check_training(rollouts.generator.permutation(samples)[:31])
+
+
+@pytest.mark.parametrize("changes", VARIANTS)
+def test_segments(changes):
+    """Gradients through memory: windows longer and shorter than the segments, episodes that begin and end inside."""
+    for slots, lengths in ((5, (2, 12)), (17, (3,))):
+        rollouts = Rollouts(changes | {"memory_slots": slots}, ends=0.15, seed=7)
+        for _ in range(2):
+            rollouts.play()
+        assert (rollouts.step[:, 1:] == 0).any()
+        for length in lengths:
+            rollouts.check_segments(length)
+
+
+@every_encoding
+def test_acting_again(encoding):
+    """A rollout's outputs under new weights, with the memory that these write: as if they had acted from its start."""
+    rollouts = Rollouts({"positional_encoding": encoding, "memory_slots": 5}, ends=0.15, seed=8)
+    for _ in range(2):
+        rollouts.play()
+    unsettle(rollouts.model, 99)
+    steps = rollouts.worker_steps
+    whole = np.arange(rollouts.step.size)
+    embedded = rollouts.model.embed(rollouts.observations.flatten(0, 1))
+    x = rollouts.model.complete(embedded, None, torch.from_numpy(rollouts.step.flatten()))
+    with torch.no_grad():
+        expected = rollouts.train(whole, steps).output
+        for rows in (slice(0, 3), slice(1, 2)):
+            own = slice(rows.start * steps, rows.stop * steps)
+            assert_close(rollouts.timeline.replay(rows, x[own], rollouts.step[rows]), expected[own])
+        stale = rollouts.train(whole).output
+    assert (stale - expected).abs().max() > 1e-2  # what PPO's ratio sees is something else
 
 
 @pytest.mark.parametrize("changes", [variant for variant in VARIANTS if "gtrxl-pre" in variant.id])
@@ -339,39 +401,16 @@ def test_linear(rows, has_bias, groups):
         assert canonical.excess(one.grad, other.grad, relative=1e-5, floor=0) <= 1
 
 
-@given(st.integers(1, 5), st.integers(1, 40), st.lists(st.integers(0, 11), min_size=1, max_size=9), st.integers(0, 9))
+@given(st.lists(st.integers(-30, 30), min_size=1, max_size=9), st.integers(1, 20), st.integers(1, 20))
 @settings(max_examples=60, deadline=None)
-def test_windows_in_place(heads, width, lengths, seed):
-    """The loops over windows compute the plain products, for any number of heads and items, with gradients."""
-    generator = torch.Generator().manual_seed(seed)
-    items = torch.randn(3, 15, width, generator=generator)
-    end = np.random.default_rng(seed).integers(max(lengths), 16, len(lengths))
-    first, owner = end - lengths, np.arange(len(lengths)) % 3
-    windows = Windows(items[None], owner, first, end)
-    questions, weights = (
-        torch.randn(len(lengths), heads, size, generator=generator, requires_grad=True)
-        for size in (width, windows.width)
-    )
-    scores, mixture = windows.scores(items, questions), windows.mixture(items, weights)
-    expected_scores, expected_mixture = torch.full_like(scores, MASKED), torch.zeros_like(mixture)
-    for n, (low, high) in enumerate(zip(first, end, strict=True)):
-        window, columns = items[owner[n], low:high], slice(windows.width - (high - low), None)
-        expected_scores[n, :, columns] = questions[n] @ window.T
-        expected_mixture[n] = weights[n, :, columns] @ window
-    assert_close(scores.clamp(min=-1e9), expected_scores.clamp(min=-1e9))
-    assert_close(mixture, expected_mixture)
-    visible = expected_scores > MASKED / 2
-    upstream = torch.randn(scores.shape, generator=generator) * visible, torch.randn(mixture.shape, generator=generator)
-    found, expected = (
-        torch.autograd.grad(results, (questions, weights), upstream)
-        for results in ((scores, mixture), (expected_scores, expected_mixture))
-    )
-    for one, other in zip(found, expected, strict=True):
-        assert_close(one, other)
-    items[0] = torch.nan
-    assert torch.isfinite(windows.mixture(items, weights)).all(dim=(1, 2)).tolist() == [
-        size == 0 or index % 3 > 0 for index, size in enumerate(lengths)
-    ]
+def test_shift_rows(starts, size, width):
+    """Rows shifted as a whole are the elements where they are said to lie, and 0 outside; so is their gradient."""
+    rows = torch.randn(len(starts), size, dtype=torch.float64, requires_grad=True)
+    found = shift_rows(rows, torch.tensor(starts), width)
+    for row, start, shifted in zip(rows, starts, found, strict=True):
+        for column, value in enumerate(shifted):
+            assert value == (row[column + start] if 0 <= column + start < size else 0)
+    assert torch.autograd.gradcheck(lambda given: shift_rows(given, torch.tensor(starts), width), rows)
 
 
 # ------------------------------------------------------------------------------------------------ groups of queries
@@ -405,35 +444,25 @@ def test_group_queries(arguments):
 @given(queries(), st.integers(0, 2**16))
 @settings(max_examples=50, deadline=None)
 def test_view_shows_exactly_the_windows(arguments, seed):
-    """A query's columns are its worker's last min(step, L) before it, by item and distance: in any group and part."""
-    worker, first, end, per_group, _ = arguments
+    """A query's columns are its worker's last min(step, L) before it, by item and distance, in any group."""
+    worker, first, end, *_ = arguments
     length = int((end - first).max()) or 1
     t = end - end.min()
     steps = int(t.max()) + 1
-    changes = {"memory_slots": length, "positional_encoding": "relative", "layer_norm": ""}
-    timeline = Timeline(
-        canonical.build(BASE | changes, (5,)), canonical.product_config(BASE | changes).transformer, 4, steps, CPU
-    )
-    timeline.in_place = False
+    model = canonical.build(BASE | {"memory_slots": length, "positional_encoding": "relative", "layer_norm": ""}, (5,))
+    timeline = Timeline(model.transformer, 4, steps, CPU)
     timeline.items.copy_(torch.arange(timeline.items[0, :, :, 0].numel()).view(1, 4, -1, 1))  # items tell their place
     step = (end - first) + np.random.default_rng(seed).integers(0, 5, len(t)) * (end - first == length)
-    groups = timeline.group(worker, t, step, per_group)
-    parts = groups.split(min(3, len(t)))
-    assert sorted(np.concatenate([queries for queries, _ in parts]).tolist()) == [*range(len(t))]
-    widths = []
-    for queries, some in [(np.arange(len(t)), groups), *parts]:
-        view = timeline.view(some)
-        visible, distance = view.mask.flatten(0, 1), view.distance.flatten(0, 1)
-        for number, (query, slot) in enumerate(zip(queries, view.slot.tolist(), strict=True)):
-            assert view.source[slot] == number
-            seen = view.items[0, slot // per_group, :, 0][visible[slot]].tolist()
-            now = worker[query] * (length + steps) + length + t[query]
-            valid = min(step[query], length)
-            assert seen == list(range(now - valid, now))
-            assert distance[slot][visible[slot]].tolist() == list(range(valid, 0, -1))
-            assert view.nonempty[number].item() == (valid > 0)
-        widths.append(view.mask.shape[2])
-    assert max(widths) == widths[0]
+    view = timeline.past_of(worker, t, step[:, None])
+    items, distance, valid = view.stored(0), view.distance.flatten(), view.valid.flatten()
+    visible = view.bias(1).flatten(0, 1) == 0
+    for query, slot in enumerate(view.slot.tolist()):
+        assert view.source[slot] == query
+        seen = items[slot // view.distance.shape[1], :, 0][visible[slot]].tolist()
+        now = worker[query] * (length + steps) + length + t[query]
+        assert seen == list(range(now - min(step[query], length), now))
+        assert (distance[slot] - torch.arange(view.columns))[visible[slot]].tolist() == list(range(valid[slot], 0, -1))
+        assert view.nonempty[query].item() == (step[query] > 0)
 
 
 # --------------------------------------------------------------------------------------------------- real training runs
@@ -537,7 +566,7 @@ class CheckedTrainer(PPOTrainer):
 
     def optimise(self) -> Tensor:
         buffer = self.buffer
-        observations, _, which, _ = buffer.observe(np.arange(self.samples))
+        observations, _, which, _ = buffer.observations.gather(buffer.observation_index.flatten())
         self.observations = observations[which]  # (W·T, …)
         self.parameters = canonical.parameters(self.model)
         self.check_steps()
@@ -554,7 +583,7 @@ class CheckedTrainer(PPOTrainer):
                 batches.append(batch)
                 yield batch
 
-        buffer.minibatches = listed
+        buffer.minibatches, self.optimizer.step = listed, self.keep_gradients
         statistics = super().optimise()
         del buffer.minibatches
         self.check_loss(statistics[0], batches[0])
@@ -563,15 +592,15 @@ class CheckedTrainer(PPOTrainer):
         assert any((one != other).any() for one, other in zip(epochs, epochs[1:], strict=False))
         return statistics
 
-    def _accumulate_gradient(self, *arguments) -> Tensor:
-        losses = super()._accumulate_gradient(*arguments)
-        if not self.gradients:  # of the first minibatch, before they are clipped
+    def keep_gradients(self) -> Tensor:
+        """Takes an optimiser step; keeps the gradients of the first minibatch as they are before they are clipped."""
+        if not self.gradients:
             found = canonical.gradients(self.model) | {n: p.grad for n, p in self.auxiliary.named_parameters()}
             self.gradients = {name: gradient.clone() for name, gradient in found.items()}
-        return losses
+        return Optimizer.step(self.optimizer)
 
     def check_steps(self) -> None:
-        """Episode steps count up, also across rollouts, and begin again behind every end."""
+        """Episode steps count up, also across rollouts, and begin again after every end."""
         buffer, expected = self.buffer, self.before
         for t in range(buffer.worker_steps):
             assert (buffer.step[:, t] == expected).all()
@@ -614,14 +643,13 @@ class CheckedTrainer(PPOTrainer):
         buffer = self.buffer
         order = np.random.default_rng(self.update).permutation(self.samples)
         for samples in (np.arange(self.samples), order, *np.array_split(order, 7), order[:1]):
-            memory = buffer.timeline.view(buffer.group(samples))
-            observations, _, which, _ = buffer.observe(samples)
+            observations, _, which, _ = buffer.observations.gather(buffer.observation_index.flat[samples])
             worker, t = np.divmod(samples, buffer.worker_steps)
             embedded = canonical.embed(self.model, observations, which)
             step = torch.from_numpy(buffer.step[worker, t])
-            prediction = self.model(self.model.complete(embedded, None, step), memory)
-            assert_close(prediction.policy.log_prob(buffer.actions[worker, t]), buffer.log_probs[worker, t])
-            assert_close(prediction.value, buffer.values[worker, t])
+            output = self.model(self.model.complete(embedded, None, step), buffer.past_of(samples))
+            assert_close(output.policy.log_prob(buffer.actions[worker, t]), buffer.log_probs[worker, t])
+            assert_close(output.value, buffer.values[worker, t])
 
     @torch.no_grad()
     def check_advantages(self) -> None:
@@ -694,7 +722,7 @@ class CheckedTrainer(PPOTrainer):
         return expected
 
     def following(self, samples: np.ndarray) -> list[Tensor | None]:
-        """Returns the observation behind each of `samples`, None where the episode ended there."""
+        """Returns the observation after each of `samples`, None where the episode ended there."""
         shown, ended = self.observations.unflatten(0, self.buffer.step.shape), self.buffer.terminated
         last = torch.from_numpy(np.stack(self.shown))
         behind = torch.cat((shown, last[:, None]), dim=1)[:, 1:].flatten(0, 1)
@@ -703,15 +731,14 @@ class CheckedTrainer(PPOTrainer):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_training_run(name, tmp_path, monkeypatch):
+def test_training_run(name):
     """Three updates on real environments in processes of their own, every one checked from the outside."""
-    if name != "PocMemoryEnv":
-        monkeypatch.setattr("kernels.threads.PART_ROWS", 5)  # minibatches of 15 in three parts
     environment, transformer_config, coefficients = RUNS[name]
     config = RUN | {"environment": environment} | coefficients
     config["transformer"] = {"num_blocks": 2, "embed_dim": 12, "num_heads": 3, **transformer_config}
-    options = Options(CPU, processes=2, overlap=name != "PocMemoryEnv", folder=tmp_path)
-    trainer = CheckedTrainer(check_config(config, name), "exact", 3, options)
+    config = check_config(config, name)
+    options = Options(CPU, processes=2, overlap=name != "PocMemoryEnv")
+    trainer = CheckedTrainer(config, inspect_environment(config.environment)[0], 3, options)
     try:
         trainer.start()
         for _ in range(trainer.config.updates):
@@ -751,7 +778,7 @@ def played(changes: dict, change: tuple[int, int] | None) -> tuple[Rollouts, Ten
     for number in range(3):
         rollouts.play(check=False, change=change if number == 1 else None)
         values.append(rollouts.values.detach().clone())
-        output = rollouts.predict(np.arange(rollouts.step.size), 4).output
+        output = rollouts.train(np.arange(rollouts.step.size)).output
         outputs.append(output.detach().unflatten(0, rollouts.step.shape))
         steps.append(rollouts.step.copy())
     episode = (np.concatenate(steps, axis=1) == 0).cumsum(axis=1)
@@ -793,9 +820,8 @@ def test_shift_of_the_episode_clock(encoding):
     for shift in (0, 5):
         for t, received in enumerate(inputs):
             timeline.write(slice(0, 3), t, received, np.full(3, t + shift))
-        view = timeline.view(timeline.group(worker, now, now + shift, 2))
-        trained = model(embedded, view).output
-        sampled = model(embedded, timeline.window(slice(0, 3), 7, now + shift)).output
+        trained = model(embedded, timeline.past_of(worker, now, (now + shift)[:, None])).output
+        sampled = model(embedded, timeline.past(slice(0, 3), 7, now + shift)).output
         assert_close(trained, sampled)
         outputs.append(sampled)
     difference = (outputs[0] - outputs[1]).abs().max()
@@ -813,16 +839,15 @@ def test_empty_memory(changes):
     for block in model.transformer.blocks:
         block.attention.register_forward_hook(lambda module, _, result: contexts.append(result[0] - module.out.bias))
     step = np.array([0, 2, 0, 0, 7])
-    groups = timeline.group(np.array([0, 0, 1, 1, 2]), np.array([1, 4, 0, 9, 11]), step, 2)
-    view = timeline.view(groups)
-    model(model.embed(torch.randn(5, 5)), view)
+    past = timeline.past_of(np.array([0, 0, 1, 1, 2]), np.array([1, 4, 0, 9, 11]), step[:, None])
+    model(model.embed(torch.randn(5, 5)), past)
     empty = torch.from_numpy(step == 0)
     for context in contexts:
         assert not context[empty].any()
         assert context[~empty].all(dim=1).all()
     contexts.clear()
     for step in ([0, 0, 0], [0, 3, 0]):
-        model(model.embed(torch.randn(3, 5)), timeline.window(slice(0, 3), 2, np.array(step)))
+        model(model.embed(torch.randn(3, 5)), timeline.past(slice(0, 3), 2, np.array(step)))
     for context in contexts:
         assert not context[[0, 2]].any()
 
@@ -906,7 +931,7 @@ def test_reconstruction_is_that_of_transposed_convolutions(size):
     x = functional.relu(plain.deconv2(x, output_size=plain.sizes[1]))
     logits = plain.deconv1(x, output_size=plain.sizes[0])
     expected = functional.binary_cross_entropy_with_logits(logits, frames[which].double() / 255)
-    loss = FrameCrossEntropy.apply(decoder(output), frames, which)
+    loss = FrameCrossEntropy.apply(decoder(output), frames, which) / logits.numel()
     (3 * expected).backward()
     (3 * loss).backward()
     assert canonical.excess(loss, expected, relative=1e-5, floor=TOLERANCE) <= 1

@@ -96,7 +96,7 @@ def add_own_position(parameters: Parameters, config: Config, embedded: Tensor, s
     if not config.get("query_position", False):
         return embedded
     if config["positional_encoding"] != "relative":
-        # What a time limit leaves behind the last step stands where that step stood.
+        # What a time limit leaves after the last step stands where that step stood.
         steps = steps.clamp(max=config["max_episode_steps"] - 1)
     return embedded + position_of(parameters, config, steps).to(embedded.dtype)
 
@@ -177,10 +177,10 @@ def forward(
     """The transformer and the heads.
 
     embedded (N, D) is h0, without position; windows (N, S, blocks, D), mask (N, S) and positions (N, S) describe each
-    sample's memory, which is constant; steps (N,) are the samples' own episode steps. A sample without items attends to
+    sample's memory; steps (N,) are the samples' own episode steps. A sample without items attends to
     nothing: its context is zero.
     """
-    windows = windows.detach().to(embedded.dtype)
+    windows = windows.to(embedded.dtype)
     distances = steps.unsqueeze(1) - positions  # (N, 1) - (N, S) -> (N, S)
     hidden, memory, attention = add_own_position(parameters, config, embedded, steps), [], []
     for index in range(config["num_blocks"]):
@@ -194,7 +194,7 @@ def forward(
     return Step(
         log_softmaxes=[torch.log_softmax(branch, dim=-1) for branch in logits],
         value=value.squeeze(1),  # (N, 1) -> (N,)
-        memory=torch.stack(memory, dim=1).detach(),  # blocks times (N, D) -> (N, blocks, D)
+        memory=torch.stack(memory, dim=1),  # blocks times (N, D) -> (N, blocks, D)
         output=hidden,
         attention=torch.stack(attention, dim=1),  # blocks times (N, H, S) -> (N, blocks, H, S)
     )
@@ -265,7 +265,7 @@ def frame_prediction(
     """Cross-entropy of telling the next frame among a minibatch's distinct ones, how many are told, how many could be.
 
     questions (N, D); candidates (M, D), the distinct frames embedded; frames[m] is the m-th frame itself, following[n]
-    the one behind sample n, None where the episode ended there. A frame that is not among the distinct ones is left out
+    the one after sample n, None where the episode ended there. A frame that is not among the distinct ones is left out
     as well. The sum is divided by all N.
     """
     total, told, possible = torch.zeros((), dtype=questions.dtype), 0, 0
