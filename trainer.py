@@ -1,7 +1,9 @@
 """PPO with episodic Transformer-XL memory: sample → advantages → epochs of minibatches → log."""
 
+import copy
 import time
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -12,19 +14,20 @@ from torch.nn import functional as F
 
 from auxiliary import Novelty, auxiliary_tasks, exchange_candidates, return_gradient
 from buffer import Buffer, Minibatch
+from environments.contract import Task
 from kernels.allocator import release_memory
 from kernels.optimizer import Optimizer
 from kernels.threads import divide, use_threads
 from memory import policy_step
 from model import ActorCriticModel, Prediction, RunningMoments, action_noise
-from run.checkpoint import provenance
+from processes.arrays import DIGEST_SIZE
+from processes.runner import Episode
 from run.config import Config
-from run.lifecycle import Keeper, StopRequest, check_finite, check_task
-from run.options import PRECISIONS, Options
-from run.report import collect_episodes, update_scalars
-from run.world import Interrupted
-from utils import derived_seed, inspect_environment, training_seed
-from worker import EnvironmentFailure, Workers
+from run.distributed import Interrupted
+from run.logger import Episodes
+from run.start import NonFinite, Options, Run
+from utils import EnvironmentFailure, UserError, derived_seed, training_seed
+from worker import Workers
 
 # What PPO reports of a minibatch, in this order; then come the auxiliary tasks, the total loss and gradient norms.
 LOSS_PARTS = ("policy", "value", "entropy", "kl", "clip_fraction")
@@ -68,18 +71,14 @@ class PPOTrainer:
 
     Args:
         config: of the run.
-        run_id: names the folders and the model.
+        task: what the environments are like.
         seed: everything random derives from it.
         options: how the run is carried out.
-        checkpoint: the state to continue from, or None for a new run.
     """
 
-    def __init__(
-        self, config: Config, run_id: str, seed: int, options: Options, checkpoint: dict | None = None
-    ) -> None:
-        self.config, self.seed, self.options, self.device = config, seed, options, options.device
-        self.world, self.stop = options.world, StopRequest(options.world)
-        self.task, self.notices = inspect_environment(config.environment)
+    def __init__(self, config: Config, task: Task, seed: int, options: Options) -> None:
+        self.config, self.task, self.seed, self.options, self.device = config, task, seed, options, options.device
+        self.world, self.stop = options.ranks, options.stop
         check_task(config, self.task)
         torch.manual_seed(seed)
         self.model = ActorCriticModel(config, self.task).to(self.device)
@@ -110,35 +109,73 @@ class PPOTrainer:
         self.step = np.zeros(len(own), dtype=np.int64)  # episode step of each environment
         self.novelty = Novelty(config.novelty_schedule, len(own))
         self.ended: list[tuple[int, int, dict[str, float]]] = []  # (t, environment, report) of this update's episodes
-        self.finished: list[dict[str, float]] = []  # what the latest episodes reported
-        self.run: dict[str, Any] = {"run_id": run_id, "seed": seed, "precision": PRECISIONS[0]}
-        self.run |= provenance(self.device)
-        self.keeper = Keeper(self, options.folder, checkpoint)
-        options.precision = options.precision or self.run["precision"]
-        self.run["precision"] = options.precision
+        self.finished = Episodes()
+        if self.world.size > 1:  # processors differ in what they draw
+            weights = {name: weight.cpu() for name, weight in self.model.state_dict().items()}
+            self.model.load_state_dict(self.world.from_first(weights))
 
     @property
     def samples(self) -> int:
         """Environment steps of one update."""
         return self.config.n_workers * self.config.worker_steps
 
-    def train(self) -> None:
-        """Carry out all updates that are left and write the model.
-
-        Raises:
-            Interrupted: after SIGINT or SIGTERM, when the state behind the last update is saved.
-            EnvironmentFailure: if an environment fails, when that state is saved too.
-            NonFinite: if a number went wrong; the checkpoints stay as they are.
-            Unwritable: if the disk is full or gone.
-        """
-        with self.stop.on_signals(), self.keeper.nothing_lost(), self.keeper.log() as logger:
+    def train(self, run: Run) -> None:
+        """Carry out all updates that are left; `run` keeps what comes of them."""
+        with run.open(self.state_dict()):
             try:
                 self.start_workers()
                 while self.update < self.config.updates:
-                    self.keeper.at_intervals(logger, self.train_update())
-                self.keeper.finish(logger)
+                    scalars = self.train_update()
+                    run.after_update(self.state_dict(), scalars)
             finally:
                 self.workers.close()
+            run.finish()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return a copy of all that the rest of a run depends on, with the environments of this rank."""
+        timeline, episodes = self.buffer.timeline, self.workers.episodes
+        return {
+            "config": self.config.model_dump(),
+            "task": asdict(self.task),
+            "seed": self.seed,
+            "update": self.update,
+            "weights": copy.deepcopy(self.model.state_dict()),
+            "auxiliary": copy.deepcopy(self.auxiliary.state_dict()),
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+            "episodes": self.finished.state_dict(),
+            "environments": {
+                "memory": timeline.items[:, :, : timeline.length].transpose(0, 1).clone(),
+                "item_step": timeline.item_step[:, : timeline.length].clone(),
+                "step": torch.from_numpy(self.step.copy()),
+                "number": [episode.number for episode in episodes],
+                "actions": [as_tensor(episode.actions) for episode in episodes],
+                "digest": [episode.digest.hex() for episode in episodes],
+                "seen": [as_tensor(b"".join(seen)) for seen in self.novelty.seen],
+            },
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what `state_dict` returned, joined over all ranks."""
+        timeline, environments = self.buffer.timeline, state["environments"]
+        own = self.world.share(self.config.n_workers)
+        rows = slice(own.start, own.stop)
+        self.model.load_state_dict(state["weights"])
+        self.auxiliary.load_state_dict(state["auxiliary"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.finished.load_state_dict(state["episodes"])
+        self.update = state["update"]
+        timeline.items[:, :, : timeline.length] = environments["memory"][rows].transpose(0, 1).to(self.device)
+        timeline.item_step[:, : timeline.length] = environments["item_step"][rows].to(self.device)
+        self.step = environments["step"][rows].numpy().copy()
+        self.novelty.seen = [dict.fromkeys(digests_of(seen)) for seen in environments["seen"][rows]]
+        kept = zip(*(environments[name][rows] for name in ("number", "actions", "digest")), strict=True)
+        self.workers.episodes = [
+            Episode(number, bytearray(actions.numpy().tobytes()), bytes.fromhex(digest))
+            for number, actions, digest in kept
+        ]
+        if len(self.step) != len(own) or len(self.workers.episodes) != len(own):
+            raise ValueError("other environments")
+        self.state_dict()
 
     def train_update(self) -> dict[str, float]:
         """Carry out one update and return what is logged of it."""
@@ -152,8 +189,9 @@ class PPOTrainer:
         self.buffer.timeline.roll(self.config.worker_steps)
         if isinstance(self.model.moments, RunningMoments):
             self._update_moments(self.model.moments)
-        collect_episodes(self)
-        self.keeper.remember()
+        ended = [report for reports in self.world.gather(self.ended) for report in reports]
+        self.finished.add(report for _, _, report in sorted(ended, key=lambda report: report[:2]))
+        self.ended.clear()
         release_memory()
         return update_scalars(self, statistics, np.diff(times))
 
@@ -326,3 +364,86 @@ class PPOTrainer:
         moments = self.buffer.observations.moments()
         self.world.add(moments)
         running.update(moments)
+
+
+def check_task(config: Config, task: Task) -> None:
+    """Raise UserError where a config does not fit its task."""
+    encoding = config.transformer and config.transformer.positional_encoding
+    if task.max_episode_steps is None and encoding in ("absolute", "learned"):
+        raise UserError(
+            f"transformer.positional_encoding: {encoding!r} needs a longest episode, which this task does not have; "
+            "allowed are '' and 'relative'"
+        )
+    if config.normalize_observations and not task.vector:
+        raise UserError("normalize_observations: True needs vectors, this task shows frames; allowed is False")
+
+
+def check_finite(trainer: PPOTrainer, statistics: Tensor) -> None:
+    """Raise NonFinite naming the first number of an update that is not finite.
+
+    Args:
+        trainer: whose update it was.
+        statistics: (minibatches, names) of `PPOTrainer.optimise`.
+    """
+    found = ""
+    if not torch.isfinite(trainer.buffer.values).all():
+        found = "sampling: a predicted value"
+    elif not torch.isfinite(trainer.buffer.log_probs).all():
+        found = "sampling: a log-probability"
+    elif not torch.isfinite(trainer.buffer.advantages).all():
+        found = "sampling: an advantage"
+    elif not torch.isfinite(statistics).all():
+        bad = (~torch.isfinite(statistics)).cpu().numpy()
+        minibatch = int(bad.any(axis=1).argmax())
+        losses = [f"the {name} loss" for name in trainer.reports]
+        names = [*losses, *(f"a gradient of {module}" for module in trainer.optimizer.modules), "the gradient norm"]
+        name = names[bad[minibatch].argmax()]
+        epoch, minibatch = divmod(minibatch, trainer.config.n_mini_batch)
+        found = f"epoch {epoch + 1}, minibatch {minibatch + 1}: {name}"
+    elif not torch.isfinite(trainer.optimizer.weights).all():
+        found = "the last optimiser step: a weight"
+    if found:
+        raise NonFinite(f"update {trainer.update + 1}, {found} is not finite")
+
+
+def update_scalars(trainer: PPOTrainer, statistics: Tensor, seconds: np.ndarray) -> dict[str, float]:
+    """Return all that is logged of the update that a trainer has just finished.
+
+    Args:
+        trainer: whose update it was.
+        statistics: (minibatches, names) of `PPOTrainer.optimise`.
+        seconds: that sampling and optimisation took.
+    """
+    buffer, config = trainer.buffer, trainer.config
+    names = [f"losses/{name}" for name in trainer.reports]
+    names += [f"gradients/{module}" for module in (*trainer.optimizer.modules, "all")]
+    scalars = dict(zip(names, statistics.mean(dim=0).tolist(), strict=True))
+    for name in ("kl", "clip_fraction"):
+        scalars[f"training/{name}"] = scalars.pop(f"losses/{name}")
+    if "losses/predictable" in scalars:
+        predicted, predictable = scalars.pop("losses/predicted"), scalars.pop("losses/predictable")
+        scalars["training/prediction_accuracy"] = predicted / max(predictable, 1e-8)
+    scalars["losses/policy"] *= -1  # what is minimised
+    values, advantages = trainer.world.join_rows(buffer.values), buffer.all_advantages.view(config.n_workers, -1)
+    returns = values + advantages
+    scalars["training/value"] = values.mean().item()
+    scalars["training/advantage"] = advantages.mean().item()
+    variance = returns.var()
+    scalars["training/explained_variance"] = (1 - (returns - values).var() / variance.clamp(min=1e-8)).item()
+    for name in ("learning_rate", "clip_range", "beta", "novelty", "gamma", "lamda"):
+        scalars[f"training/{name}"] = config.scheduled(name, trainer.update - 1)
+    scalars["performance/distinct_observations"] = len(buffer.observations)
+    for name, duration in zip(("sampling", "optimisation", "update"), (*seconds, seconds.sum()), strict=True):
+        scalars[f"performance/{name}_steps_per_second"] = trainer.samples / duration
+    return scalars | trainer.finished.scalars()
+
+
+def as_tensor(data: bytes | bytearray) -> Tensor:
+    """Return a copy of bytes as a tensor: a million of them cost next to nothing in a checkpoint."""
+    return torch.from_numpy(np.frombuffer(data, np.uint8).copy())
+
+
+def digests_of(stored: Tensor) -> list[bytes]:
+    """Return digests as novelty keeps them."""
+    data = stored.numpy().tobytes()
+    return [data[first : first + DIGEST_SIZE] for first in range(0, len(data), DIGEST_SIZE)]

@@ -16,7 +16,7 @@ from environments.section import Section
 from processes.arrays import SharedArrays
 from processes.process import Died, Process, process_context
 from processes.runner import EnvironmentRunner, Episode, packed_type
-from utils import EnvironmentFailure
+from utils import EnvironmentFailure, inspect_environment  # noqa: F401
 
 # How often the processes may be restarted at the same step before the run gives up.
 MAX_RESTARTS = 3

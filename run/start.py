@@ -1,92 +1,511 @@
-"""Which run a command line means: a new one, or one that goes on."""
+"""A run: which one a command line means, how it is carried out, and all that keeps it from being lost."""
 
 import os
 import secrets
+import shutil
+import signal
 import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
-from run.checkpoint import list_checkpoints, load_newest, stored_config
-from run.cli import whole_number
-from run.config import Config, load_config
-from run.folders import check_run_id, free_run_id, make_folder, run_paths
-from run.launch import check_alike, check_divisible
-from run.world import World
-from utils import UserError
+import torch
+from filelock import BaseFileLock, FileLock, Timeout
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from environments.contract import Task
+from run.checkpoint import (
+    compact,
+    list_checkpoints,
+    load,
+    load_newest,
+    model_file,
+    provenance,
+    save_checkpoint,
+    write_file,
+)
+from run.cli import Precision, RunId, Seed, check_writable, cores
+from run.config import Config, check_config, load_config
+from run.distributed import Interrupted, Ranks, check_alike
+from run.evaluations import Evaluations
+from run.logger import Logger
+from utils import EnvironmentFailure, UserError
+
+# So many environments with frames take turns in two halves on the CPU, too: half a batch costs the policy more than
+# half, which has to be less than what the other half of the environments takes.
+OVERLAP_WORTH = 32
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # the last two are what clusters send before the end
 
 
-def chosen_run(arguments: dict, world: World) -> tuple[Config, str, int, dict | None]:
-    """Return config, id, seed and checkpoint of the run: process 0 reads and draws, all know.
+class NonFinite(Exception):
+    """A loss, a gradient or a value is not a number."""
+
+
+class StopRequest:
+    """Whether somebody asked the run to stop.
+
+    Args:
+        ranks: of the run, by default this one alone; who asks one of them asks all.
+
+    Attributes:
+        since: when this rank was asked, by `time.monotonic`, None if it was not.
+    """
+
+    def __init__(self, ranks: Ranks | None = None) -> None:
+        self.ranks, self.since = ranks or Ranks(), None
+
+    @property
+    def asked(self) -> bool:
+        """Whether this rank was asked."""
+        return self.since is not None
+
+    def check(self) -> None:
+        """Raise Interrupted if this rank was asked."""
+        if self.asked:
+            raise Interrupted
+
+    def check_together(self) -> None:
+        """Raise Interrupted on all ranks if any of them was asked; all have to call this at the same place."""
+        if self.ranks.any(self.asked):
+            raise Interrupted
+
+    @contextmanager
+    def on_signals(self) -> Iterator[None]:
+        """Turn the first signal that asks to stop into a request; a second SIGINT stops at once."""
+
+        def request(number: int, frame: object) -> None:
+            if self.asked and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.since = self.since or time.monotonic()
+
+        numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+        # nohup lets a process ignore that its terminal is closed.
+        numbers = [
+            number for number in numbers if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN
+        ]
+        previous = {number: signal.signal(number, request) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+@dataclass
+class Options:
+    """How a run is carried out; nothing in here changes what is learned but for rounding.
+
+    Attributes:
+        device: where the model and the buffer live.
+        processes: how many processes step the environments.
+        overlap: whether half of the environments step while the policy looks at the other half; by default where a GPU
+            computes, or from `OVERLAP_WORTH` environments with frames on.
+        precision: "float32", or "bf16" for matrix products.
+        compile: whether to compile the model with torch.compile.
+        folder: where the folders models, checkpoints and summaries lie.
+        ranks: all that train together.
+        stop: whether somebody asked the run to stop.
+    """
+
+    device: torch.device
+    processes: int = 1
+    overlap: bool | None = None
+    precision: str = "float32"
+    compile: bool = False
+    folder: Path = Path(".")
+    ranks: Ranks = field(default_factory=Ranks)
+    stop: StopRequest = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.stop = StopRequest(self.ranks)
+
+    def overlaps(self, task: Task, n_workers: int) -> bool:
+        """Return whether half of a run's environments step while the policy looks at the other half."""
+        if self.overlap is not None:
+            return self.overlap
+        return self.device.type == "cuda" or (task.frame is not None and n_workers >= OVERLAP_WORTH)
+
+    def notices(self) -> list[str]:
+        """Return what a user should know before the run starts."""
+        if self.precision == "bf16" and emulates_bf16(self.device):
+            return [f"--precision=bf16: this {self.device.type} has no instructions for it and emulates them, several "
+                    "times slower than float32"]  # fmt: skip
+        return []
+
+
+def emulates_bf16(device: torch.device) -> bool:
+    """Return whether a device lacks instructions for bf16 products: x86 before AVX512_BF16, GPUs before Ampere."""
+    if device.type == "cuda":
+        return not torch.cuda.is_bf16_supported(including_emulation=False)
+    features = torch.cpu.get_capabilities()
+    return not any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+# ------------------------------------------------------------------------------------------------------------ the run
+
+
+class Run:
+    """What surrounds a training: a folder with its checkpoints, whose name is that of the run; a log; models.
+
+    Everything comes to it as plain data, so that it knows nothing of the trainer.
+
+    Args:
+        run_id: names the folders and the model.
+        config: what is trained.
+        seed: everything random derives from it.
+        options: how it is carried out.
+        checkpoint: what it goes on from, None for a new run.
+        lock: of its folder, which is held, where there is the folder already.
+    """
+
+    def __init__(
+        self,
+        run_id: str,
+        config: Config,
+        seed: int,
+        options: Options,
+        checkpoint: dict | None = None,
+        lock: BaseFileLock | None = None,
+    ) -> None:
+        self.config, self.seed, self.options, self.checkpoint, self.lock = config, seed, options, checkpoint, lock
+        self.ranks, self.name = options.ranks, run_id
+        self.state: dict[str, Any] = checkpoint or {"update": 0}  # after the last update
+        made_by = provenance(options.device)
+        start = {"time": f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}", "update": self.state["update"]}
+        starts = [] if checkpoint is None else checkpoint["run"]["starts"]
+        self.about: dict[str, Any] = {"run_id": run_id, "seed": seed, "precision": options.precision} | made_by
+        self.about["starts"] = [*starts, start | made_by]
+
+    @property
+    def folder(self) -> Path:
+        """Where the checkpoints lie."""
+        return self.options.folder / "checkpoints" / self.name
+
+    @property
+    def model(self) -> Path:
+        """The file of the trained model."""
+        return self.options.folder / "models" / f"{self.name}.nn"
+
+    @property
+    def how_to_go_on(self) -> str:
+        """What to type to go on after an interruption."""
+        return f"{'python' if self.ranks.size == 1 else 'torchrun …'} train.py --resume={self.name}"
+
+    @property
+    def done(self) -> bool:
+        """Whether all updates are, and the model is that of the last of them."""
+        done = self.checkpoint is not None and self.checkpoint["update"] >= self.config.updates
+        if done and self.ranks.first:
+            try:
+                weights, last = load(self.model, "model")["weights"], self.checkpoint["weights"]
+                done = weights.keys() == last.keys() and all(torch.equal(weights[name], last[name]) for name in last)
+            except (UserError, KeyError, TypeError, AttributeError, RuntimeError):
+                done = False
+        return self.ranks.from_first(done)
+
+    def tell(self, line: str) -> None:
+        """Show a line once."""
+        if self.ranks.first:
+            print(line, file=sys.stderr, flush=True)
+
+    @contextmanager
+    def open(self, state: dict[str, Any]) -> Iterator[None]:
+        """Take the run's folders, let signals ask to stop, and lose nothing where the block ends early.
+
+        Args:
+            state: of the trainer, at the beginning.
+
+        Raises:
+            UserError: if the folders cannot be written to.
+            SystemExit: where the run was stopped or failed, which has been told, its last state being saved.
+        """
+        self.state = state
+        with self.ranks.agree_on(UserError):
+            if self.ranks.first:
+                self._settle()
+        try:
+            with self.options.stop.on_signals():
+                yield
+        except Interrupted:
+            self._save()
+            self.tell(f"stopped after update {self.state['update']}; to go on: {self.how_to_go_on}")
+            sys.exit(130)
+        except NonFinite as error:
+            saved = list_checkpoints(self.folder)
+            last = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint had been written"
+            self.tell(f"{error}; {last}\nto go on from there: {self.how_to_go_on}")
+            sys.exit(1)
+        except EnvironmentFailure as error:
+            self._save()
+            self.tell(f"{error}\nto go on after update {self.state['update']}: {self.how_to_go_on}")
+            sys.exit(1)
+        except Exception:
+            if self.ranks.size == 1:  # others may be anywhere
+                self._save()
+            raise
+        finally:
+            if self.ranks.first:
+                self.evaluations.end()
+                self.log.close()
+                self.lock.release()
+
+    def after_update(self, state: dict[str, Any], scalars: dict[str, float]) -> None:
+        """Keep the state after an update, log it, and do what is due.
+
+        Args:
+            state: of the trainer.
+            scalars: what is logged of the update, by tag.
+        """
+        self.state, update = state, state["update"]
+        due = {name for name in ("checkpoint", "model", "eval", "video", "histogram") if self._is_due(name)}
+        if self.ranks.first:
+            self.log.log(update, scalars, state["weights"] if "histogram" in due else {})
+            self.evaluations.go_on()
+            if due & {"model", "eval", "video"}:
+                model = model_file(state, self._about())
+            if "model" in due:
+                name = f"model-{update * self.config.samples:012d}.nn"
+                self._write(lambda folder: write_file(folder / name, model), self._home())
+            if due & {"eval", "video"}:
+                wanted = {"eval": "--episodes", "video": "--video"}
+                self.evaluations.folder = self._home()
+                with self._telling(self.folder):
+                    self.evaluations.offer(update, model, {wanted[name] for name in due & wanted.keys()})
+        if "checkpoint" in due:  # last: a resumed run repeats nothing before it
+            self._save()
+
+    def finish(self) -> None:
+        """Write the last checkpoint and the model, and wait for evaluations; SystemExit where there is no place."""
+        self._save()
+        written = False
+        if self.ranks.first:
+            model, home = model_file(self.state, self._about()), self._home()
+            written = self._write(lambda folder: write_file(folder / self.model.name, model), self.model.parent, home)
+            self.evaluations.finish(lambda: self.options.stop.asked)
+        if not self.ranks.from_first(written):
+            self.tell(
+                f"the model could not be written anywhere; to go on from the last checkpoint: {self.how_to_go_on}"
+            )
+            sys.exit(1)
+
+    def _is_due(self, name: str) -> bool:
+        interval = getattr(self.config, f"{name}_interval")
+        return interval > 0 and self.state["update"] % interval == 0
+
+    def _about(self) -> dict[str, Any]:
+        """Return what is known about the run so far."""
+        update = self.state["update"]
+        return self.about | {"run_id": self.name, "updates": update, "steps": update * self.config.samples}
+
+    def _save(self) -> None:
+        """Write the state after the last update, with the environments of all ranks."""
+        environments = joined(self.ranks.gather(compact(self.state["environments"])))
+        with self.ranks.agree_on():  # the others wait, lest torchrun ends all when the first of them has left
+            if self.ranks.first:
+                state = self.state | {"environments": environments, "run": self._about()}
+                self._write(lambda folder: save_checkpoint(folder, state), self._home())
+
+    # -------------------------------------------------------------------------------------------------- where it lies
+
+    def _settle(self) -> None:
+        """Make the folders and take them; UserError, and they are gone again, where that fails."""
+        made: list[Path] = []
+        try:
+            for place in (self.model.parent, self.options.folder / "summaries", self.folder):
+                missing = [folder for folder in (place, *place.parents) if not folder.exists()]
+                for folder in reversed(missing):
+                    folder.mkdir(exist_ok=folder != self.folder)
+                    made.append(folder)
+                check_writable(place)
+            if self.model.is_dir():
+                raise UserError(f"{self.model}: is a folder, should be a file")
+            if self.lock is None and self.folder not in made:
+                raise FileExistsError
+            self._take()
+        except (OSError, UserError) as error:
+            for folder in reversed(made):
+                with suppress(OSError):
+                    folder.rmdir()
+            if isinstance(error, FileExistsError):
+                raise UserError(f"{place}: another run took this id just now; choose another --run-id") from error
+            raise UserError(f"{place}: cannot be used: {getattr(error, 'strerror', error)}") from error
+
+    def _take(self) -> None:
+        """Lock the run's folder, empty it if the run is new, and open the log."""
+        self.lock = self.lock or locked(self.folder)
+        self.own = os.stat(self.folder / LOCK)
+        best = self.model.with_name(f"{self.name}-best.nn")
+        if self.checkpoint is None:  # what is there is an earlier run's
+            best.unlink(missing_ok=True)
+            for path in self.folder.iterdir():
+                if path.name != LOCK:
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        summaries = self.options.folder / "summaries" / self.name
+        self.log = Logger(summaries, self.config, self.about, self.state["update"])
+        self.evaluations = Evaluations(self.folder, self.log.folder / "evaluation", best)
+
+    def _home(self) -> Path:
+        """Return the run's folder, a new one where somebody has moved it or put another in its place."""
+        with suppress(OSError):
+            if os.path.samestat(os.stat(self.folder / LOCK), self.own):
+                return self.folder
+        lost, self.name = self.folder, free_run_id(self.options.folder, self.name)
+        with self._telling(self.folder):
+            self.folder.mkdir(parents=True)
+            self.lock.release()
+            self.lock, self.own = locked(self.folder), os.stat(self.folder / LOCK)
+            self.tell(f"\n{lost}: is not where it was; the run goes on in {self.folder}")
+        return self.folder
+
+    def _write(self, write: Callable[[Path], object], *folders: Path) -> bool:
+        """Let a file be written into the first folder where it can be; the system's for temporary ones is the last."""
+        for folder in (*folders, Path(tempfile.gettempdir()) / self.name):
+            with self._telling(folder):
+                write(folder)
+                if folder != folders[0]:
+                    self.tell(f"it was written to {folder}")
+                return True
+        return False
+
+    @contextmanager
+    def _telling(self, place: Path) -> Iterator[None]:
+        """Say where something could not be written, and go on."""
+        try:
+            yield
+        except OSError as error:
+            self.tell(f"\n{place}: cannot be written to any more: {error.strerror}")
+
+
+def joined(parts: list[Any]) -> Any:
+    """Return the state of all environments from that of each rank's: nested dicts of lists and tensors (n, …)."""
+    if isinstance(parts[0], dict):
+        return {key: joined([part[key] for part in parts]) for key in parts[0]}
+    if isinstance(parts[0], torch.Tensor):
+        return torch.cat(parts)
+    return [entry for part in parts for entry in part]
+
+
+# ------------------------------------------------------------------------------------------------ which run is meant
+
+LOCK = ".lock"
+
+
+def locked(folder: Path) -> BaseFileLock:
+    """Return the lock of a run's folder, which is now held; UserError where somebody else holds it."""
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(f"{folder}: another process trains this run") from error
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written to: {error.strerror}") from error
+    return lock
+
+
+class Described(BaseModel):
+    """What a checkpoint says about its run."""
+
+    precision: Precision
+    starts: list[dict[str, Any]]
+
+
+class Stored(BaseModel):
+    """What has to be known of a checkpoint before a trainer can take it."""
+
+    seed: Seed
+    update: int
+    run: Described
+
+
+def chosen_run(arguments: Any, ranks: Ranks, device: torch.device) -> Run:
+    """Return the run that a command line means: rank 0 reads and draws, all know.
+
+    Args:
+        arguments: of train.py.
+        ranks: all that train together.
+        device: of this rank.
 
     Raises:
-        UserError: on all processes, where anything is wrong or they are not alike.
+        UserError: on all ranks, where anything is wrong or they are not alike.
     """
-    config = None
-    with world.agree_on(UserError):
-        if arguments["--resume"] is None:
-            config = load_config(arguments["--config"], arguments["--set"])
-        updates = whole_number(arguments, "--updates", 1)
-    check_alike(world, config, arguments)
-    run: tuple | None = None
-    with world.agree_on(UserError):
-        if world.first:
-            resumed = arguments["--resume"] if not check_restarts(arguments, world.restarts) else arguments["--run-id"]
-            run = new_run(config, arguments, world.restarts) if resumed is None else resumed_run(resumed, arguments)
-    config, *rest = world.from_first(run)
-    config = config.model_copy(update={"updates": updates or config.updates})
-    check_divisible(world, config)
-    return config, *rest
+    config, lock, chosen = None, None, None
+    with ranks.agree_on(UserError):
+        if arguments.resume is None:
+            config = load_config(arguments.config, arguments.set)
+    check_alike(ranks, config, arguments.model_dump(by_alias=True))
+    with ranks.agree_on(UserError):
+        if ranks.first:
+            resumed = arguments.resume or restarted(arguments, ranks)
+            lock, *chosen = resumed_run(resumed) if resumed else new_run(config, arguments, ranks)
+    run_id, config, seed, checkpoint = ranks.from_first(chosen)
+    config = config.model_copy(update={"updates": arguments.updates or config.updates})
+    if config.n_workers % ranks.size:
+        raise UserError(f"n_workers: {config.n_workers} environments cannot be divided among {ranks.size} ranks")
+    options = Options(
+        device,
+        arguments.processes or max(1, cores() // ranks.local_size),
+        precision=arguments.precision or (checkpoint["run"]["precision"] if checkpoint else "float32"),
+        compile=arguments.compile,
+        ranks=ranks,
+    )
+    return Run(run_id, config, seed, options, checkpoint, lock)
 
 
-def check_restarts(arguments: dict, restarts: int) -> bool:
-    """Return whether torchrun has started the processes anew and their run has a checkpoint to go on from.
+def restarted(arguments: Any, ranks: Ranks) -> str | None:
+    """Return the id of the run that torchrun has started anew, if it has a checkpoint to go on from.
 
     Raises:
         UserError: if the command line does not say which run that is.
     """
-    if arguments["--resume"] is not None or int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) == 0:
-        return False
-    if arguments["--run-id"] is None:
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) == 0:
+        return None
+    if arguments.run_id is None:
         raise UserError("--run-id: is needed with torchrun's --max-restarts, to find the run again")
-    if arguments["--overwrite"]:
+    if arguments.overwrite:
         raise UserError("--overwrite: contradicts torchrun's --max-restarts, which continues the run")
-    check_run_id(arguments["--run-id"])
-    return restarts > 0 and bool(list_checkpoints(run_paths(arguments["--run-id"])[1]))
+    return arguments.run_id if ranks.restarts and list_checkpoints(Path("checkpoints", arguments.run_id)) else None
 
 
-def new_run(config: Config, arguments: dict, restarts: int) -> tuple[Config, str, int, None]:
-    """Return config, id and seed of a new run, whose folders exist and can be written to; UserError otherwise.
-
-    Args:
-        config: of the run.
-        arguments: of the command line.
-        restarts: how often torchrun has started it anew.
-    """
-    run_id = arguments["--run-id"] or Path(arguments["--config"]).stem
-    if not arguments["--run-id"] and not arguments["--overwrite"]:
-        run_id = free_run_id(run_id)
-    check_run_id(run_id)
-    seed = whole_number(arguments, "--seed")
-    seed = secrets.randbelow(2**31) if seed is None else seed
-    model, checkpoints = run_paths(run_id)
-    taken = [path for path in (model, checkpoints) if path.exists()]
-    if taken and not arguments["--overwrite"] and not restarts:
+def new_run(config: Config, arguments: Any, ranks: Ranks) -> tuple[BaseFileLock | None, str, Config, int, None]:
+    """Return lock, id, config and seed of a new run; UserError where its id is not free."""
+    run_id = arguments.run_id or Path(arguments.config).stem
+    try:
+        TypeAdapter(RunId).validate_python(run_id)
+    except ValidationError as error:
+        raise UserError(f"--run-id: {run_id!r} cannot name a run; letters, digits, '.', '_' and '-' can") from error
+    if not arguments.run_id and not arguments.overwrite:
+        run_id = free_run_id(Path("."), run_id)
+    folder = Path("checkpoints", run_id)
+    taken = [path for path in (Path("models", f"{run_id}.nn"), folder) if path.exists()]
+    if taken and not arguments.overwrite and not ranks.restarts:
         raise UserError(f"--run-id: {taken[0]} exists; choose another id, or --overwrite, or --resume={run_id}")
-    for folder in (model.parent, checkpoints.parent, Path("summaries")):
-        make_folder(folder)
-    if model.is_dir() or checkpoints.is_symlink() or (checkpoints.exists() and not checkpoints.is_dir()):
-        raise UserError(f"--run-id: something else is in the place of {model} or {checkpoints}")
-    return config, run_id, seed, None
+    seed = secrets.randbelow(2**31) if arguments.seed is None else arguments.seed
+    return locked(folder) if folder.exists() else None, run_id, config, seed, None
 
 
-def resumed_run(run_id: str, arguments: dict) -> tuple[Config, str, int, dict]:
-    """Return config, id, seed and newest checkpoint of an interrupted run."""
-    if arguments["--overwrite"]:
-        raise UserError("--overwrite: contradicts --resume, which continues the run")
-    check_run_id(run_id)
-    checkpoint, path = load_newest(run_paths(run_id)[1])
-    for folder in ("models", path.parent, "summaries"):
-        make_folder(Path(folder))
-    if type(checkpoint.get("seed")) is not int or type(checkpoint.get("update")) is not int:
-        raise UserError(f"{path}: holds no run")
-    print(f"continuing {run_id} behind update {checkpoint['update']} from {path}", file=sys.stderr)
-    return stored_config(checkpoint, path), run_id, checkpoint["seed"], checkpoint
+def resumed_run(run_id: str) -> tuple[BaseFileLock, str, Config, int, dict]:
+    """Return lock, id, config, seed and newest checkpoint of an interrupted run."""
+    folder = Path("checkpoints", run_id)
+    if not list_checkpoints(folder):
+        raise UserError(f"{folder}: holds no checkpoint; --resume takes the id of a started run")
+    lock = locked(folder)  # first: what is read must not change
+    checkpoint, path = load_newest(folder)
+    try:
+        Stored.model_validate(checkpoint)
+    except ValidationError as error:
+        raise UserError(f"{path}: holds no run") from error
+    print(f"continuing {run_id} after update {checkpoint['update']} from {path}", file=sys.stderr)
+    return lock, run_id, check_config(checkpoint.get("config"), str(path)), checkpoint["seed"], checkpoint
+
+
+def free_run_id(root: Path, name: str) -> str:
+    """Return the first of name, name-2, name-3, … that no run has."""
+    run_id, number = name, 2
+    while any(path.exists() for path in (root / "models" / f"{run_id}.nn", root / "checkpoints" / run_id)):
+        run_id, number = f"{name}-{number}", number + 1
+    return run_id
