@@ -26,7 +26,18 @@ Example: python train.py --config configs/minigrid.yaml --run-id=my-run
 
 from pathlib import Path
 
-from run.cli import Computing, Count, Precision, Processes, RunId, Seed, arguments_of, command_line, use_cores
+from run.cli import (
+    Computing,
+    Count,
+    Precision,
+    Processes,
+    RunId,
+    Seed,
+    arguments_of,
+    command_line,
+    emulates_bf16,
+    use_cores,
+)
 from utils import UserError, reason_of
 
 
@@ -64,7 +75,7 @@ def train(arguments: Arguments, ranks, device) -> None:
     from worker import inspect_environment
 
     run = chosen_run(arguments, ranks, device)
-    if run.done:
+    if run.done():
         done = f"{run.name} has had its {run.config.updates:,} updates, nothing is left to do"
         return run.tell(f"{done}; --updates=<n> trains for longer")
     use_cores(device, ranks.local_size)
@@ -78,7 +89,9 @@ def train(arguments: Arguments, ranks, device) -> None:
                 raise UserError(f"{run.folder}: holds no run of this config ({reason_of(error)})") from error
         elif arguments.init_from is not None:
             load_weights(arguments.init_from, trainer.model)
-    for notice in [*run.options.notices(), *notices]:
+    if run.options.precision == "bf16" and emulates_bf16(device):
+        notices.append("--precision=bf16: is emulated here, several times slower than float32")
+    for notice in notices:
         run.tell(notice)
     run.tell(f"run {run.name}, seed {run.seed}, {run.config.environment.type} on {run.about['device']}, "
              f"{run.config.updates} updates of {run.config.samples:,} steps")  # fmt: skip

@@ -1,12 +1,12 @@
 """Evaluate a model while its run trains: what `eval_interval` and `video_interval` of a config start.
 
 Usage:
-    during.py <model> --summaries=<folder> --best=<file> [--episodes] [--video]
+    during.py <model> --summaries=<folder> --best=<file> [--eval] [--video]
 
 Options:
     --summaries=<folder>  Where TensorBoard finds what comes of it.
     --best=<file>         The best model so far; this one takes its place if it is better.
-    --episodes            Play the fixed set of unseen episodes.
+    --eval                Play the fixed set of unseen episodes.
     --video               Draw an episode.
     -h --help             Show this.
 """
@@ -37,7 +37,7 @@ class Given(Arguments):
     model: Path = Field(alias="<model>")
     summaries: Path
     best: Path
-    episodes: bool
+    eval: bool
     video: bool
 
 
@@ -49,7 +49,7 @@ def main() -> None:
     torch.set_num_threads(1)
     model, config, task, run = load_model(arguments.model, torch.device("cpu"))
     writer = SummaryWriter(arguments.summaries)
-    if arguments.episodes:
+    if arguments.eval:
         first = first_unseen_seed(config.environment) + DISTANCE
         seeds = list(range(first, first + EPISODES))
         means = episode_means(play_episodes(model.eval(), config, task, seeds, max_steps=step_limit(None, task)))

@@ -231,6 +231,15 @@ def choose_device(arguments: Computing):
     return device
 
 
+def emulates_bf16(device) -> bool:
+    """Return whether a device lacks instructions for bf16 products: x86 before AVX512_BF16, GPUs before Ampere."""
+    import torch
+
+    if device.type == "cuda":
+        return not torch.cuda.is_bf16_supported(including_emulation=False)
+    return not {"avx512_bf16", "amx_bf16", "bf16"} & {k for k, there in torch.cpu.get_capabilities().items() if there}
+
+
 def use_cores(device, processes: int = 1) -> None:
     """Let PyTorch use this process's share of the cores on the CPU, and only one thread where a GPU does the work.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, JsonValue, TypeAdapter, ValidationError, model_validator
 
 from environments.section import Environment, Flag, Number, Schedule, Section, Whole
 from model import ModelConfig
@@ -21,18 +21,19 @@ SECTIONS: dict[str, type[Section]] = {
     for name in get_args(section.model_fields["type"].annotation)
 }
 
+# What models, checkpoints and summaries can hold. YAML reads more, such as dates.
+PLAIN = TypeAdapter(dict[str, JsonValue])
+
 Count = Annotated[Whole, Field(ge=1, le=10**9)]
 Interval = Annotated[Whole, Field(ge=0, le=10**9)]
-Share = Annotated[Number, Field(ge=0, le=1)]
-Coefficient = Annotated[Number, Field(ge=0, le=1000)]
 
 
 class Config(ModelConfig):
     """Everything that a training depends on, but for its seed."""
 
     environment: Environment = Field(description="What is played: one of the sections below, told apart by `type`.")
-    gamma: Share = Field(0.995, description="Discount of future rewards.")
-    lamda: Share = Field(0.95, description="λ of the generalised advantage estimation.")
+    gamma: Number = Field(0.995, ge=0, le=1, description="Discount of future rewards.")
+    lamda: Number = Field(0.95, ge=0, le=1, description="λ of the generalised advantage estimation.")
     updates: Count = Field(description="Updates of the run, each of `n_workers`·`worker_steps` environment steps.")
     epochs: Whole = Field(3, ge=1, le=1000, description="Passes over the rollout per update.")
     n_workers: Whole = Field(ge=1, le=4096, description="Environments.")
@@ -47,12 +48,16 @@ class Config(ModelConfig):
         description="Consecutive steps that are learned from together, with gradients through what they write into "
         "memory; has to divide `worker_steps` and a minibatch.",
     )
-    value_loss_coefficient: Coefficient = Field(0.5, description="Weight of the value loss (squared error without ½).")
+    value_loss_coefficient: Number = Field(
+        0.5, ge=0, le=1000, description="Weight of the value loss (squared error without ½)."
+    )
     max_grad_norm: Number = Field(
         0.25, ge=1e-6, le=10**6, description="Gradients are clipped to this norm, taken over all of them."
     )
-    kl_limit: Coefficient = Field(
+    kl_limit: Number = Field(
         0.0,
+        ge=0,
+        le=1000,
         description="The furthest that an update may take the policy that acts next, whose memory the new weights "
         "write, as mean KL divergence over the rollout; 0 is no limit.",
     )
@@ -65,18 +70,24 @@ class Config(ModelConfig):
         "that where nearly all goes well noise is not made as large as what is to be learned (as Hafner et al. 2023 do "
         "with returns).",
     )
-    reconstruction_coefficient: Coefficient = Field(
+    reconstruction_coefficient: Number = Field(
         0.0,
+        ge=0,
+        le=1000,
         description="Weight of an auxiliary loss: a decoder reconstructs the frame from the memory's output "
         "(binary cross-entropy; frames only).",
     )
-    recall_coefficient: Coefficient = Field(
+    recall_coefficient: Number = Field(
         0.0,
+        ge=0,
+        le=1000,
         description="Weight of an auxiliary loss of our own, episodic recall: say from the memory's output which of "
         "the minibatch's distinct frames the running episode has shown (binary cross-entropy; frames only).",
     )
-    prediction_coefficient: Coefficient = Field(
+    prediction_coefficient: Number = Field(
         0.0,
+        ge=0,
+        le=1000,
         description="Weight of an auxiliary loss: from the memory's output and the action, tell the next observation "
         "(frames: among the minibatch's distinct ones; vectors: by regression).",
     )
@@ -199,12 +210,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         given = _parse(Path(path).read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError, ValueError) as error:  # ValueError: an impossible path
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', error)}") from error
-    config = check_config(given, str(path))
-    if not overrides:
-        return config
     for override in overrides:
         _override(given, override)
-    return check_config(given, "--set")
+    return check_config(given, f"{path} with --set" if overrides else str(path))
 
 
 def check_config(given: object, source: str) -> Config:
@@ -221,7 +229,9 @@ def check_config(given: object, source: str) -> Config:
         UserError: naming all that is wrong with it, a line each.
     """
     try:
-        return Config.model_validate(given)
+        config = Config.model_validate(given)
+        PLAIN.validate_python(config.model_dump())
+        return config
     except ValidationError as error:
         section = given.get("environment") if isinstance(given, dict) else None
         kind = SECTIONS.get(str(section.get("type"))) if isinstance(section, dict) else None
@@ -245,15 +255,15 @@ def _parse(text: str, source: str) -> Any:
         raise UserError(f"{source}: is not valid YAML: {' '.join(str(error).split())}") from error
 
 
-def _override(given: dict, override: str) -> None:
+def _override(given: Any, override: str) -> None:
     """Change one key of what a file says."""
     name, equals, text = override.partition("=")
     if not equals or "" in name.split("."):
         raise UserError(f"--set {shorten(override)}: should be key=value, as in transformer.num_blocks=2")
     *path, last = name.split(".")
-    section = given
-    for key in path:
-        section = section.setdefault(key, {})
-        if not isinstance(section, dict):
-            raise UserError(f"--set {shorten(name)}: {key} is one value, without keys of its own")
-    section[last] = _parse(text, f"--set {shorten(override)}")
+    try:
+        for key in path:
+            given = given.setdefault(key, {})
+        given[last] = _parse(text, f"--set {shorten(override)}")
+    except (AttributeError, TypeError) as error:  # what it would be a key of has none
+        raise UserError(f"--set {shorten(name)}: is no key of a section") from error

@@ -29,8 +29,8 @@ from run.checkpoint import (
     save_checkpoint,
     write_file,
 )
-from run.cli import Precision, RunId, Seed, check_writable, cores
-from run.config import Config, check_config, load_config
+from run.cli import Precision, RunId, Seed, check_writable, cores, problems
+from run.config import Config, load_config
 from run.distributed import Interrupted, Ranks, check_alike
 from run.evaluations import Evaluations
 from run.logger import Logger
@@ -40,6 +40,7 @@ from utils import EnvironmentFailure, UserError
 # half, which has to be less than what the other half of the environments takes.
 OVERLAP_WORTH = 32
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # the last two are what clusters send before the end
+LOCK = ".lock"
 
 
 class NonFinite(Exception):
@@ -53,11 +54,12 @@ class StopRequest:
         ranks: of the run, by default this one alone; who asks one of them asks all.
 
     Attributes:
-        since: when this rank was asked, by `time.monotonic`, None if it was not.
+        since: when this rank was asked, by `time.monotonic`; None if it was not.
     """
 
     def __init__(self, ranks: Ranks | None = None) -> None:
-        self.ranks, self.since = ranks or Ranks(), None
+        self.ranks = ranks or Ranks()
+        self.since: float | None = None
 
     @property
     def asked(self) -> bool:
@@ -84,11 +86,9 @@ class StopRequest:
             self.since = self.since or time.monotonic()
 
         numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
-        # nohup lets a process ignore that its terminal is closed.
-        numbers = [
-            number for number in numbers if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN
-        ]
         previous = {number: signal.signal(number, request) for number in numbers}
+        if previous.get(getattr(signal, "SIGHUP", None)) is signal.SIG_IGN:  # by nohup
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
         try:
             yield
         finally:
@@ -130,24 +130,6 @@ class Options:
             return self.overlap
         return self.device.type == "cuda" or (task.frame is not None and n_workers >= OVERLAP_WORTH)
 
-    def notices(self) -> list[str]:
-        """Return what a user should know before the run starts."""
-        if self.precision == "bf16" and emulates_bf16(self.device):
-            return [f"--precision=bf16: this {self.device.type} has no instructions for it and emulates them, several "
-                    "times slower than float32"]  # fmt: skip
-        return []
-
-
-def emulates_bf16(device: torch.device) -> bool:
-    """Return whether a device lacks instructions for bf16 products: x86 before AVX512_BF16, GPUs before Ampere."""
-    if device.type == "cuda":
-        return not torch.cuda.is_bf16_supported(including_emulation=False)
-    features = torch.cpu.get_capabilities()
-    return not any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-
-
-# ------------------------------------------------------------------------------------------------------------ the run
-
 
 class Run:
     """What surrounds a training: a folder with its checkpoints, whose name is that of the run; a log; models.
@@ -160,7 +142,7 @@ class Run:
         seed: everything random derives from it.
         options: how it is carried out.
         checkpoint: what it goes on from, None for a new run.
-        lock: of its folder, which is held, where there is the folder already.
+        lock: of its folder, held, where there is that folder already.
     """
 
     def __init__(
@@ -172,12 +154,12 @@ class Run:
         checkpoint: dict | None = None,
         lock: BaseFileLock | None = None,
     ) -> None:
-        self.config, self.seed, self.options, self.checkpoint, self.lock = config, seed, options, checkpoint, lock
-        self.ranks, self.name = options.ranks, run_id
+        self.name, self.config, self.seed, self.options = run_id, config, seed, options
+        self.checkpoint, self.lock, self.ranks = checkpoint, lock, options.ranks
         self.state: dict[str, Any] = checkpoint or {"update": 0}  # after the last update
         made_by = provenance(options.device)
         start = {"time": f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}", "update": self.state["update"]}
-        starts = [] if checkpoint is None else checkpoint["run"]["starts"]
+        starts = checkpoint["run"]["starts"] if checkpoint else []
         self.about: dict[str, Any] = {"run_id": run_id, "seed": seed, "precision": options.precision} | made_by
         self.about["starts"] = [*starts, start | made_by]
 
@@ -191,20 +173,14 @@ class Run:
         """The file of the trained model."""
         return self.options.folder / "models" / f"{self.name}.nn"
 
-    @property
-    def how_to_go_on(self) -> str:
-        """What to type to go on after an interruption."""
-        return f"{'python' if self.ranks.size == 1 else 'torchrun …'} train.py --resume={self.name}"
-
-    @property
     def done(self) -> bool:
-        """Whether all updates are, and the model is that of the last of them."""
+        """Return whether all updates are done, and the model is that of the last of them."""
         done = self.checkpoint is not None and self.checkpoint["update"] >= self.config.updates
         if done and self.ranks.first:
             try:
                 weights, last = load(self.model, "model")["weights"], self.checkpoint["weights"]
                 done = weights.keys() == last.keys() and all(torch.equal(weights[name], last[name]) for name in last)
-            except (UserError, KeyError, TypeError, AttributeError, RuntimeError):
+            except Exception:  # there is none, or another's
                 done = False
         return self.ranks.from_first(done)
 
@@ -228,22 +204,15 @@ class Run:
         with self.ranks.agree_on(UserError):
             if self.ranks.first:
                 self._settle()
+        self.checkpoint = None  # as large as three models
         try:
             with self.options.stop.on_signals():
                 yield
-        except Interrupted:
-            self._save()
-            self.tell(f"stopped after update {self.state['update']}; to go on: {self.how_to_go_on}")
-            sys.exit(130)
-        except NonFinite as error:
-            saved = list_checkpoints(self.folder)
-            last = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint had been written"
-            self.tell(f"{error}; {last}\nto go on from there: {self.how_to_go_on}")
-            sys.exit(1)
-        except EnvironmentFailure as error:
-            self._save()
-            self.tell(f"{error}\nto go on after update {self.state['update']}: {self.how_to_go_on}")
-            sys.exit(1)
+        except (Interrupted, EnvironmentFailure, NonFinite) as error:
+            if not isinstance(error, NonFinite):
+                self._save()
+            self.tell(f"{error if str(error) else 'stopped'}; {self._how_to_go_on()}")
+            sys.exit(130 if isinstance(error, Interrupted) else 1)
         except Exception:
             if self.ranks.size == 1:  # others may be anywhere
                 self._save()
@@ -262,20 +231,18 @@ class Run:
             scalars: what is logged of the update, by tag.
         """
         self.state, update = state, state["update"]
-        due = {name for name in ("checkpoint", "model", "eval", "video", "histogram") if self._is_due(name)}
+        intervals = {name: getattr(self.config, f"{name}_interval") for name in
+                     ("checkpoint", "model", "eval", "video", "histogram")}  # fmt: skip
+        due = {name for name, interval in intervals.items() if interval and update % interval == 0}
         if self.ranks.first:
             self.log.log(update, scalars, state["weights"] if "histogram" in due else {})
-            self.evaluations.go_on()
-            if due & {"model", "eval", "video"}:
-                model = model_file(state, self._about())
             if "model" in due:
-                name = f"model-{update * self.config.samples:012d}.nn"
-                self._write(lambda folder: write_file(folder / name, model), self._home())
-            if due & {"eval", "video"}:
-                wanted = {"eval": "--episodes", "video": "--video"}
-                self.evaluations.folder = self._home()
-                with self._telling(self.folder):
-                    self.evaluations.offer(update, model, {wanted[name] for name in due & wanted.keys()})
+                path = self._home() / f"model-{update * self.config.samples:012d}.nn"
+                self._write(lambda folder: write_file(folder / path.name, self._model()), path.parent)
+            with self._telling(self.folder):
+                if due & {"eval", "video"}:
+                    self.evaluations.offer(self._home(), update, self._model(), due & {"eval", "video"})
+                self.evaluations.go_on()
         if "checkpoint" in due:  # last: a resumed run repeats nothing before it
             self._save()
 
@@ -284,23 +251,25 @@ class Run:
         self._save()
         written = False
         if self.ranks.first:
-            model, home = model_file(self.state, self._about()), self._home()
-            written = self._write(lambda folder: write_file(folder / self.model.name, model), self.model.parent, home)
+            places = self.model.parent, self._home()
+            written = self._write(lambda folder: write_file(folder / self.model.name, self._model()), *places)
             self.evaluations.finish(lambda: self.options.stop.asked)
         if not self.ranks.from_first(written):
-            self.tell(
-                f"the model could not be written anywhere; to go on from the last checkpoint: {self.how_to_go_on}"
-            )
+            self.tell(f"the model could not be written; {self._how_to_go_on()}")
             sys.exit(1)
 
-    def _is_due(self, name: str) -> bool:
-        interval = getattr(self.config, f"{name}_interval")
-        return interval > 0 and self.state["update"] % interval == 0
+    def _how_to_go_on(self) -> str:
+        last = [f" from {path}" for path in list_checkpoints(self.folder)[-1:]]
+        command = f"{'python' if self.ranks.size == 1 else 'torchrun …'} train.py --resume={self.name}"
+        return f"to go on{''.join(last)}: {command}" if last else "no checkpoint could be written"
 
     def _about(self) -> dict[str, Any]:
         """Return what is known about the run so far."""
         update = self.state["update"]
         return self.about | {"run_id": self.name, "updates": update, "steps": update * self.config.samples}
+
+    def _model(self) -> bytes:
+        return model_file(self.state, self._about())
 
     def _save(self) -> None:
         """Write the state after the last update, with the environments of all ranks."""
@@ -313,41 +282,36 @@ class Run:
     # -------------------------------------------------------------------------------------------------- where it lies
 
     def _settle(self) -> None:
-        """Make the folders and take them; UserError, and they are gone again, where that fails."""
+        """Make the folders and take them; UserError where that fails, and they are gone again."""
         made: list[Path] = []
+        summaries = self.options.folder / "summaries"
         try:
-            for place in (self.model.parent, self.options.folder / "summaries", self.folder):
-                missing = [folder for folder in (place, *place.parents) if not folder.exists()]
-                for folder in reversed(missing):
-                    folder.mkdir(exist_ok=folder != self.folder)
-                    made.append(folder)
+            for place in (self.model.parent, summaries, self.folder.parent, self.folder):
+                if place == self.folder or not place.exists():
+                    place.mkdir(exist_ok=self.lock is not None or place != self.folder)
+                    made.append(place)
                 check_writable(place)
             if self.model.is_dir():
                 raise UserError(f"{self.model}: is a folder, should be a file")
-            if self.lock is None and self.folder not in made:
-                raise FileExistsError
-            self._take()
+            self._take(self.lock or locked(self.folder))
         except (OSError, UserError) as error:
             for folder in reversed(made):
-                with suppress(OSError):
+                with suppress(OSError):  # it is not empty
                     folder.rmdir()
-            if isinstance(error, FileExistsError):
-                raise UserError(f"{place}: another run took this id just now; choose another --run-id") from error
-            raise UserError(f"{place}: cannot be used: {getattr(error, 'strerror', error)}") from error
-
-    def _take(self) -> None:
-        """Lock the run's folder, empty it if the run is new, and open the log."""
-        self.lock = self.lock or locked(self.folder)
-        self.own = os.stat(self.folder / LOCK)
+            reason = f"{place}: cannot be written to: {getattr(error, 'strerror', None)}"
+            raise UserError(str(error) if isinstance(error, UserError) else reason) from error
+        for left in self.folder.glob(".evaluated-*"):  # by a run that was killed
+            left.unlink()
         best = self.model.with_name(f"{self.name}-best.nn")
         if self.checkpoint is None:  # what is there is an earlier run's
-            best.unlink(missing_ok=True)
-            for path in self.folder.iterdir():
+            for path in (*self.folder.iterdir(), best):
                 if path.name != LOCK:
-                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        summaries = self.options.folder / "summaries" / self.name
-        self.log = Logger(summaries, self.config, self.about, self.state["update"])
-        self.evaluations = Evaluations(self.folder, self.log.folder / "evaluation", best)
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+        self.log = Logger(summaries / self.name, self.config, self.about, self.state["update"])
+        self.evaluations = Evaluations(self.log.folder / "evaluation", best)
+
+    def _take(self, lock: BaseFileLock) -> None:
+        self.lock, self.own = lock, os.stat(self.folder / LOCK)
 
     def _home(self) -> Path:
         """Return the run's folder, a new one where somebody has moved it or put another in its place."""
@@ -358,7 +322,7 @@ class Run:
         with self._telling(self.folder):
             self.folder.mkdir(parents=True)
             self.lock.release()
-            self.lock, self.own = locked(self.folder), os.stat(self.folder / LOCK)
+            self._take(locked(self.folder))
             self.tell(f"\n{lost}: is not where it was; the run goes on in {self.folder}")
         return self.folder
 
@@ -392,20 +356,6 @@ def joined(parts: list[Any]) -> Any:
 
 # ------------------------------------------------------------------------------------------------ which run is meant
 
-LOCK = ".lock"
-
-
-def locked(folder: Path) -> BaseFileLock:
-    """Return the lock of a run's folder, which is now held; UserError where somebody else holds it."""
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise UserError(f"{folder}: another process trains this run") from error
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written to: {error.strerror}") from error
-    return lock
-
 
 class Described(BaseModel):
     """What a checkpoint says about its run."""
@@ -415,8 +365,9 @@ class Described(BaseModel):
 
 
 class Stored(BaseModel):
-    """What has to be known of a checkpoint before a trainer can take it."""
+    """What has to be known of a checkpoint before a trainer takes the rest."""
 
+    config: Config
     seed: Seed
     update: int
     run: Described
@@ -437,38 +388,22 @@ def chosen_run(arguments: Any, ranks: Ranks, device: torch.device) -> Run:
     with ranks.agree_on(UserError):
         if arguments.resume is None:
             config = load_config(arguments.config, arguments.set)
+        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and (arguments.overwrite or not arguments.run_id):
+            raise UserError("torchrun's --max-restarts, which goes on with the run, needs its --run-id, no --overwrite")
     check_alike(ranks, config, arguments.model_dump(by_alias=True))
     with ranks.agree_on(UserError):
         if ranks.first:
-            resumed = arguments.resume or restarted(arguments, ranks)
+            again = ranks.restarts and list_checkpoints(Path("checkpoints", str(arguments.run_id)))
+            resumed = arguments.run_id if again else arguments.resume
             lock, *chosen = resumed_run(resumed) if resumed else new_run(config, arguments, ranks)
     run_id, config, seed, checkpoint = ranks.from_first(chosen)
     config = config.model_copy(update={"updates": arguments.updates or config.updates})
     if config.n_workers % ranks.size:
         raise UserError(f"n_workers: {config.n_workers} environments cannot be divided among {ranks.size} ranks")
-    options = Options(
-        device,
-        arguments.processes or max(1, cores() // ranks.local_size),
-        precision=arguments.precision or (checkpoint["run"]["precision"] if checkpoint else "float32"),
-        compile=arguments.compile,
-        ranks=ranks,
-    )
+    processes = arguments.processes or max(1, cores() // ranks.local_size)
+    precision = arguments.precision or (checkpoint["run"]["precision"] if checkpoint else "float32")
+    options = Options(device, processes, precision=precision, compile=arguments.compile, ranks=ranks)
     return Run(run_id, config, seed, options, checkpoint, lock)
-
-
-def restarted(arguments: Any, ranks: Ranks) -> str | None:
-    """Return the id of the run that torchrun has started anew, if it has a checkpoint to go on from.
-
-    Raises:
-        UserError: if the command line does not say which run that is.
-    """
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) == 0:
-        return None
-    if arguments.run_id is None:
-        raise UserError("--run-id: is needed with torchrun's --max-restarts, to find the run again")
-    if arguments.overwrite:
-        raise UserError("--overwrite: contradicts torchrun's --max-restarts, which continues the run")
-    return arguments.run_id if ranks.restarts and list_checkpoints(Path("checkpoints", arguments.run_id)) else None
 
 
 def new_run(config: Config, arguments: Any, ranks: Ranks) -> tuple[BaseFileLock | None, str, Config, int, None]:
@@ -477,7 +412,7 @@ def new_run(config: Config, arguments: Any, ranks: Ranks) -> tuple[BaseFileLock 
     try:
         TypeAdapter(RunId).validate_python(run_id)
     except ValidationError as error:
-        raise UserError(f"--run-id: {run_id!r} cannot name a run; letters, digits, '.', '_' and '-' can") from error
+        raise UserError(f"--run-id: {problems(error, run_id)[0]}") from error
     if not arguments.run_id and not arguments.overwrite:
         run_id = free_run_id(Path("."), run_id)
     folder = Path("checkpoints", run_id)
@@ -491,16 +426,28 @@ def new_run(config: Config, arguments: Any, ranks: Ranks) -> tuple[BaseFileLock 
 def resumed_run(run_id: str) -> tuple[BaseFileLock, str, Config, int, dict]:
     """Return lock, id, config, seed and newest checkpoint of an interrupted run."""
     folder = Path("checkpoints", run_id)
-    if not list_checkpoints(folder):
-        raise UserError(f"{folder}: holds no checkpoint; --resume takes the id of a started run")
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such folder; --resume takes the id of a started run")
     lock = locked(folder)  # first: what is read must not change
     checkpoint, path = load_newest(folder)
     try:
-        Stored.model_validate(checkpoint)
+        stored = Stored.model_validate(checkpoint)
     except ValidationError as error:
-        raise UserError(f"{path}: holds no run") from error
-    print(f"continuing {run_id} after update {checkpoint['update']} from {path}", file=sys.stderr)
-    return lock, run_id, check_config(checkpoint.get("config"), str(path)), checkpoint["seed"], checkpoint
+        raise UserError(f"{path}: {problems(error, checkpoint)[0]}") from error
+    print(f"continuing {run_id} after update {stored.update} from {path}", file=sys.stderr)
+    return lock, run_id, stored.config, stored.seed, checkpoint
+
+
+def locked(folder: Path) -> BaseFileLock:
+    """Return the lock of a run's folder, which is now held; UserError where somebody else holds it."""
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(f"{folder}: another process trains this run") from error
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written to: {error.strerror}") from error
+    return lock
 
 
 def free_run_id(root: Path, name: str) -> str:
