@@ -43,7 +43,7 @@ from utils import UserError
 def main() -> None:
     """Parse the command line and evaluate, together with the other processes that torchrun started."""
     arguments = arguments_of(__doc__)
-    from run.launch import check_alike, together
+    from run.distributed import check_alike, together
 
     with together(arguments) as (world, device):
         with world.agree_on(UserError):

@@ -37,7 +37,7 @@ def main() -> None:
     """Parse the command line and train, together with the other processes that torchrun started."""
     arguments = arguments_of(__doc__)
     # Imports PyTorch, which neither --help nor the worker processes, which import this file, should have to.
-    from run.launch import together
+    from run.distributed import together
 
     with together(arguments) as (world, device):
         train(arguments, world, device)
@@ -63,8 +63,7 @@ def train(arguments: dict, world, device) -> None:
         updates = f"{config.updates:,} updates"
         return tell(f"{run_id} has had its {updates}, nothing is left to do; --updates=<n> trains for longer")
     go_on = f"{'python' if world.size == 1 else 'torchrun …'} train.py --resume={run_id}"
-    if world.pulse is not None:
-        world.pulse.how_to_go_on = f"; to go on from the last checkpoint: {go_on}"
+    world.how_to_go_on = f"; to go on from the last checkpoint: {go_on}"
     use_cores(device, world.local_size)
     with world.agree_on(UserError):
         processes = whole_number(arguments, "--processes", 1, 4096) or max(1, cores() // world.local_size)

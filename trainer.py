@@ -19,12 +19,12 @@ from memory import policy_step
 from model import ActorCriticModel, Prediction, RunningMoments, action_noise
 from run.checkpoint import provenance
 from run.config import Config
+from run.distributed import Interrupted
 from run.lifecycle import Keeper, StopRequest, check_finite, check_task
 from run.options import PRECISIONS, Options
 from run.report import collect_episodes, update_scalars
-from run.world import Interrupted
-from utils import derived_seed, inspect_environment, training_seed
-from worker import EnvironmentFailure, Workers
+from utils import EnvironmentFailure, derived_seed, training_seed
+from worker import Workers, inspect_environment
 
 # What PPO reports of a minibatch, in this order; then come the auxiliary tasks, the total loss and gradient norms.
 LOSS_PARTS = ("policy", "value", "entropy", "kl", "clip_fraction")
@@ -104,8 +104,9 @@ class PPOTrainer:
         episode_seed = partial(training_seed, seed, config.environment)
         groups = 2 if overlap and len(own) > 1 else 1
         self.workers = Workers(
-            config.environment, self.task, len(own), episode_seed, options.processes, groups, first=own.start
-        )
+            config.environment, self.task, len(own), episode_seed, options.processes, groups, first=own.start,
+            stop=lambda: self.stop.asked or self.world.stopping,
+        )  # fmt: skip
         self.update = 0
         self.step = np.zeros(len(own), dtype=np.int64)  # episode step of each environment
         self.novelty = Novelty(config.novelty_schedule, len(own))

@@ -15,14 +15,13 @@ from torch import Tensor
 
 from environments.contract import Task
 from model import ActorCriticModel
-from processes.arrays import DIGEST_SIZE
-from processes.runner import Episode
 from run.checkpoint import list_checkpoints, save_checkpoint, save_model, without_auxiliary
 from run.config import Config
+from run.distributed import Interrupted, Ranks
 from run.logger import Logger
 from run.options import PRECISIONS
-from run.world import Interrupted, World
 from utils import EnvironmentFailure, UserError, reason_of
+from worker import DIGEST_SIZE
 
 if TYPE_CHECKING:
     from trainer import PPOTrainer
@@ -43,12 +42,12 @@ class StopRequest:
         world: all processes of the run, by default this one; who asks one of them asks all.
     """
 
-    def __init__(self, world: World | None = None) -> None:
-        self.world, self.asked = world or World(), False
+    def __init__(self, world: Ranks | None = None) -> None:
+        self.world, self.asked = world or Ranks(), False
 
     def check(self) -> None:
-        """Raise Interrupted if this process, or as far as it knows another one, was asked."""
-        if self.asked or self.world.stopping:
+        """Raise Interrupted if this process was asked."""
+        if self.asked:
             raise Interrupted
 
     def check_together(self) -> None:
@@ -237,15 +236,6 @@ def check_finite(trainer: "PPOTrainer", statistics: Tensor) -> None:
 def state_of(trainer: "PPOTrainer") -> dict[str, Any]:
     """Return a copy of all that the rest of a run depends on, with the environments of this process."""
     timeline = trainer.buffer.timeline
-    # Digests as text: an empty `bytes` is nothing that weights_only=True reads.
-    episodes = [
-        {
-            "number": episode.number,
-            "actions": as_tensor(episode.actions),
-            "digest": episode.digest.hex(),
-        }
-        for episode in trainer.workers.episodes
-    ]
     return {
         "config": trainer.config.model_dump(),
         "seed": trainer.seed,
@@ -257,22 +247,23 @@ def state_of(trainer: "PPOTrainer") -> dict[str, Any]:
         "memory": timeline.items[:, :, : timeline.length].clone(),
         "item_step": timeline.item_step[:, : timeline.length].clone(),
         "step": trainer.step.tolist(),
-        "episodes": episodes,
+        "episodes": trainer.workers.state_dict(),
         "seen": [as_tensor(b"".join(seen)) for seen in trainer.novelty.seen],
         "finished": list(trainer.finished),
     }
 
 
-def whole_state(world: World, state: dict[str, Any]) -> dict[str, Any]:
+def whole_state(world: Ranks, state: dict[str, Any]) -> dict[str, Any]:
     """Return what `state_of` returns with the environments of all processes, so that any number of them can go on."""
     if world.size == 1:
         return state
-    own = {name: state[name] for name in ("step", "episodes", "seen")}
+    own = {name: state[name] for name in ("step", "seen")} | state["episodes"]
     tensors = {"memory": state["memory"].transpose(0, 1).cpu(), "item_step": state["item_step"].cpu()}
     parts = world.gather(own | tensors)
     merged: dict[str, Any] = {name: [entry for part in parts for entry in part[name]] for name in own}
     merged |= {name: torch.cat([part[name] for part in parts]) for name in tensors}
-    return state | merged | {"memory": merged["memory"].transpose(0, 1)}
+    episodes = {name: merged.pop(name) for name in state["episodes"]}
+    return state | merged | {"memory": merged["memory"].transpose(0, 1), "episodes": episodes}
 
 
 def restore(trainer: "PPOTrainer", state: dict[str, Any]) -> None:
@@ -296,10 +287,7 @@ def restore(trainer: "PPOTrainer", state: dict[str, Any]) -> None:
         raise ValueError("its description is none")
     trainer.step = np.array(state["step"][rows], dtype=np.int64)
     trainer.novelty.seen = [dict.fromkeys(digests_of(seen)) for seen in state["seen"][rows]]
-    trainer.workers.episodes = [
-        Episode(episode["number"], actions_of(episode["actions"], trainer), bytes.fromhex(episode["digest"]))
-        for episode in state["episodes"][rows]
-    ]
+    trainer.workers.load_state_dict({name: entries[rows] for name, entries in state["episodes"].items()})
 
 
 def share_start(trainer: "PPOTrainer") -> None:
@@ -332,10 +320,3 @@ def digests_of(stored: Any) -> list[bytes]:
         return stored
     data = stored.numpy().tobytes()
     return [data[first : first + DIGEST_SIZE] for first in range(0, len(data), DIGEST_SIZE)]
-
-
-def actions_of(stored: Any, trainer: "PPOTrainer") -> bytearray:
-    """Return the actions of an episode as `Episode` keeps them; older checkpoints hold the bytes of int64 per step."""
-    if isinstance(stored, list):
-        return bytearray(np.frombuffer(b"".join(stored), np.int64).astype(trainer.workers.packed).tobytes())
-    return bytearray(stored.numpy().tobytes())

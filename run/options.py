@@ -10,7 +10,7 @@ from torch.utils.tensorboard.summary import Summary
 from environments.contract import Task
 from model import ActorCriticModel
 from run.config import Config
-from run.world import World
+from run.distributed import Ranks
 
 # So many environments with frames take turns in two halves on the CPU, too: half a batch costs the policy more than
 # half, which has to be less than what the other half of the environments takes.
@@ -41,7 +41,7 @@ class Options:
     precision: str | None = None
     compile: bool = False
     folder: Path = Path(".")
-    world: World = World()
+    world: Ranks = Ranks()
     film: Callable[[ActorCriticModel, Config, Task, str], Summary] | None = None
 
     def overlaps(self, task: Task, n_workers: int) -> bool:

@@ -8,13 +8,12 @@ from pathlib import Path
 from run.checkpoint import list_checkpoints, load_newest, stored_config
 from run.cli import whole_number
 from run.config import Config, load_config
+from run.distributed import Ranks, check_alike, check_divisible
 from run.folders import check_run_id, free_run_id, make_folder, run_paths
-from run.launch import check_alike, check_divisible
-from run.world import World
 from utils import UserError
 
 
-def chosen_run(arguments: dict, world: World) -> tuple[Config, str, int, dict | None]:
+def chosen_run(arguments: dict, world: Ranks) -> tuple[Config, str, int, dict | None]:
     """Return config, id, seed and checkpoint of the run: process 0 reads and draws, all know.
 
     Raises:
