@@ -16,7 +16,7 @@ from buffer import Buffer, Minibatch
 from kernels.frames import FrameCrossEntropy, channels_last, upsample
 from kernels.products import Linear
 from model import ActorCriticModel, Prediction, VisualEncoder, orthogonal
-from run.world import World
+from run.distributed import Ranks
 from utils import UserError, polynomial_decay
 
 if TYPE_CHECKING:
@@ -255,7 +255,7 @@ def auxiliary_tasks(config: "Config", model: ActorCriticModel) -> dict[str, Auxi
     return tasks
 
 
-def exchange_candidates(world: World, minibatch: Minibatch, embedded: Tensor) -> Tensor:
+def exchange_candidates(world: Ranks, minibatch: Minibatch, embedded: Tensor) -> Tensor:
     """Return all distinct frames of a minibatch (M, D), embedded: each by the first process that has it.
 
     Args:
@@ -269,7 +269,7 @@ def exchange_candidates(world: World, minibatch: Minibatch, embedded: Tensor) ->
     return candidates.requires_grad_()
 
 
-def return_gradient(world: World, minibatch: Minibatch, of_embedded: Tensor, of_candidates: Tensor) -> None:
+def return_gradient(world: Ranks, minibatch: Minibatch, of_embedded: Tensor, of_candidates: Tensor) -> None:
     """Add to the gradient of what this process embedded what all processes did with it as candidates (M, D)."""
     world.add(of_candidates)
     of_embedded[minibatch.rows] += of_candidates[minibatch.own].to(of_embedded.dtype)

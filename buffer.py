@@ -12,7 +12,7 @@ from kernels.groups import QueryGroups
 from kernels.windows import Windows
 from memory import STRETCH, ObservationStore, Timeline
 from model import ActorCriticModel
-from run.world import World
+from run.distributed import Ranks
 
 if TYPE_CHECKING:
     from run.config import Config
@@ -96,7 +96,7 @@ class Buffer:
         world: all processes of the run; samples are numbered w·T + t over the environments of all of them.
     """
 
-    def __init__(self, config: "Config", model: ActorCriticModel, device: torch.device, world: World) -> None:
+    def __init__(self, config: "Config", model: ActorCriticModel, device: torch.device, world: Ranks) -> None:
         task, own = model.task, world.share(config.n_workers)
         self.world, self.n_workers, self.worker_steps = world, len(own), config.worker_steps
         shape = (self.n_workers, self.worker_steps)

@@ -13,7 +13,7 @@ from kernels.store import FrameStore
 from kernels.transfer import to_device
 from kernels.windows import Windows
 from model import ActorCriticModel, Prediction
-from processes.arrays import SharedArrays
+from worker import SharedArrays
 
 if TYPE_CHECKING:
     from run.config import TransformerConfig

@@ -20,14 +20,12 @@ from kernels.optimizer import Optimizer
 from kernels.threads import divide, use_threads
 from memory import policy_step
 from model import ActorCriticModel, Prediction, RunningMoments, action_noise
-from processes.arrays import DIGEST_SIZE
-from processes.runner import Episode
 from run.config import Config
 from run.distributed import Interrupted
 from run.logger import Episodes
-from run.start import NonFinite, Options, Run
-from utils import EnvironmentFailure, UserError, derived_seed, training_seed
-from worker import Workers
+from run.start import Options, Run
+from utils import EnvironmentFailure, NonFinite, UserError, derived_seed, own_rows, training_seed
+from worker import DIGEST_SIZE, Workers
 
 # What PPO reports of a minibatch, in this order; then come the auxiliary tasks, the total loss and gradient norms.
 LOSS_PARTS = ("policy", "value", "entropy", "kl", "clip_fraction")
@@ -103,13 +101,19 @@ class PPOTrainer:
         episode_seed = partial(training_seed, seed, config.environment)
         groups = 2 if overlap and len(own) > 1 else 1
         self.workers = Workers(
-            config.environment, self.task, len(own), episode_seed, options.processes, groups, first=own.start
+            config.environment,
+            self.task,
+            len(own),
+            episode_seed,
+            options.processes,
+            groups,
+            own.start,
+            stop=options.stop,
         )
         self.update = 0
         self.step = np.zeros(len(own), dtype=np.int64)  # episode step of each environment
         self.novelty = Novelty(config.novelty_schedule, len(own))
-        self.ended: list[tuple[int, int, dict[str, float]]] = []  # (t, environment, report) of this update's episodes
-        self.finished = Episodes()
+        self.episodes = Episodes(options.ranks)
         if self.world.size > 1:  # processors differ in what they draw
             weights = {name: weight.cpu() for name, weight in self.model.state_dict().items()}
             self.model.load_state_dict(self.world.from_first(weights))
@@ -133,7 +137,7 @@ class PPOTrainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of all that the rest of a run depends on, with the environments of this rank."""
-        timeline, episodes = self.buffer.timeline, self.workers.episodes
+        timeline = self.buffer.timeline
         return {
             "config": self.config.model_dump(),
             "task": asdict(self.task),
@@ -142,39 +146,30 @@ class PPOTrainer:
             "weights": copy.deepcopy(self.model.state_dict()),
             "auxiliary": copy.deepcopy(self.auxiliary.state_dict()),
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),
-            "episodes": self.finished.state_dict(),
+            "episodes": self.episodes.state_dict(),
             "environments": {
                 "memory": timeline.items[:, :, : timeline.length].transpose(0, 1).clone(),
                 "item_step": timeline.item_step[:, : timeline.length].clone(),
                 "step": torch.from_numpy(self.step.copy()),
-                "number": [episode.number for episode in episodes],
-                "actions": [as_tensor(episode.actions) for episode in episodes],
-                "digest": [episode.digest.hex() for episode in episodes],
+                "workers": self.workers.state_dict(),
                 "seen": [as_tensor(b"".join(seen)) for seen in self.novelty.seen],
             },
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what `state_dict` returned, joined over all ranks."""
-        timeline, environments = self.buffer.timeline, state["environments"]
         own = self.world.share(self.config.n_workers)
-        rows = slice(own.start, own.stop)
+        timeline, environments = self.buffer.timeline, own_rows(state["environments"], own)
         self.model.load_state_dict(state["weights"])
         self.auxiliary.load_state_dict(state["auxiliary"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.finished.load_state_dict(state["episodes"])
+        self.episodes.load_state_dict(state["episodes"])
         self.update = state["update"]
-        timeline.items[:, :, : timeline.length] = environments["memory"][rows].transpose(0, 1).to(self.device)
-        timeline.item_step[:, : timeline.length] = environments["item_step"][rows].to(self.device)
-        self.step = environments["step"][rows].numpy().copy()
-        self.novelty.seen = [dict.fromkeys(digests_of(seen)) for seen in environments["seen"][rows]]
-        kept = zip(*(environments[name][rows] for name in ("number", "actions", "digest")), strict=True)
-        self.workers.episodes = [
-            Episode(number, bytearray(actions.numpy().tobytes()), bytes.fromhex(digest))
-            for number, actions, digest in kept
-        ]
-        if len(self.step) != len(own) or len(self.workers.episodes) != len(own):
-            raise ValueError("other environments")
+        timeline.items[:, :, : timeline.length] = environments["memory"].transpose(0, 1).to(self.device)
+        timeline.item_step[:, : timeline.length] = environments["item_step"].to(self.device)
+        self.step = environments["step"].numpy().copy()
+        self.novelty.seen = [dict.fromkeys(digests_of(seen)) for seen in environments["seen"]]
+        self.workers.load_state_dict(environments["workers"])
         self.state_dict()
 
     def train_update(self) -> dict[str, float]:
@@ -189,9 +184,7 @@ class PPOTrainer:
         self.buffer.timeline.roll(self.config.worker_steps)
         if isinstance(self.model.moments, RunningMoments):
             self._update_moments(self.model.moments)
-        ended = [report for reports in self.world.gather(self.ended) for report in reports]
-        self.finished.add(report for _, _, report in sorted(ended, key=lambda report: report[:2]))
-        self.ended.clear()
+        self.episodes.collect()
         release_memory()
         return update_scalars(self, statistics, np.diff(times))
 
@@ -258,7 +251,7 @@ class PPOTrainer:
     def _receive(self, group: range, t: int) -> None:
         """Wait for the environments of a group and store what came of step t."""
         workers, buffer, rows = self.workers, self.buffer, slice(group.start, group.stop)
-        self.ended += [(t, workers.first + index, report) for index, report in workers.receive(group)]
+        self.episodes.add((t, workers.first + index, report) for index, report in workers.receive(group))
         arrays = workers.arrays
         buffer.rewards[rows, t] = arrays.rewards[rows]
         buffer.terminated[rows, t] = arrays.terminated[rows]
@@ -435,7 +428,7 @@ def update_scalars(trainer: PPOTrainer, statistics: Tensor, seconds: np.ndarray)
     scalars["performance/distinct_observations"] = len(buffer.observations)
     for name, duration in zip(("sampling", "optimisation", "update"), (*seconds, seconds.sum()), strict=True):
         scalars[f"performance/{name}_steps_per_second"] = trainer.samples / duration
-    return scalars | trainer.finished.scalars()
+    return scalars | trainer.episodes.scalars()
 
 
 def as_tensor(data: bytes | bytearray) -> Tensor:

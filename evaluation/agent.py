@@ -14,9 +14,9 @@ from memory import ObservationStore, Timeline, policy_step
 from model import ActorCriticModel, Prediction, action_noise
 from run.checkpoint import load_model
 from run.config import Config
-from run.world import World
-from utils import EnvironmentFailure, UserError, inspect_environment, seed_range
-from worker import SharedArrays, Workers
+from run.distributed import Ranks
+from utils import EnvironmentFailure, UserError, seed_range
+from worker import SharedArrays, Workers, inspect_environment
 
 # How many environments are played at once: enough for matrix products of a good size, and few enough that most of them
 # are still busy with their last episode when the longest ends.
@@ -124,7 +124,7 @@ def play_episodes(
     processes: int = 1,
     max_steps: int | None = None,
     progress: Callable[[int], None] = lambda count: None,
-    world: World | None = None,
+    world: Ranks | None = None,
 ) -> list[dict[str, float]]:
     """Play an episode per seed and repetition, many at once.
 
@@ -151,7 +151,7 @@ def play_episodes(
     planned = [(seed, repetition) for repetition in range(repetitions) for seed in seeds]
     count = min(ENVIRONMENTS, len(planned))
     plan = [planned[index::count] for index in range(count)]
-    own, found = (world := world or World()).share(count), {}
+    own, found = (world := world or Ranks()).share(count), {}
     with naming(config.environment), world.agree_on(EnvironmentFailure):
         if own:
             agent = Agent(model, config, task, len(own), deterministic, (own, count))

@@ -17,20 +17,29 @@ from tqdm import tqdm
 
 from environments.numbers import count_missing_success, episode_scalars
 from run.config import Config
+from run.distributed import Ranks
 
 # Episode statistics are means over this many of the latest episodes.
 EPISODES_KEPT = 100
 
 
 class Episodes:
-    """What the latest episodes reported."""
+    """What the latest episodes of all ranks reported."""
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.ended: list[tuple[int, int, dict[str, float]]] = []
         self.latest: list[dict[str, float]] = []
 
-    def add(self, reports: Iterable[dict[str, float]]) -> None:
-        """Take the reports of episodes in the order in which they ended."""
-        self.latest += reports
+    def add(self, ended: Iterable[tuple[int, int, dict[str, float]]]) -> None:
+        """Take (step of the rollout, environment, report) of episodes of this rank."""
+        self.ended += ended
+
+    def collect(self) -> None:
+        """Count what was added on all ranks since the last time, in the order in which it ended."""
+        ended = [episode for episodes in self.ranks.gather(self.ended) for episode in episodes]
+        self.latest += [report for _, _, report in sorted(ended, key=lambda episode: episode[:2])]
+        self.ended.clear()
         count_missing_success(self.latest)
         del self.latest[:-EPISODES_KEPT]
 

@@ -6,7 +6,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from environments.contract import Task
 from run.checkpoint import (
     compact,
+    fingerprint,
     list_checkpoints,
     load,
     load_newest,
@@ -34,17 +34,13 @@ from run.config import Config, load_config
 from run.distributed import Interrupted, Ranks, check_alike
 from run.evaluations import Evaluations
 from run.logger import Logger
-from utils import EnvironmentFailure, UserError
+from utils import EnvironmentFailure, NonFinite, UserError
 
 # So many environments with frames take turns in two halves on the CPU, too: half a batch costs the policy more than
 # half, which has to be less than what the other half of the environments takes.
 OVERLAP_WORTH = 32
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # the last two are what clusters send before the end
 LOCK = ".lock"
-
-
-class NonFinite(Exception):
-    """A loss, a gradient or a value is not a number."""
 
 
 class StopRequest:
@@ -54,17 +50,15 @@ class StopRequest:
         ranks: of the run, by default this one alone; who asks one of them asks all.
 
     Attributes:
-        since: when this rank was asked, by `time.monotonic`; None if it was not.
+        asked: whether this rank was.
     """
 
     def __init__(self, ranks: Ranks | None = None) -> None:
-        self.ranks = ranks or Ranks()
-        self.since: float | None = None
+        self.ranks, self.asked = ranks or Ranks(), False
 
-    @property
-    def asked(self) -> bool:
-        """Whether this rank was asked."""
-        return self.since is not None
+    def __call__(self) -> bool:
+        """Return whether any rank was asked, as far as is known here; not to be called at every step."""
+        return self.asked or self.ranks.stopping
 
     def check(self) -> None:
         """Raise Interrupted if this rank was asked."""
@@ -83,7 +77,7 @@ class StopRequest:
         def request(number: int, frame: object) -> None:
             if self.asked and number == signal.SIGINT:
                 raise KeyboardInterrupt
-            self.since = self.since or time.monotonic()
+            self.asked = True
 
         numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
         previous = {number: signal.signal(number, request) for number in numbers}
@@ -157,6 +151,7 @@ class Run:
         self.name, self.config, self.seed, self.options = run_id, config, seed, options
         self.checkpoint, self.lock, self.ranks = checkpoint, lock, options.ranks
         self.state: dict[str, Any] = checkpoint or {"update": 0}  # after the last update
+        self.ranks.how_to_go_on = f"; {self._how_to_go_on()}"
         made_by = provenance(options.device)
         start = {"time": f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}", "update": self.state["update"]}
         starts = checkpoint["run"]["starts"] if checkpoint else []
@@ -178,8 +173,7 @@ class Run:
         done = self.checkpoint is not None and self.checkpoint["update"] >= self.config.updates
         if done and self.ranks.first:
             try:
-                weights, last = load(self.model, "model")["weights"], self.checkpoint["weights"]
-                done = weights.keys() == last.keys() and all(torch.equal(weights[name], last[name]) for name in last)
+                done = fingerprint(load(self.model, "model")["weights"]) == fingerprint(self.checkpoint["weights"])
             except Exception:  # there is none, or another's
                 done = False
         return self.ranks.from_first(done)

@@ -30,10 +30,10 @@ from kernels.store import FrameStore
 from kernels.windows import MASKED, Windows
 from memory import STRETCH, ObservationStore, Timeline, policy_step
 from model import Categorical, Prediction
-from processes.arrays import SharedArrays
 from run.config import check_config
 from trainer import Options, PPOTrainer
 from utils import UserError, create_env, training_seed
+from worker import SharedArrays
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-5  # of outputs, absolute
