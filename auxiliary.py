@@ -20,7 +20,7 @@ from memory import ObservationStore
 from model import ActorCriticModel, Output, VisualEncoder, orthogonal
 from run.config import Config
 from run.distributed import Ranks
-from processes.arrays import DIGEST_SIZE
+from worker import DIGEST_SIZE
 from utils import UserError, polynomial_decay
 
 # A loss, and what is reported of it, in the order of `reports`.

@@ -48,7 +48,7 @@ PARTS = {  # what an operation of PyTorch's profiler counts as
 def main() -> None:
     """Parse the command line, measure, print a table."""
     arguments = arguments_of(__doc__)
-    from run.launch import check_alike, together
+    from run.distributed import check_alike, together
 
     with together(arguments) as (world, device):
         with world.agree_on(UserError):
@@ -83,10 +83,10 @@ def chosen_options(arguments: dict, device, world=None):
         device: to compute on.
         world: all processes, None where there are no others.
     """
+    from run.distributed import Ranks
     from run.options import PRECISIONS, Options
-    from run.world import World
 
-    world = world or World()
+    world = world or Ranks()
     use_cores(device, world.local_size)
     overlap = {"on": True, "off": False, "auto": None}[one_of(arguments, "--overlap", ("on", "off", "auto"))]
     return Options(
@@ -113,14 +113,13 @@ def measure_scaling(config: Config, arguments: dict, world, device) -> dict:
     """
     import torch
 
-    from run.launch import check_divisible
-    from run.world import World
+    from run.distributed import Ranks, check_divisible
 
     with world.agree_on(UserError):
         check_divisible(world, config)
         options = chosen_options(arguments, device, world)
         updates = whole_number(arguments, "--updates", 1)
-    alone = measure_rate(config, dataclasses.replace(options, world=World()), updates) if world.first else {}
+    alone = measure_rate(config, dataclasses.replace(options, world=Ranks()), updates) if world.first else {}
     world.gather(None)
     found = measure_rate(config, options, updates)
     gradient = found.pop("gradient")
@@ -441,7 +440,8 @@ def measure_environments(config: Config) -> dict[str, float]:
     """Return steps per second of the environments alone, under random actions, for several layouts."""
     import numpy as np
 
-    from utils import inspect_environment, reason_of
+    from utils import reason_of
+    from worker import inspect_environment
 
     (task, _), n_workers = inspect_environment(config.environment), config.n_workers
     generator, shape = np.random.default_rng(1), (64, n_workers, task.action_size)

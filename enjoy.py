@@ -25,36 +25,49 @@ Example:
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from evaluation.window import has_display, open_window
-from run.cli import arguments_of, choose_device, command_line, output_file, step_limit, use_cores, whole_number
+from run.cli import Computing, Count, arguments_of, choose_device, command_line, step_limit, to_file, use_cores
 from utils import UserError
 
 WIDTH = 720
 
 
+class Arguments(Computing):
+    """What the docstring says."""
+
+    model: Path
+    episodes: Count
+    seed: Annotated[int, Field(ge=0, le=2**30)]
+    max_steps: Count | None
+    deterministic: bool
+    video: Annotated[Path, to_file(".mp4", ".gif")] | None
+    window: bool
+    fps: Annotated[int, Field(ge=1, le=120)]
+
+
 def main() -> None:
     """Parse the command line and play."""
-    arguments = arguments_of(__doc__)
-    episodes = whole_number(arguments, "--episodes", 1)
-    seed, fps = whole_number(arguments, "--seed", 0, 2**30), whole_number(arguments, "--fps", 1, 120)
-    max_steps = whole_number(arguments, "--max-steps", 1, 10**9)
-    if arguments["--window"] and not has_display():
+    arguments = arguments_of(__doc__, Arguments)
+    episodes, fps, video = arguments.episodes, arguments.fps, arguments.video
+    if arguments.window and not has_display():
         raise UserError("--window: there is no display; write a video instead: --video=episode.mp4")
     from evaluation.agent import first_unseen_seed, load_for_play
     from evaluation.video import film
     from evaluation.watch import Player, check_drawing, describe_means
 
-    video = output_file(arguments, "--video", (".mp4", ".gif"))
     device = choose_device(arguments)
     use_cores(device)
-    model, config, task, _ = load_for_play(Path(arguments["--model"]), device)
-    first = first_unseen_seed(config.environment) + seed
-    window = open_window(WIDTH, arguments["--window"], wanted=video is None)
+    model, config, task, _ = load_for_play(arguments.model, device)
+    first = first_unseen_seed(config.environment) + arguments.seed
+    window = open_window(WIDTH, arguments.window, wanted=video is None)
     if window or video:
         check_drawing(model, config, task, "--video" if video else "--window", "without it results are printed")
-    limit = step_limit(max_steps, task)
-    player = Player(model, config, task, arguments["--deterministic"], render=bool(window or video), max_steps=limit)
+    limit = step_limit(arguments.max_steps, task)
+    player = Player(model, config, task, arguments.deterministic, render=bool(window or video), max_steps=limit)
     results: list[dict[str, float]] = []
     pictures = play(player, range(first, first + episodes), fps, window, results)
     stopped = False

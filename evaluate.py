@@ -26,59 +26,62 @@ Example: python evaluate.py models/*.nn --output=results --plot=curves.pdf
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from run.cli import (
-    arguments_of,
-    command_line,
-    cores,
-    one_of,
-    output_file,
-    step_limit,
-    whole_number,
-)
+from pydantic import Field
+
+from run.cli import Computing, Count, Processes, arguments_of, command_line, cores, step_limit, to_file
 from utils import UserError
+
+
+class Arguments(Computing):
+    """What the docstring says."""
+
+    models: list[str] = Field(alias="<models>")
+    seeds: Annotated[int, Field(ge=1, le=10**6)]
+    repetitions: Annotated[int, Field(ge=1, le=10**6)]
+    seed: Annotated[int, Field(ge=0, le=2**30)]
+    deterministic: bool
+    max_steps: Count | None
+    aggregate: Literal["runs", "episodes"]
+    metric: str
+    plot: Annotated[Path, to_file(".png", ".pdf", ".svg")] | None
+    reference: list[str]
+    output: Annotated[Path, to_file("")] | None
+    processes: Processes | None
 
 
 def main() -> None:
     """Parse the command line and evaluate, together with the other processes that torchrun started."""
-    arguments = arguments_of(__doc__)
-    from run.launch import check_alike, together
+    arguments = arguments_of(__doc__, Arguments)
+    from run.distributed import check_alike, together
 
     with together(arguments) as (world, device):
         with world.agree_on(UserError):
             protocol, references = checked(arguments, device)
-        check_alike(world, None, arguments)
+        check_alike(world, None, arguments.model_dump(by_alias=True))
         with world.agree_on(UserError):
-            models = find_and_load(arguments["<models>"], device)
+            models = find_and_load(arguments.models, device)
         evaluated = play(models, protocol, arguments, world)
         with world.agree_on(UserError, OSError):
             if world.first:
                 report(evaluated, protocol, arguments, references)
 
 
-def checked(arguments: dict, device) -> tuple[dict, list]:
+def checked(arguments: Arguments, device) -> tuple[dict, list]:
     """Return how is evaluated, and published curves; UserError where the command line is wrong."""
     from evaluation.published import read_references
-    from evaluation.statistics import AGGREGATES
     from run.checkpoint import provenance
 
-    seeds, repetitions = (whole_number(arguments, name, 1, 10**6) for name in ("--seeds", "--repetitions"))
-    seed = whole_number(arguments, "--seed", 0, 2**30)
-    whole_number(arguments, "--processes", 1, 4096)
-    whole_number(arguments, "--max-steps", 1, 10**9)
-    figure = output_file(arguments, "--plot", (".png", ".pdf", ".svg"))
-    output_file(arguments, "--output", ("",))
-    one_of(arguments, "--aggregate", AGGREGATES)
-    if arguments["--reference"] and figure is None:
+    if arguments.reference and arguments.plot is None:
         raise UserError("--reference: is for a figure; name one with --plot=<file>")
-    references = read_references(arguments["--reference"], arguments["--metric"])
+    references = read_references(arguments.reference, arguments.metric)
     return {
         "command": ["python", *sys.argv],
-        "seeds": seeds,
-        "repetitions": repetitions,
-        "seed": seed,
-        "deterministic": arguments["--deterministic"],
+        "seeds": arguments.seeds,
+        "repetitions": arguments.repetitions,
+        "seed": arguments.seed,
+        "deterministic": arguments.deterministic,
         "versions": provenance(device),
     }, references
 
@@ -91,7 +94,7 @@ def find_and_load(paths: list[str], device) -> list[tuple]:
     return [(path, *load_for_play(path, device)) for path in find_models(paths)]
 
 
-def play(models: list[tuple], protocol: dict, arguments: dict, world) -> list:
+def play(models: list[tuple], protocol: dict, arguments: Arguments, world) -> list:
     """Let all models play the same seeds, which `protocol` then names; return what they did."""
     import torch
 
@@ -101,14 +104,13 @@ def play(models: list[tuple], protocol: dict, arguments: dict, world) -> list:
     mine = max(1, cores() // world.local_size)
     # The environments need the other cores. Must not depend on --processes: it decides how sums are rounded.
     torch.set_num_threads(max(1, mine // 2))
-    processes = whole_number(arguments, "--processes", 1, 4096) or mine - max(1, mine // 2) or 1
-    max_steps = whole_number(arguments, "--max-steps", 1, 10**9)
+    processes = arguments.processes or mine - max(1, mine // 2) or 1
     first = protocol["seed"] + max(first_unseen_seed(config.environment) for _, _, config, _, _ in models)
     total, repetitions = protocol["seeds"] * protocol["repetitions"], protocol["repetitions"]
     protocol["seeds"] = list(range(first, first + protocol["seeds"]))
     evaluated = []
     for number, (path, model, config, task, run) in enumerate(models, start=1):
-        limit = step_limit(max_steps, task)
+        limit = step_limit(arguments.max_steps, task)
         with Progress(f"{number}/{len(models)} {path.name}", total, world) as progress:
             episodes = play_episodes(
                 model, config, task, protocol["seeds"], repetitions, action_seed=protocol["seed"],
@@ -119,15 +121,13 @@ def play(models: list[tuple], protocol: dict, arguments: dict, world) -> list:
     return evaluated
 
 
-def report(evaluated: list, protocol: dict, arguments: dict, references: list) -> None:
+def report(evaluated: list, protocol: dict, arguments: Arguments, references: list) -> None:
     """Print the table and write the files that were asked for."""
     from evaluation import statistics as results
 
-    groups = results.group_runs(evaluated, arguments["--aggregate"])
+    groups = results.group_runs(evaluated, arguments.aggregate)
     print("\n".join(results.table(groups)), flush=True)
-    figure = output_file(arguments, "--plot", (".png", ".pdf", ".svg"))
-    output = output_file(arguments, "--output", ("",))
-    write_results(groups, protocol, output, figure, arguments["--metric"], references)
+    write_results(groups, protocol, arguments.output, arguments.plot, arguments.metric, references)
 
 
 class Progress:

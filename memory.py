@@ -14,7 +14,7 @@ from kernels.transfer import to_device
 from model import ActorCriticModel, Output
 from recurrence import Fragments, Memoryless, Recurrence
 from transformer import MemoryView, Transformer
-from processes.arrays import SharedArrays
+from worker import SharedArrays
 
 # How many columns beyond the longest window a group of training queries may stretch over: more columns serve more
 # queries with one product, but each query pays for all of them.

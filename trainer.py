@@ -3,6 +3,7 @@
 import copy
 import time
 from contextlib import AbstractContextManager, closing
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -84,6 +85,8 @@ class PPOTrainer:
         self.model = ActorCriticModel(config, task).to(self.device)
         self.tasks = auxiliary_tasks(config, self.model)
         self.auxiliary = nn.ModuleDict(self.tasks).to(self.device)
+        for module in (self.model, self.auxiliary):  # processors differ in what they draw
+            module.load_state_dict(self.ranks.from_first({n: weight.cpu() for n, weight in module.state_dict().items()}))
         self.forward = torch.compile(self.model, dynamic=True) if options.compile else self.model
         self.optimizer = Optimizer({"": self.model, "auxiliary.": self.auxiliary}, config.max_grad_norm)
         self.buffer = Buffer(config, self.model, self.device, self.ranks)
@@ -359,6 +362,7 @@ class PPOTrainer:
         """Return a copy of all that the rest of the run depends on; under `environments` that of this rank's own."""
         return {
             "config": self.config.model_dump(),
+            "task": asdict(self.task),
             "seed": self.seed,
             "update": self.update,
             "weights": cloned(self.model.state_dict()),

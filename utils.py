@@ -5,8 +5,6 @@ from typing import Any
 import numpy as np
 
 import kernels.allocator  # noqa: F401  (sets what PyTorch reads when it is loaded)
-from environments import BrokenContract
-from environments.contract import Task, try_out
 from environments.section import Schedule, Section
 
 
@@ -49,21 +47,6 @@ def create_env(section: Section, render_mode: str | None = None) -> Any:
     except ModuleNotFoundError as error:
         how = "pip install --no-deps memory-gym==1.0.2" if error.name == "memory_gym" else f"pip install {error.name}"
         raise UserError(f"environment.type: {section.type!r} needs a package that is not installed: {how}") from error
-
-
-def inspect_environment(section: Section) -> tuple[Task, list[str]]:
-    """Create an environment, play one step of it; return what it is like, and what its user should know.
-
-    Raises:
-        UserError: if it cannot be created or breaks the contract, naming how.
-    """
-    env = create_env(section)
-    try:
-        return try_out(env)
-    except BrokenContract as error:
-        raise UserError(str(error)) from error
-    finally:
-        env.close()
 
 
 def seed_range(section: Section) -> tuple[int, int]:

@@ -10,13 +10,13 @@ import torch
 
 from environments.contract import Task
 from environments.section import Section
-from memory import ObservationStore, Timeline, policy_step
-from model import ActorCriticModel, Prediction, action_noise
+from memory import ObservationStore, make_memory, policy_step
+from model import ActorCriticModel, Output, action_noise
 from run.checkpoint import load_model
 from run.config import Config
-from run.world import World
-from utils import EnvironmentFailure, UserError, inspect_environment, seed_range
-from worker import SharedArrays, Workers
+from run.distributed import Ranks
+from utils import EnvironmentFailure, UserError, seed_range
+from worker import SharedArrays, Workers, inspect_environment
 
 # How many environments are played at once: enough for matrix products of a good size, and few enough that most of them
 # are still busy with their last episode when the longest ends.
@@ -51,14 +51,13 @@ class Agent:
         own: tuple[range, int] | None = None,
     ) -> None:
         device = next(model.parameters()).device
-        transformer = config.transformer
         self.model, self.task, self.deterministic = model, task, deterministic
         self.own, self.everyone = own or (range(count), count)
         self.section = config.environment
-        self.rollout = max(transformer.memory_length, SHORTEST_ROLLOUT)
-        self.timeline = Timeline(model, transformer, count, self.rollout, device)
+        self.rollout = max(config.transformer.memory_length if config.transformer else 0, SHORTEST_ROLLOUT)
+        self.memory = make_memory(model, count, self.rollout, device)
         self.capacity = max(OBSERVATIONS_KEPT, count)
-        self.store = ObservationStore(task, transformer.embed_dim, self.capacity, device)
+        self.store = ObservationStore(task, config.core.embed_dim, self.capacity, device)
         self.generator = torch.Generator(device)
         self.step = np.zeros(count, dtype=np.int64)  # episode step of each environment
         self.t = -1
@@ -67,20 +66,20 @@ class Agent:
         """Go one column on; all environments act once between two calls."""
         self.t += 1
         if self.t == self.rollout:
-            self.timeline.roll(self.rollout)
+            self.memory.roll(self.rollout)
             self.t = 0
         noise = action_noise(self.task, (self.everyone,), self.generator)
         self.noise = noise[self.own.start : self.own.stop]
 
-    def act(self, arrays: SharedArrays, rows: slice) -> tuple[Prediction, np.ndarray]:
-        """Look at what n neighbouring environments show; return the prediction and the actions (n, branches)."""
+    def act(self, arrays: SharedArrays, rows: slice) -> tuple[Output, np.ndarray]:
+        """Look at what n neighbouring environments show; return the model's output and the actions (n, branches)."""
         if max(len(self.store), self.store.count) + rows.stop - rows.start > self.capacity:
             self.store.clear()
         step = self.step[rows]
-        prediction, *_ = policy_step(self.model, self.model, self.timeline, self.store, arrays, rows, self.t, step)
-        policy = prediction.policy
+        output, *_ = policy_step(self.model, self.model, self.memory, self.store, arrays, rows, self.t, step)
+        policy = output.policy
         actions = policy.mode() if self.deterministic else policy.sample(self.noise[rows])
-        return prediction, actions.cpu().numpy()
+        return output, actions.cpu().numpy()
 
     def count_step(self, rows: slice, ended: np.ndarray) -> None:
         """Count a step of n neighbouring environments; where an episode ended (n,), the next one begins."""
@@ -124,7 +123,7 @@ def play_episodes(
     processes: int = 1,
     max_steps: int | None = None,
     progress: Callable[[int], None] = lambda count: None,
-    world: World | None = None,
+    world: Ranks | None = None,
 ) -> list[dict[str, float]]:
     """Play an episode per seed and repetition, many at once.
 
@@ -151,7 +150,7 @@ def play_episodes(
     planned = [(seed, repetition) for repetition in range(repetitions) for seed in seeds]
     count = min(ENVIRONMENTS, len(planned))
     plan = [planned[index::count] for index in range(count)]
-    own, found = (world := world or World()).share(count), {}
+    own, found = (world := world or Ranks()).share(count), {}
     with naming(config.environment), world.agree_on(EnvironmentFailure):
         if own:
             agent = Agent(model, config, task, len(own), deterministic, (own, count))

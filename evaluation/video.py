@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from run.lifecycle import StopRequest
+from run.start import StopRequest
 
 if TYPE_CHECKING:
     from evaluation.watch import Player

@@ -18,9 +18,9 @@ from environments.numbers import episode_means, episode_numbers
 from evaluation.agent import Agent, first_unseen_seed, task_name
 from evaluation.video import encode_gif
 from model import ActorCriticModel, Prediction
-from processes.arrays import SharedArrays
 from run.config import Config
 from utils import EnvironmentFailure, UserError, create_env, reason_of
+from worker import SharedArrays
 
 # TensorBoard's episode: how many steps at most, how wide, how fast.
 SUMMARY_STEPS, SUMMARY_WIDTH, SUMMARY_FPS = 200, 480, 6

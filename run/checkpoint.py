@@ -7,49 +7,29 @@ import subprocess
 import warnings
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
+from torch import Tensor
 
 from environments.contract import Task
 from model import ActorCriticModel
 from run.config import Config, check_config
 from utils import UserError, reason_of
 
-FORMAT = "ppo-transformer-xl"
-FORMAT_VERSION = 1
+FORMAT, FORMAT_VERSION = "ppo-transformer-xl", 2
+FIRST_VERSION = 1  # without a digest at the end; its models are read all the same
 # How many checkpoints of a run are kept.
 KEPT = 2
-
-
-def fingerprint(content: object) -> str:
-    """Return a digest of nested dicts, lists, tensors and plain values, to notice damaged files."""
-    digest = xxhash.xxh3_128()
-
-    def feed(value: object) -> None:
-        """Digest a value after those before it, with its type and size."""
-        if isinstance(value, dict):
-            for key in value:
-                feed(key)
-                feed(value[key])
-        elif isinstance(value, (list, tuple)):
-            digest.update(f"[{len(value)}".encode())
-            for item in value:
-                feed(item)
-        elif isinstance(value, torch.Tensor):
-            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        else:
-            digest.update(f"{type(value).__name__}:{value!r};".encode())
-
-    feed(content)
-    return digest.hexdigest()
+DIGEST_SIZE = 16
 
 
 def write_file(path: Path, data: bytes | memoryview) -> None:
     """Write a file under a temporary name and rename it, so that a crash or a full disk leaves the old one intact."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
@@ -59,67 +39,78 @@ def write_file(path: Path, data: bytes | memoryview) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def save(path: Path, kind: str, content: dict) -> None:
-    """Write tensors and plain data atomically.
+def encode(kind: str, content: dict) -> bytes:
+    """Return nested dicts, lists, tensors, numbers and text as the bytes of a file, at whose end is their digest.
 
     Args:
-        path: the file.
         kind: "model" or "checkpoint".
-        content: nested dicts, lists, tensors, numbers and text.
+        content: what `decode` will return.
     """
-    content = {"format": FORMAT, "version": FORMAT_VERSION, "kind": kind} | content
     stream = io.BytesIO()
-    torch.save(content | {"fingerprint": fingerprint(content)}, stream)
-    # Released here, also by an error: the collector of Python 3.12 crashes over a view that an error's traceback holds.
-    with stream.getbuffer() as data:
-        write_file(path, data)
+    torch.save({"format": FORMAT, "version": FORMAT_VERSION, "kind": kind} | compact(content), stream)
+    return stream.getvalue() + xxhash.xxh3_128_digest(stream.getbuffer())
 
 
-def load(path: Path, kind: str) -> dict:
-    """Read what `save` wrote, executing nothing.
+def compact(content: Any) -> Any:
+    """Return nested content whose tensors, on the CPU, share no storage: all of a storage would be written."""
+    if isinstance(content, dict):
+        return {key: compact(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return type(content)(map(compact, content))
+    if isinstance(content, Tensor) and content.untyped_storage().nbytes() > content.nbytes:
+        return content.detach().cpu().clone()
+    return content.cpu() if isinstance(content, Tensor) else content
 
-    Raises:
-        UserError: with one line that says what is wrong with the file.
-    """
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such file")
+
+def fingerprint(weights: dict[str, Tensor]) -> str:
+    """Return a digest by which models can be told apart."""
+    digest = xxhash.xxh3_128()
+    for name, weight in weights.items():
+        digest.update(name + str(weight.dtype) + str(tuple(weight.shape)))
+        digest.update(weight.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def decode(kind: str, data: bytes) -> dict:
+    """Return what `encode` was given, executing nothing of it; ValueError where the bytes are not of this kind."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what PyTorch warns of is refused below
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can fail in any way
-        raise UserError(f"{path}: is damaged or was not written by this program ({reason_of(error)})") from error
-    marks = [content.get(key) if isinstance(content, dict) else None for key in ("format", "version", "kind")]
-    kinds = [type(mark) for mark in marks]
-    if kinds != [str, int, str] or marks[0] != FORMAT or marks[2] not in ("model", "checkpoint"):
-        raise UserError(f"{path}: was not written by this program")
-    if not 1 <= marks[1] <= FORMAT_VERSION:
-        raise UserError(f"{path}: has format version {marks[1]:.3g}, this program reads up to {FORMAT_VERSION}")
-    if marks[2] != kind:
-        raise UserError(f"{path}: is a {marks[2]}, should be a {kind}")
-    stored = content.pop("fingerprint", None)
-    try:
-        intact = type(stored) is str and stored == fingerprint(content)
-    except Exception:  # tensors of an unknown kind, or nested too deep
-        intact = False
-    if not intact:
-        raise UserError(f"{path}: is damaged, its contents do not match their fingerprint")
+            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # what others have written can fail in any way
+        raise ValueError(f"is damaged or was not written by this program ({reason_of(error)})") from error
+    marks = [content.get(key) if isinstance(content, dict) else None for key in ("format", "kind", "version")]
+    if repr(marks[:2]) != repr([FORMAT, kind]):  # as text: tensors are not simply equal or not
+        raise ValueError(f"is no {kind} of this program")
+    version = repr(marks[2])
+    if version != repr(FIRST_VERSION) and xxhash.xxh3_128_digest(data[:-DIGEST_SIZE]) != data[-DIGEST_SIZE:]:
+        raise ValueError("is damaged, its contents do not match their digest")
+    if version not in (repr(FIRST_VERSION), repr(FORMAT_VERSION)):
+        raise ValueError(f"has format version {version[:20]}, this program reads up to {FORMAT_VERSION}")
     return content
 
 
-def save_model(path: Path, model: ActorCriticModel, config: Config, run: dict) -> None:
-    """Write a trained model with everything that is needed to use it.
+def load(path: Path, kind: str) -> dict:
+    """Read a model or a checkpoint; UserError, in one line, says what is wrong with the file."""
+    try:
+        return decode(kind, path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+# ------------------------------------------------------------------------------------------------------------- models
+
+
+def model_file(state: dict, run: dict) -> bytes:
+    """Return a trained model as a file, with everything that is needed to use it.
 
     Args:
-        path: the file.
-        model: the model.
-        config: its config.
-        run: seed, steps, versions and whatever else is worth knowing about the training.
+        state: a trainer's, of which a model is the part that acts: `config`, `task` and `weights`.
+        run: id, seed, steps, versions and whatever else is worth knowing about the training.
     """
-    task = vars(model.task) | {"branches": list(model.task.branches)}
-    task["frame"] = model.task.frame and list(model.task.frame)
-    weights = model.state_dict()
-    save(path, "model", {"config": config.model_dump(), "task": task, "run": run, "weights": weights})
+    return encode("model", {key: state[key] for key in ("config", "task", "weights")} | {"run": run})
 
 
 def load_model(path: Path, device: torch.device) -> tuple[ActorCriticModel, Config, Task, dict]:
@@ -133,46 +124,29 @@ def load_model(path: Path, device: torch.device) -> tuple[ActorCriticModel, Conf
     """
     content = load(path, "model")
     try:
-        config = stored_config(content, path)
-        task = stored_task(content["task"])
+        config = check_config(content["config"], str(path))
+        lists = {key: tuple(value) for key, value in content["task"].items() if isinstance(value, list)}
+        task = Task(**content["task"] | lists)  # the first version wrote tuples as lists
         model = ActorCriticModel(config, task)
-        model.load_state_dict(without_auxiliary(content["weights"])[0])
+        model.load_state_dict(content["weights"])
         return model.to(device), config, task, dict(content["run"])
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(str(error).splitlines()[0]) from error  # a file is wrong or right
     except Exception as error:  # the file is ours by its marks, but holds something else
         raise UserError(f"{path}: does not hold a model ({reason_of(error)})") from error
 
 
-def stored_task(stored: dict) -> Task:
-    """Return the task that a model file describes; older ones show a frame (C, H, W) or a vector (n,)."""
-    if "observation_shape" in stored:
-        shape = tuple(stored["observation_shape"])
-        frame, vector = (shape, 0) if len(shape) == 3 else (None, shape[0])
-        return Task(frame, vector, tuple(stored["branches"]), 0, stored["max_episode_steps"])
-    frame = stored["frame"] and tuple(stored["frame"])
-    return Task(**stored | {"frame": frame, "branches": tuple(stored["branches"])})
+def load_weights(path: Path, model: ActorCriticModel) -> None:
+    """Give a new run's model the weights of another; UserError where that has others."""
+    own, given = model.state_dict(), load_model(path, torch.device("cpu"))[0].state_dict()
+    for name in dict.fromkeys([*own, *given]):
+        here, there = (tuple(weights[name].shape) if name in weights else "not there" for weights in (own, given))
+        if here != there:
+            raise UserError(f"--init-from: {path}: {name} is {there}, this config has it {here}")
+    model.load_state_dict(given)
 
 
-def without_auxiliary(weights: dict) -> tuple[dict, dict]:
-    """Divide the weights of older files, where auxiliary heads lie within the model; return the model's and theirs."""
-    heads = {"decoder.": "reconstruction.", "recall.": "recall.", "prediction.": "prediction."}
-    rest, auxiliary = {}, {}
-    for name, weight in weights.items():
-        old = next((prefix for prefix in heads if name.startswith(prefix)), None)
-        if old is None:
-            rest[name] = weight
-        else:
-            auxiliary[heads[old] + name.removeprefix(old)] = weight
-    return rest, auxiliary
-
-
-def stored_config(content: dict, path: Path) -> Config:
-    """Return the config that a file holds, checked; UserError of one line: a file is wrong or right."""
-    try:
-        return check_config(content.get("config"), str(path))
-    except UserError as error:
-        raise UserError(str(error).splitlines()[0]) from error
+# -------------------------------------------------------------------------------------------------------- checkpoints
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -181,36 +155,34 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def load_newest(folder: Path) -> tuple[dict, Path]:
-    """Read the newest checkpoint of a run that is intact.
-
-    Raises:
-        UserError: if there is none.
-    """
-    problems = []
+    """Read the newest checkpoint of a run that is intact; UserError where there is none."""
+    found = []
     for path in reversed(list_checkpoints(folder)):
         try:
             return load(path, "checkpoint"), path
         except UserError as error:
-            problems.append(str(error))
-    raise UserError("\n".join(problems) or f"{folder}: holds no checkpoint; --resume takes the id of a started run")
+            found.append(str(error))
+    raise UserError("\n".join(found) or f"{folder}: holds no checkpoint; --resume takes the id of a started run")
 
 
-def save_checkpoint(folder: Path, update: int, state: dict) -> Path:
-    """Write the checkpoint behind `update` updates and forget all but the last two."""
-    path = folder / f"checkpoint-{update:09d}.pt"
-    save(path, "checkpoint", state)
+def save_checkpoint(folder: Path, state: dict) -> Path:
+    """Write the checkpoint after `state["update"]` updates and forget all but the last two."""
+    path = folder / f"checkpoint-{state['update']:09d}.pt"
+    write_file(path, encode("checkpoint", state))
     # Temporary files are left by a process that was killed while it wrote.
     for old in (*list_checkpoints(folder)[:-KEPT], *folder.glob(".*.tmp")):
         old.unlink()
     return path
 
 
+# --------------------------------------------------------------------------------------------------------- provenance
+
+
 def package_versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that matter to the numbers."""
-    packages = ("numpy", "gymnasium", "minigrid", "memory-gym", "pygame-ce")
     # PyTorch says itself what it was built for, which its package does not always.
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    for package in packages:
+    for package in ("numpy", "gymnasium", "minigrid", "memory-gym", "pygame-ce"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -226,16 +198,8 @@ def provenance(device: torch.device) -> dict[str, str]:
 
 def _git_commit() -> str:
     """Return the checkout's commit, marked where files were changed since; "unknown" outside of one."""
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parents[1]),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-        "--exclude=*",
-    ]
+    command = ["git", "-C", str(Path(__file__).parents[1]), "describe"]
+    command += ["--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip() or "unknown"
     except (OSError, subprocess.SubprocessError):

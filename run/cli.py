@@ -1,12 +1,16 @@
-"""What the command lines share: arguments read and checked, errors as one line, exit codes, the device."""
+"""What the command lines share: arguments read and checked, errors as one line, exit codes, output, the device."""
 
+import difflib
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
 
 from docopt import DocoptExit, docopt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from kernels.allocator import keep_memory
 from utils import EnvironmentFailure, UserError
@@ -14,52 +18,117 @@ from utils import EnvironmentFailure, UserError
 # Where nothing else ends an episode, watching and evaluating cut it after this many steps.
 MAX_STEPS = 10_000
 
+Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Processes = Annotated[int, Field(ge=1, le=4096)]
+Precision = Literal["float32", "bf16"]
+# It names files and folders; what may be started may be resumed, for both are checked by this.
+RunId = Annotated[str, Field(pattern=r"^\w[\w.-]*$", max_length=64)]
 
-def command_line(main: Callable[[], None]) -> None:
-    """Run a command line: exit code 2 and one line per problem for what the user can put right, no traceback.
 
-    The exit code is 1 where an environment fails while it is played.
+class Arguments(BaseModel):
+    """Base of what command lines take: a field for each flag of the docstring."""
+
+    model_config = ConfigDict(alias_generator=lambda name: f"--{name.replace('_', '-')}", extra="forbid", frozen=True)
+
+
+class Computing(Arguments):
+    """Base of what command lines take that compute on a device."""
+
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d{1,3})?)$")] | None = None
+    cpu: bool = False
+
+
+Given = TypeVar("Given", bound=Arguments)
+
+
+def arguments_of(doc: str, kind: type[Given]) -> Given:
+    """Return the command line that a docstring in docopt's language describes.
+
+    Raises:
+        UserError: with a line for each argument that is wrong.
     """
     try:
-        main()
-    except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # of the processes that torchrun started, one speaks
-            print(error, file=sys.stderr)
-        sys.exit(2)
-    except EnvironmentFailure as error:
-        print(error, file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of our output is gone, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-
-
-def arguments_of(doc: str) -> dict:
-    """Return the arguments that a docstring in docopt's language describes; UserError where they are wrong."""
-    try:
-        return docopt(doc)
+        given = docopt(doc)
     except DocoptExit as error:
-        given = " ".join(sys.argv[1:]) or "no argument"
-        raise UserError(f"{os.path.basename(sys.argv[0])}: cannot read {given!r}; see --help") from error
+        found = " ".join(sys.argv[1:]) or "no argument"
+        raise UserError(f"{os.path.basename(sys.argv[0])}: cannot read {found!r}; see --help") from error
+    given.pop("--help", None)
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        raise UserError("\n".join(problems(error, given))) from error
 
 
-def whole_number(arguments: dict, name: str, low: int = 0, high: int = 2**31 - 1) -> int | None:
-    """Return an option as a whole number, None where it was not given; UserError where it is none or out of range."""
-    text = arguments[name]
-    if text is None:
-        return None
-    if not text.lstrip("-").isdecimal() or not low <= int(text) <= high:
-        raise UserError(f"{name}: {text!r} should be a whole number from {low:,} to {high:,}")
-    return int(text)
+def problems(error: ValidationError, given: Any, known: Iterable[str] = ()) -> list[str]:
+    """Return a line for each key that pydantic found wrong.
+
+    Args:
+        error: what it raised.
+        given: what it was given.
+        known: the keys that there are, dotted, of which the nearest is named where one is unknown.
+    """
+    lines: dict[str, str] = {}
+    for found in error.errors(include_url=False, include_context=False):
+        path, value = [], given
+        for part in found["loc"]:  # among the keys are names of types, which are nowhere in what was given
+            inside = value.keys() if isinstance(value, dict) else range(len(value) if isinstance(value, list) else 0)
+            if part in inside:
+                path, value = [*path, str(part)], value[part]
+        text = found["msg"].removeprefix("Value error, ").removeprefix("Input ").removeprefix("String ")
+        if found["type"] == "missing":
+            path, text = [*path, str(found["loc"][-1])], "has to be given"
+        elif found["type"] == "extra_forbidden":
+            text = f"is not known here{nearest(path, list(known))}"
+        elif path and not isinstance(value, dict):
+            text = f"{text}, not {shown(value)}"
+        lines.setdefault(shorten(".".join(path)), text)  # of a value that fits none of several types, the first
+    return [f"{key}: {line}" if key else line for key, text in lines.items() for line in text.splitlines()]
 
 
-def one_of(arguments: dict, name: str, allowed: tuple[str, ...]) -> str:
-    """Return an option that must be one of a few words; UserError where it is not."""
-    if arguments[name] not in allowed:
-        raise UserError(f"{name}: {arguments[name]!r} should be one of {', '.join(allowed)}")
-    return arguments[name]
+def nearest(path: list[str], known: list[str]) -> str:
+    """Return which of the known keys, dotted, an unknown one may have been meant to be."""
+    prefix = "".join(f"{part}." for part in path[:-1])
+    beside = [name.removeprefix(prefix) for name in known if name.rpartition(".")[0] == prefix[:-1]]
+    near = difflib.get_close_matches(path[-1], beside, 1)
+    near += [name for name in known if name.rpartition(".")[2] == path[-1]]  # it belongs elsewhere
+    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(beside)}" * bool(beside)
+
+
+def shown(value: object) -> str:
+    """Return a value on one short line."""
+    try:
+        return shorten(repr(value))
+    except ValueError:  # Python writes no whole numbers of more than 4,300 digits
+        return "a number of thousands of digits"
+
+
+def shorten(text: str) -> str:
+    """Return a text on one short line."""
+    return " ".join(text[:60].split()) + "…" * (len(text) > 60)
+
+
+def to_file(*suffixes: str) -> AfterValidator:
+    """Return the check of an option that names a file to be written, with one of these endings."""
+
+    def check(path: Path) -> Path:
+        if path.suffix.lower() not in suffixes and suffixes != ("",):
+            raise ValueError(f"should end in {' or '.join(suffixes)}")
+        if not path.name or path.is_dir():
+            raise ValueError("should be a file")
+        check_writable(path.parent)
+        return path
+
+    return AfterValidator(check)
+
+
+def check_writable(folder: Path) -> None:
+    """Write a megabyte to a folder; UserError where that fails."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(2**20))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written to: {error.strerror}") from error
 
 
 def step_limit(max_steps: int | None, task) -> int | None:
@@ -72,32 +141,76 @@ def step_limit(max_steps: int | None, task) -> int | None:
     return MAX_STEPS if max_steps is None and task.max_episode_steps is None else max_steps
 
 
-def output_file(arguments: dict, name: str, suffixes: tuple[str, ...]) -> Path | None:
-    """Return the file that an option names, None where it was not given; UserError where it could not be written.
+# ----------------------------------------------------------------------------------------------- errors and output
+
+
+def command_line(main: Callable[[], None]) -> None:
+    """Run a command line: exit code 2 and one line per problem for what the user can put right, no traceback.
+
+    The exit code is 1 where an environment fails while it is played.
+    """
+    with lasting_output():
+        try:
+            main()
+        except UserError as error:
+            if os.environ.get("LOCAL_RANK", "0") == "0":  # of the processes that torchrun started, one speaks
+                print(error, file=sys.stderr)
+            sys.exit(2)
+        except EnvironmentFailure as error:
+            print(error, file=sys.stderr)
+            sys.exit(1)
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+
+class Lasting:
+    """A standard stream that may be closed or full: then what it should show is lost, and nothing else.
 
     Args:
-        arguments: of the command line.
-        name: of the option.
-        suffixes: allowed endings of the file; "" where the option takes none.
+        stream: text stream; what it cannot encode is shown as an escape sequence.
     """
-    if arguments[name] is None:
-        return None
-    path = Path(arguments[name])
-    if path.suffix.lower() not in suffixes and suffixes != ("",):
-        raise UserError(f"{name}: {str(path)!r} should end in {' or '.join(suffixes)}")
-    if not path.name or path.is_dir():
-        raise UserError(f"{name}: {str(path)!r} should be a file, not a folder")
-    check_writable(path.parent, f"{name}: {str(path.parent)!r}")
-    return path
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+        with suppress(AttributeError):  # of tests
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        """Write what can be written."""
+        with suppress(OSError, ValueError):  # ValueError: it is closed
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Let the system have what was written, as far as it takes it."""
+        with suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
-def check_writable(folder: Path, name: str) -> None:
-    """Write a megabyte to a folder; UserError where that fails, which calls the folder by `name`."""
+@contextmanager
+def lasting_output() -> Iterator[None]:
+    """Let standard output and error be `Lasting` within the block."""
+    while (free := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass  # no file of ours may take the place of a stream that is closed
+    os.close(free)
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (Lasting(stream or open(os.devnull, "w")) for stream in before)
     try:
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(bytes(2**20))
-    except OSError as error:
-        raise UserError(f"{name} cannot be written to: {error.strerror}") from error
+        yield
+    finally:
+        for stream in before:
+            try:
+                stream.flush()
+            except (OSError, ValueError, AttributeError):  # lest Python complains at its end
+                with suppress(OSError, ValueError, AttributeError):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        sys.stdout, sys.stderr = before
+
+
+# ---------------------------------------------------------------------------------------------- where it computes
 
 
 def cores() -> int:
@@ -105,23 +218,26 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def choose_device(arguments: dict):
+def choose_device(arguments: Computing):
     """Return the torch.device that --device and --cpu ask for; UserError where there is none such."""
     import torch
 
-    if arguments["--cpu"] and arguments["--device"] not in (None, "cpu"):
-        raise UserError(f"--cpu: contradicts --device={arguments['--device']}")
-    name = "cpu" if arguments["--cpu"] else arguments["--device"]
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, number = name.partition(":")
+    if arguments.cpu and arguments.device not in (None, "cpu"):
+        raise UserError(f"--cpu: contradicts --device={arguments.device}")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if kind == "cpu" and not number:
-        return torch.device("cpu")
-    if kind != "cuda" or not (number or "0").isdecimal():
-        raise UserError(f"--device: {name!r} should be cpu, cuda or cuda:N")
-    if int(number or 0) >= count:
-        raise UserError(f"--device: {name!r} is not here; PyTorch {torch.__version__} sees {count} CUDA devices")
-    return torch.device(name)
+    device = torch.device("cpu" if arguments.cpu else arguments.device or ("cuda" if count else "cpu"))
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise UserError(f"--device: {device} is not here; PyTorch {torch.__version__} sees {count} CUDA devices")
+    return device
+
+
+def emulates_bf16(device) -> bool:
+    """Return whether a device lacks instructions for bf16 products: x86 before AVX512_BF16, GPUs before Ampere."""
+    import torch
+
+    if device.type == "cuda":
+        return not torch.cuda.is_bf16_supported(including_emulation=False)
+    return not {"avx512_bf16", "amx_bf16", "bf16"} & {k for k, there in torch.cpu.get_capabilities().items() if there}
 
 
 def use_cores(device, processes: int = 1) -> None:

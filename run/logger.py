@@ -3,94 +3,140 @@
 import sys
 import threading
 import time
+from collections.abc import Iterable
+from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import nn
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import Summary, hparams
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
+from environments.numbers import count_missing_success, episode_scalars
 from run.config import Config
+from run.distributed import Ranks
+
+# Episode statistics are means over this many of the latest episodes.
+EPISODES_KEPT = 100
+
+
+class Episodes:
+    """What the latest episodes of all ranks reported."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.ended: list[tuple[int, int, dict[str, float]]] = []
+        self.latest: list[dict[str, float]] = []
+
+    def add(self, ended: Iterable[tuple[int, int, dict[str, float]]]) -> None:
+        """Take (step of the rollout, environment, report) of episodes of this rank."""
+        self.ended += ended
+
+    def collect(self) -> None:
+        """Count what was added on all ranks since the last time, in the order in which it ended."""
+        ended = [episode for episodes in self.ranks.gather(self.ended) for episode in episodes]
+        self.latest += [report for _, _, report in sorted(ended, key=lambda episode: episode[:2])]
+        self.ended.clear()
+        count_missing_success(self.latest)
+        del self.latest[:-EPISODES_KEPT]
+
+    def scalars(self) -> dict[str, float]:
+        """Return their means by TensorBoard tag, nothing before the first has ended."""
+        return episode_scalars(self.latest)
+
+    def state_dict(self) -> list[dict[str, float]]:
+        """Return all that later statistics depend on."""
+        return [dict(episode) for episode in self.latest]
+
+    def load_state_dict(self, state: list[dict[str, float]]) -> None:
+        """Continue from what `state_dict` returned."""
+        self.latest = [dict(episode) for episode in state]
 
 
 class Logger:
     """Writes a run's numbers to TensorBoard and its progress to the terminal.
 
     Args:
-        folder: where the summaries of all runs lie.
+        folder: where the summaries of the run lie: of each life that it had under its id, one folder, which those who
+            go on from a checkpoint write on in, so that there is one curve.
         config: the run's config; kept as text and as hyperparameters to compare runs by.
-        run: what is known about the run; names its folder, which a resumed run writes on in.
-        steps: environment steps done already; what was logged beyond them by an interrupted run is dropped.
+        about: what is known about the run.
+        update: finished updates; what was logged after them by an interrupted run is dropped.
     """
 
-    def __init__(self, folder: Path, config: Config, run: dict, steps: int) -> None:
-        self.updates, self.started = config.updates, time.perf_counter()
-        self.first: tuple[int, float] | None = None
-        resumed = "summaries" in run
-        run.setdefault("summaries", f"{run['run_id']}/{datetime.now():%Y%m%d-%H%M%S-%f}")
-        self.writer: Any = SummaryWriter(folder / run["summaries"], purge_step=steps + 1 if resumed else None)
-        if not resumed:
-            self.writer.add_text("config", f"```\n{yaml.safe_dump(config.model_dump(), sort_keys=False)}```")
-            self.writer.add_text("run", "\n".join(f"- {key}: {value}" for key, value in run.items()))
-            for summary in hparams(flatten(config.model_dump()) | {"seed": run["seed"]}, {"episode/reward_mean": 0})[
-                :2
-            ]:
-                self.add(summary)
+    def __init__(self, folder: Path, config: Config, about: dict, update: int) -> None:
+        self.config, self.about, self.resumed = config, about, len(about["starts"]) > 1
+        earlier = sorted(path for path in folder.glob("[0-9]*") if path.is_dir()) if self.resumed else []
+        self.folder = earlier[-1] if earlier else folder / f"{datetime.now():%Y%m%d-%H%M%S-%f}"
+        self.started, self.first, self.failed = time.perf_counter(), update, False
         # The thread that writes hands its errors on to whoever logs next; they need not be shown as well.
         threading.excepthook = lambda error: None if error.exc_type is OSError else sys.__excepthook__(*error[:3])
+        self.writer: Any = self._open(update)
         self.bar: tqdm | None = None
         if sys.stderr.isatty():
             layout = "{desc} {percentage:3.0f}%|{bar}| {n}/{total} {elapsed}<{remaining}"
-            done = steps // (config.n_workers * config.worker_steps)
-            self.bar = tqdm(total=self.updates, initial=done, desc=run["run_id"][:16], bar_format=layout,
+            self.bar = tqdm(total=config.updates, initial=update, desc=about["run_id"][:16], bar_format=layout,
                             dynamic_ncols=True)  # fmt: skip
 
-    def log(self, update: int, steps: int, scalars: dict[str, float]) -> None:
-        """Log the scalars of an update by tag, over environment steps, and show progress."""
-        for tag, value in scalars.items():
-            self.writer.add_scalar(tag, value, steps)
-        self.writer.flush()
-        shown = []
-        for name in ("reward", "success", "length"):
-            if f"episode/{name}_mean" in scalars:
-                shown.append(f"{name} {scalars[f'episode/{name}_mean']:.2f}")
+    def _open(self, update: int) -> SummaryWriter:
+        writer: Any = SummaryWriter(self.folder, purge_step=update * self.config.samples + 1)
+        writer.add_text("config", f"```\n{yaml.safe_dump(self.config.model_dump(), sort_keys=False)}```")
+        writer.add_text("run", "\n".join(f"- {key}: {value}" for key, value in self.about.items()))
+        # What is as by default is left out: TensorBoard orders columns by name, and there are many.
+        chosen = flatten(self.config.model_dump(exclude_defaults=True)) | {"seed": self.about["seed"]}
+        for summary in hparams(chosen, {"episode/success_mean": 0, "episode/reward_mean": 0})[:2]:
+            writer.file_writer.add_summary(summary)
+        return writer
+
+    def log(self, update: int, scalars: dict[str, float], weights: dict[str, Tensor]) -> None:
+        """Log an update, over environment steps, and show progress.
+
+        Args:
+            update: finished updates.
+            scalars: by tag.
+            weights: whose histograms are logged.
+        """
+        steps = update * self.config.samples
+        try:
+            self.writer = self.writer or self._open(update - 1)
+            for tag, value in scalars.items():
+                self.writer.add_scalar(tag, value, steps)
+            for name, weight in weights.items():
+                self.writer.add_histogram(f"weights/{name}", weight.detach().cpu(), steps)
+            self.writer.flush()
+        except OSError as error:  # the disk is full or gone: the run goes on, and so do its curves once they can
+            if not self.failed:
+                print(f"\n{self.folder}: the curves have a gap: {error.strerror}", file=sys.stderr)
+            self.failed = True
+            self._close_writer()
+        self._show(update, scalars)
+
+    def _show(self, update: int, scalars: dict[str, float]) -> None:
+        means = {name: scalars.get(f"episode/{name}_mean") for name in ("reward", "success", "length")}
+        shown = [f"{name} {mean:.2f}" for name, mean in means.items() if mean is not None]
         shown = shown or ["no episode has ended yet"]
         shown.append(f"{scalars['performance/update_steps_per_second']:,.0f} steps/s")
         if self.bar is not None:
             self.bar.set_description_str(" ".join(word for word in shown if "length" not in word), refresh=False)
             self.bar.update()
             return
-        now = time.perf_counter()
-        self.first = self.first or (update - 1, self.started)
-        left = (now - self.first[1]) / (update - self.first[0]) * (self.updates - update)
-        print(f"update {update}/{self.updates} step {steps:,} {' '.join(shown)} left {timedelta(seconds=round(left))}",
-              file=sys.stderr, flush=True)  # fmt: skip
-
-    def histograms(self, steps: int, model: nn.Module) -> None:
-        """Log the distribution of every weight."""
-        for name, parameter in model.named_parameters():
-            self.writer.add_histogram(f"weights/{name}", parameter.detach().cpu(), steps)
-
-    def video(self, steps: int, episode: Summary) -> None:
-        """Log an episode as an animated picture."""
-        self.add(episode, steps)
-
-    def add(self, summary: Summary, steps: int | None = None) -> None:
-        """Log what TensorBoard's writer has no method for."""
-        self.writer.file_writer.add_summary(summary, steps)
-
-    def flush(self) -> None:
-        """Let the system have all that was logged."""
-        self.writer.flush()
+        seconds = (time.perf_counter() - self.started) / (update - self.first) * (self.config.updates - update)
+        print(f"update {update}/{self.config.updates} step {update * self.config.samples:,} {' '.join(shown)} "
+              f"left {timedelta(seconds=round(seconds))}", file=sys.stderr, flush=True)  # fmt: skip
 
     def close(self) -> None:
         """Finish the files and the bar."""
         if self.bar is not None:
             self.bar.close()
-        self.writer.close()
+        self._close_writer()
+
+    def _close_writer(self) -> None:
+        with suppress(OSError, AttributeError):  # AttributeError: there is none
+            self.writer.close()
+        self.writer = None
 
 
 def flatten(section: dict, prefix: str = "") -> dict[str, float | str | bool]:

@@ -10,7 +10,9 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from run.config import Config
-from trainer import Options, PPOTrainer
+from run.start import Options
+from trainer import PPOTrainer
+from worker import inspect_environment
 
 # The processes of environments inherit it from the server that they are forked from, which starts only once.
 os.environ["TOY_FOLDER"] = tempfile.mkdtemp(prefix="toys-")
@@ -23,12 +25,13 @@ settings.load_profile("reproducible")
 
 
 @pytest.fixture
-def sampled(tmp_path):
+def sampled():
     """Return a function that makes a trainer, lets it learn from one rollout and sample another."""
     trainers = []
 
     def make(config: Config, seed: int = 3) -> PPOTrainer:
-        trainer = PPOTrainer(config, "test", seed, Options(torch.device("cpu"), processes=1, folder=tmp_path))
+        task, _ = inspect_environment(config.environment)
+        trainer = PPOTrainer(config, task, seed, Options(torch.device("cpu")))
         trainers.append(trainer)
         trainer.start_workers()
         trainer.train_update()

@@ -131,12 +131,11 @@ def train_small(folder: Path) -> None:
     from evaluation.agent import play_episodes
     from run.checkpoint import load_newest
     from run.config import check_config
-    from run.launch import together
+    from run.distributed import Ranks, together
     from run.options import Options
-    from run.world import World
     from trainer import PPOTrainer
 
-    def trained(world: World, name: str, checkpoint: dict | None = None) -> PPOTrainer:
+    def trained(world: Ranks, name: str, checkpoint: dict | None = None) -> PPOTrainer:
         """Return a trainer behind its last update; `first` are its first rollout's actions and episodes."""
         config = check_config(TASKS[name] | {"updates": 3 if checkpoint is None else 4}, name)
         trainer = PPOTrainer(config, f"{name}-{world.size}", 5, Options(device, folder=folder, world=world), checkpoint)

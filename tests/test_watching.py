@@ -34,7 +34,8 @@ from model import ActorCriticModel
 from run.checkpoint import save_model
 from run.cli import command_line
 from run.config import Config, check_config, load_config
-from utils import EnvironmentFailure, inspect_environment
+from utils import EnvironmentFailure
+from worker import inspect_environment
 
 ROOT = Path(__file__).parent.parent
 ENDLESS = "endless_mystery_path"

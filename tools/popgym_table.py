@@ -34,13 +34,14 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
 from run.checkpoint import list_checkpoints, write_file
-from run.cli import arguments_of, command_line, output_file, whole_number
+from run.cli import Arguments, Count, arguments_of, command_line, to_file
 from run.config import Config, Schedule, load_config
-from run.folders import run_paths
 from utils import UserError
 
 PUBLISHED = Path(__file__).resolve().parent.parent / "docs" / "published" / "popgym.csv"
@@ -66,28 +67,39 @@ class Failed(Exception):
     """A run came to nothing; says why."""
 
 
+class Given(Arguments):
+    """What the docstring says."""
+
+    seeds: Annotated[int, Field(ge=1, le=1000)]
+    tasks: str | None
+    parallel: Count | None
+    config: str
+    updates: Count | None
+    output: Annotated[Path, to_file("")]
+
+
 def main() -> None:
     """Parse the command line, carry out the runs that are missing, and write the table."""
-    arguments = arguments_of(__doc__)
-    seeds = whole_number(arguments, "--seeds", 1, 1000)
-    config = load_config(arguments["--config"])
+    arguments = arguments_of(__doc__, Given)
+    seeds = arguments.seeds
+    config = load_config(arguments.config)
     if config.environment.type != "Gymnasium":
-        raise UserError(f"--config: {arguments['--config']}: environment.type is {config.environment.type}, "
+        raise UserError(f"--config: {arguments.config}: environment.type is {config.environment.type}, "
                         "should be Gymnasium")  # fmt: skip
-    updates = whole_number(arguments, "--updates", 1) or config.updates
-    output = output_file(arguments, "--output", ("",))
+    updates = arguments.updates or config.updates
+    output = arguments.output
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [-1] * (os.cpu_count() or 1)
-    parallel = whole_number(arguments, "--parallel", 1, len(cores)) or len(cores)
+    parallel = min(arguments.parallel or len(cores), len(cores))
     if importlib.util.find_spec("popgym") is None:
         raise UserError("POPGym is not installed: pip install popgym")
     published = read_published()
-    tasks = chosen_tasks(arguments["--tasks"] or "", task_names(published))
+    tasks = chosen_tasks(arguments.tasks or "", task_names(published))
     # Keys that are as they are by default do not count: those of later versions leave a setting what it is.
     setting = f"{zlib.crc32(config.model_dump_json(exclude_defaults=True).encode()):08x}"
     table = Table(output, published, setting)
     steps = updates * config.n_workers * config.worker_steps
     runs = [(task, seed) for seed in range(1, seeds + 1) for task in tasks if table.steps(task, seed) < steps]
-    start = [f"--config={arguments['--config']}", *changes_of_length(config, updates)]
+    start = [f"--config={arguments.config}", *changes_of_length(config, updates)]
     free: SimpleQueue = SimpleQueue()
     for core in cores[:parallel]:
         free.put(core)
@@ -172,7 +184,7 @@ def carry_out(table: "Table", free: SimpleQueue, start: list[str], updates: int,
 def train(run_id: str, task: str, seed: int, start: list[str], core: int) -> None:
     """Train a run to its end, from its newest checkpoint if it has one, else started with some options."""
     options = [f"--resume={run_id}"]
-    if not list_checkpoints(run_paths(run_id)[1]):
+    if not list_checkpoints(Path("checkpoints", run_id)):
         name = f"environment.name=popgym:popgym-{task}-v0"
         options = [f"--run-id={run_id}", "--overwrite", f"--seed={seed}", *start, f"--set={name}"]
     command("train.py", *options, core=core, log=run_id)
@@ -232,7 +244,7 @@ def training_figures(run_id: str) -> dict[str, float]:
 def evaluation_figures(run_id: str, core: int) -> dict[str, float]:
     """Return the mean return of a trained model over unseen episodes, with its interval."""
     output = Path("summaries") / f"{run_id}-evaluation"
-    model = run_paths(run_id)[0]
+    model = Path("models", f"{run_id}.nn")
     options = (f"--seeds={EPISODES}", "--repetitions=1", f"--output={output}")
     command("evaluate.py", str(model), *options, core=core, log=run_id)
     row = read_rows(output.with_name(output.name + ".csv"))[0]

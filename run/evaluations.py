@@ -1,0 +1,73 @@
+"""Evaluations while a run trains: which model is played next, by a process of its own."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from run.checkpoint import write_file
+
+ROOT = Path(__file__).parents[1]
+
+
+class Evaluations:
+    """Has models of a run played beside its training, one at a time; of those that come meanwhile, the newest waits.
+
+    Args:
+        summaries: where TensorBoard finds what comes of it.
+        best: the file of the best model so far.
+    """
+
+    def __init__(self, summaries: Path, best: Path) -> None:
+        self.command = [sys.executable, "-P", "-m", "evaluation.during", f"--summaries={summaries}", f"--best={best}"]
+        self.process: subprocess.Popen | None = None
+        self.played: Path | None = None
+        self.waiting: tuple[Path, set[str]] | None = None
+
+    def offer(self, folder: Path, update: int, model: bytes, wanted: set[str]) -> None:
+        """Have a model played as soon as none other is; OSError where it cannot be written for that.
+
+        Args:
+            folder: takes the model until it has been played.
+            update: finished updates.
+            model: of `model_file`.
+            wanted: some of eval and video.
+        """
+        if self.waiting is not None:
+            wanted = wanted | self.waiting[1]
+            self.waiting[0].unlink(missing_ok=True)
+        self.waiting = folder / f".evaluated-{update:09d}", wanted
+        write_file(self.waiting[0], model)
+
+    def go_on(self) -> None:
+        """Start what waits, unless there is nothing or a model is being played."""
+        if self.process is not None and self.process.poll() is None:
+            return
+        self.end()
+        if self.waiting is not None:
+            (self.played, wanted), self.waiting = self.waiting, None
+            options = [f"--{name}" for name in sorted(wanted)]
+            paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+            environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+            # It ends when its standard input does, that is with this process at the latest.
+            self.process = subprocess.Popen(
+                [*self.command, str(self.played), *options], stdin=subprocess.PIPE, start_new_session=True,
+                env=environment,
+            )  # fmt: skip
+
+    def finish(self, stopped: Callable[[], bool]) -> None:
+        """Wait until all has been played, or somebody asks to stop."""
+        while self.process is not None and not stopped():
+            time.sleep(0.05)
+            self.go_on()
+
+    def end(self) -> None:
+        """End the process that there may be."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process.stdin.close()
+            self.process = None
+            self.played.unlink(missing_ok=True)
