@@ -20,8 +20,8 @@ from memory import ObservationStore
 from model import ActorCriticModel, Output, VisualEncoder, orthogonal
 from run.config import Config
 from run.distributed import Ranks
-from worker import DIGEST_SIZE
 from utils import UserError, polynomial_decay
+from worker import DIGEST_SIZE
 
 # A loss, and what is reported of it, in the order of `reports`.
 Loss = tuple[Tensor, list[Tensor]]
@@ -83,7 +83,9 @@ class Reconstruction(AuxiliaryTask):
     def loss(self, output: Output, batch: Minibatch, candidates: Tensor) -> Loss:
         """Return the mean binary cross-entropy of all pixels; see `AuxiliaryTask.loss`."""
         logits = self(output.output)
-        loss = FrameCrossEntropy.apply(logits, batch.observations, batch.which) / (batch.size * math.prod(logits.shape[1:]))
+        loss = FrameCrossEntropy.apply(logits, batch.observations, batch.which) / (
+            batch.size * math.prod(logits.shape[1:])
+        )
         return loss, [loss.detach()]
 
 
@@ -300,8 +302,8 @@ class Novelty:
 
     def state_dict(self) -> dict[str, list[Tensor]]:
         """Return the digests that each environment's running episode has shown, as bytes."""
-        return {"seen": [torch.frombuffer(bytearray(b"".join(seen)), dtype=torch.uint8) for seen in self.seen]}
+        return {"seen": [torch.from_numpy(np.frombuffer(b"".join(seen), np.uint8).copy()) for seen in self.seen]}
 
     def load_state_dict(self, state: dict[str, list[Tensor]]) -> None:
         """Continue from what `state_dict` returned."""
-        self.seen = [dict.fromkeys(map(bytes, seen.view(-1, DIGEST_SIZE).numpy())) for seen in state["seen"]]
+        self.seen = [dict.fromkeys(map(bytes, seen.numpy().reshape(-1, DIGEST_SIZE))) for seen in state["seen"]]

@@ -83,8 +83,9 @@ def chosen_options(arguments: dict, device, world=None):
         device: to compute on.
         world: all processes, None where there are no others.
     """
-    from run.distributed import Ranks
     from run.options import PRECISIONS, Options
+
+    from run.distributed import Ranks
 
     world = world or Ranks()
     use_cores(device, world.local_size)
@@ -392,8 +393,8 @@ def use_textbook_formulation(trainer) -> None:
     """
     import numpy as np
     import torch
-
     from kernels.windows import MASKED
+
     from transformer import Attention
 
     class TextbookAttention(Attention):

@@ -86,7 +86,9 @@ class PPOTrainer:
         self.tasks = auxiliary_tasks(config, self.model)
         self.auxiliary = nn.ModuleDict(self.tasks).to(self.device)
         for module in (self.model, self.auxiliary):  # processors differ in what they draw
-            module.load_state_dict(self.ranks.from_first({n: weight.cpu() for n, weight in module.state_dict().items()}))
+            module.load_state_dict(
+                self.ranks.from_first({n: weight.cpu() for n, weight in module.state_dict().items()})
+            )
         self.forward = torch.compile(self.model, dynamic=True) if options.compile else self.model
         self.optimizer = Optimizer({"": self.model, "auxiliary.": self.auxiliary}, config.max_grad_norm)
         self.buffer = Buffer(config, self.model, self.device, self.ranks)
@@ -321,7 +323,10 @@ class PPOTrainer:
         bad = (~torch.isfinite(statistics)).cpu().numpy()
         if bad.any():
             step = int(bad.any(axis=1).argmax())
-            names = [*(f"{name} loss" for name in self.reports), *(f"gradient of {name}" for name in self.optimizer.modules)]
+            names = [
+                *(f"{name} loss" for name in self.reports),
+                *(f"gradient of {name}" for name in self.optimizer.modules),
+            ]
             name = [*names, "gradient norm"][bad[step].argmax()]
             epoch, minibatch = divmod(step, self.config.n_mini_batch)
             where = f"epoch {epoch + 1}, minibatch {minibatch + 1}"

@@ -198,7 +198,9 @@ class Attention(nn.Module):
             bias = bias + memory.by_column(self._by_distance(query, weight.table), heads)
         sizes = [part.shape[1] for part in items]
         pairs = zip(bias.split(sizes, dim=2), items, strict=True)
-        scores = [torch.baddbmm(added, questions, part.transpose(1, 2)) for added, part in pairs]  # (groups, Q·heads, k)
+        scores = [
+            torch.baddbmm(added, questions, part.transpose(1, 2)) for added, part in pairs
+        ]  # (groups, Q·heads, k)
         weights = (scores[0] if len(items) == 1 else torch.cat(scores, dim=2)).softmax(dim=2)
         shares = zip(weights.split(sizes, dim=2), items, strict=True)
         mixture = reduce(torch.add, [torch.bmm(share, part) for share, part in shares])  # (groups, Q·heads, D)

@@ -17,7 +17,7 @@ from environments.contract import Task, check_observation, checked_step
 from environments.numbers import episode_means, episode_numbers
 from evaluation.agent import Agent, first_unseen_seed, task_name
 from evaluation.video import encode_gif
-from model import ActorCriticModel, Prediction
+from model import ActorCriticModel, Output
 from run.config import Config
 from utils import EnvironmentFailure, UserError, create_env, reason_of
 from worker import SharedArrays
@@ -214,10 +214,10 @@ class Player:
         while not ended and self.steps < self.max_steps:
             self.arrays.show(0, observation, info.get("action_mask"))
             agent.advance()
-            prediction, actions = agent.act(self.arrays, slice(0, 1))
-            attention = past_attention(prediction, min(self.steps, agent.timeline.length))
+            output, actions = agent.act(self.arrays, slice(0, 1))
+            attention = past_attention(output, min(self.steps, agent.memory.length))
             vector = None if self.arrays.vectors is None else self.arrays.vectors[0].copy()
-            value = float(prediction.value[0]) / self.reward_scale
+            value = float(output.value[0]) / self.reward_scale
             moment = Moment(self.steps, *self._pictures(), actions[0], value, total, attention, vector)
             yield moment
             self.steps += 1
@@ -240,14 +240,14 @@ def failure_of(error: Exception) -> str:
     return f"{reason_of(error)} ({type(error).__name__}, {where.filename}:{where.lineno})"
 
 
-def past_attention(prediction: Prediction, valid: int) -> np.ndarray:
+def past_attention(output: Output, valid: int) -> np.ndarray:
     """Return (blocks, valid): what one query's blocks attend to, mean over the heads, the previous step last.
 
     Args:
-        prediction: of one observation; its attention is (1, heads, columns) per block.
+        output: of one observation; its attention is (1, heads, columns) per block.
         valid: how many of the newest columns it may look at.
     """
-    weights = [block[0].float().mean(dim=0).cpu().numpy() for block in prediction.attention]
+    weights = [block[0].float().mean(dim=0).cpu().numpy() for block in output.attention]
     return np.stack([block[len(block) - valid :] for block in weights])
 
 

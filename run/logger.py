@@ -148,27 +148,3 @@ def flatten(section: dict, prefix: str = "") -> dict[str, float | str | bool]:
         else:
             flat[prefix + key] = value if isinstance(value, (int, float, str, bool)) else str(value)
     return flat
-
-
-class Episodes:
-    def __init__(self, ranks):
-        self.ranks, self.ended, self.finished = ranks, [], []
-
-    def add(self, reports):
-        self.ended += reports
-
-    def collect(self):
-        ended = [report for reports in self.ranks.gather(self.ended) for report in reports]
-        self.finished += [report for _, _, report in sorted(ended, key=lambda report: report[:2])]
-        self.ended.clear()
-        del self.finished[:-100]
-
-    def scalars(self):
-        from environments.numbers import episode_scalars
-        return episode_scalars(self.finished)
-
-    def state_dict(self):
-        return {"finished": list(self.finished)}
-
-    def load_state_dict(self, state):
-        self.finished = list(state["finished"])

@@ -17,10 +17,10 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from run.lifecycle import NonFinite
 
 from environments.section import Section
 from run.config import SECTIONS, Config, check_config, load_config
-from run.lifecycle import NonFinite
 from tools.write_docs import FILES
 from trainer import Options, PPOTrainer
 from utils import UserError

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import test_parity
 import torch
+from run.lifecycle import state_of
+from run.options import Options
 from test_ranks import Ranks, small, write
 
 from run.checkpoint import load
 from run.config import check_config
-from run.lifecycle import state_of
-from run.options import Options
 from trainer import PPOTrainer
 
 pytestmark = [

@@ -7,14 +7,14 @@ import textbook
 import torch
 from canonical import excess
 from gymnasium import spaces
+from run.lifecycle import state_of
+from run.report import update_scalars
 from test_exactness import GRADIENT_TOLERANCE, assert_close, unsettle
 from torch import Tensor
 
 from auxiliary import NextObservation
 from model import Categorical, Prediction
 from run.config import check_config
-from run.lifecycle import state_of
-from run.report import update_scalars
 from trainer import Options, PPOTrainer
 
 SIDE, LONGEST = 5, 12

@@ -128,11 +128,12 @@ TASKS["vector"]["environment"] = {
 
 def train_small(folder: Path) -> None:
     """Train all tasks and write down what came of them; go on with what two processes left. Run by each process."""
+    from run.options import Options
+
     from evaluation.agent import play_episodes
     from run.checkpoint import load_newest
     from run.config import check_config
     from run.distributed import Ranks, together
-    from run.options import Options
     from trainer import PPOTrainer
 
     def trained(world: Ranks, name: str, checkpoint: dict | None = None) -> PPOTrainer:

@@ -11,6 +11,7 @@ import torch
 import yaml
 from gymnasium import spaces
 from pydantic import TypeAdapter
+from run.lifecycle import state_of
 from torch import nn
 from torch.nn import functional as F
 
@@ -23,7 +24,6 @@ from environments.section import Environment, GymnasiumSection, MinigridSection
 from environments.spaces import Actor, Observer, as_picture, frame_picture, hidden_entries
 from model import Normal, RunningMoments
 from run.config import Config, check_config
-from run.lifecycle import state_of
 from trainer import Options, PPOTrainer
 from utils import training_seed
 
