@@ -286,7 +286,7 @@ class PPOTrainer:
 
     @torch.no_grad()
     def acting_kl(self) -> float:
-        """Return the mean KL(old ‖ new) over the rollout, with the memory that the current weights would have written."""
+        """Return the mean KL(old ‖ new) over the rollout, with the memory that the current weights would write."""
         buffer, total = self.buffer, torch.zeros((), device=self.device)
         at_once = max(1, REPLAYED_AT_ONCE // buffer.worker_steps)
         buffer.observations.forget_features()
@@ -323,10 +323,8 @@ class PPOTrainer:
         bad = (~torch.isfinite(statistics)).cpu().numpy()
         if bad.any():
             step = int(bad.any(axis=1).argmax())
-            names = [
-                *(f"{name} loss" for name in self.reports),
-                *(f"gradient of {name}" for name in self.optimizer.modules),
-            ]
+            names = [f"{name} loss" for name in self.reports]
+            names += [f"gradient of {name}" for name in self.optimizer.modules]
             name = [*names, "gradient norm"][bad[step].argmax()]
             epoch, minibatch = divmod(step, self.config.n_mini_batch)
             where = f"epoch {epoch + 1}, minibatch {minibatch + 1}"

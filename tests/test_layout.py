@@ -57,7 +57,7 @@ def imported_modules(tree: ast.AST) -> list[tuple[int, str]]:
         if isinstance(node, ast.Import):
             found += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            # `from evaluation import statistics` names a module, `from utils import Task` does not: the room is the same.
+            # What follows `import` may be a module or a name in one: the room is the same.
             found.append((node.lineno, "." * node.level + (node.module or "")))
     return found
 
