@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
-# Ablations of the auxiliary tasks and of the query's own position, two seeds each, alike in steps and schedules.
+# Ablations of the auxiliary tasks and of the query's own position. All runs have the same steps and schedules.
 # In the repository's folder:
 #
-#     docs/results/ablations.sh                            names all runs
-#     docs/results/ablations.sh mystery_path_grid-both-2   carries out that run, or what is left of it
+#     docs/results/ablations.sh                            names the runs with seeds 2 and 3
+#     docs/results/ablations.sh mystery_path_grid-both-2   does that run, or the rest of it
 #
-# One run per core, here on cores 0 and 1; what was interrupted goes on where it stopped, what is finished is skipped:
+# One run per core, here on cores 0 and 1. An interrupted run continues, a finished one is skipped:
 #
 #     docs/results/ablations.sh | sed -n '1~2p' | OMP_NUM_THREADS=1 taskset -c 0 xargs -n 1 docs/results/ablations.sh
 #     docs/results/ablations.sh | sed -n '2~2p' | OMP_NUM_THREADS=1 taskset -c 1 xargs -n 1 docs/results/ablations.sh
 #
-# UPDATES says how many updates a run has, of 16,384 steps each; products are those of bf16 (PRECISION=float32 where a processor
-# has no instructions for it; compare runs of one precision). Schedules stay as they are, so that
-# `prediction` is the beginning of the config's own run with that seed. A figure of one task:
+# UPDATES is the number of updates of a run, of 16,384 steps each. Matrix products are in bf16; set PRECISION=float32 where
+# the processor has no instructions for it, and compare runs of one precision. Schedules stay as they are, so `prediction` is
+# the beginning of the config's own run with that seed. What was found is in docs/notebook, on the pages of the two tasks.
+# A figure of one task:
 #
 #     python evaluate.py checkpoints/mystery_path_grid-* --seeds=50 --repetitions=1 --metric=success --cpu \
 #         --output=docs/results/mystery_path_grid_ablations --plot=docs/results/mystery_path_grid_ablations.png
@@ -26,7 +27,7 @@ declare -A CHANGES=(
     [recall]="prediction_coefficient=0 recall_coefficient=0.1"
     [prediction]="prediction_coefficient=0.1 recall_coefficient=0"
     [both]="prediction_coefficient=0.1 recall_coefficient=0.1"
-    # With absolute positions, which say nothing of how long ago something was.
+    # With absolute positions, which do not say how long ago something was.
     [with_query]="prediction_coefficient=0.1 transformer.positional_encoding=absolute transformer.query_position=True"
     [without_query]="prediction_coefficient=0.1 transformer.positional_encoding=absolute transformer.query_position=False"
 )
@@ -49,7 +50,7 @@ if [ -f "models/$1.nn" ]; then
 elif compgen -G "checkpoints/$1/checkpoint-*.pt" > /dev/null; then
     exec python train.py --resume="$1" --precision="$PRECISION" --cpu --processes=1
 else
-    interval=30  # as in the run that has prediction
+    interval=30  # as in the config's own run
     [ "$task" = mystery_path_grid ] || interval=25
     settings=(--set "updates=$UPDATES" --set checkpoint_interval=10 --set "model_interval=$interval")
     for change in ${CHANGES[$variant]}; do
