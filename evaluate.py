@@ -1,16 +1,19 @@
 """Evaluate models on episodes that training has not seen.
 
 Usage:
-    evaluate.py <models>... [--reference=<curves>]... [options]
+    evaluate.py [<models>...] [--group=<runs>]... [--reference=<curves>]... [options]
 
-Models are files or folders of them. Those whose configs agree are runs of one
-group; those of one run with different steps form its learning curve.
+Models are files or folders of them. Those with the same config and commit are
+runs of one group; those of one run with different steps form its learning curve.
+A file that --output wrote (.json) counts as its models; it is not played again.
 Options:
-    --seeds=<n>           Environment seeds that each model plays [default: 50].
+    --seeds=<seeds>       How many unseen seeds each model plays, or which seeds,
+                          seen or not: 0:10 for 0 to 9 [default: 50].
     --repetitions=<n>     How often it plays each of them [default: 5].
     --seed=<n>            Skip n unseen seeds; seeds actions [default: 0].
     --deterministic       Take the most probable actions, draw none.
     --max-steps=<n>       Cut episodes; at 10,000 where the task has no limit.
+    --group=<runs>        Name runs of one group: <label>:<models>,<models>…
     --aggregate=<what>    runs: average each first; episodes [default: runs].
     --metric=<name>       What is plotted: reward, success, … [default: reward].
     --plot=<file>         Learning curves as .png, .pdf or .svg.
@@ -24,9 +27,6 @@ Example: python evaluate.py models/*.nn --output=results --plot=curves.pdf
 """
 
 import sys
-import time
-from pathlib import Path
-from typing import Any
 
 from run.cli import (
     arguments_of,
@@ -39,6 +39,8 @@ from run.cli import (
 )
 from utils import UserError
 
+FIGURES = (".png", ".pdf", ".svg")
+
 
 def main() -> None:
     """Parse the command line and evaluate, together with the other processes that torchrun started."""
@@ -50,11 +52,15 @@ def main() -> None:
             protocol, references = checked(arguments, device)
         check_alike(world, None, arguments)
         with world.agree_on(UserError):
-            models = find_and_load(arguments["<models>"], device)
-        evaluated = play(models, protocol, arguments, world)
+            models = load(arguments, device)
+            check_tasks([evaluated for evaluated, _ in models], references)
+            protocol["seeds"], note = seeds_of(models, arguments)
+        if world.first and note:
+            print(note, file=sys.stderr)
+        play([(evaluated, agent) for evaluated, agent in models if agent], protocol, arguments, world)
         with world.agree_on(UserError, OSError):
             if world.first:
-                report(evaluated, protocol, arguments, references)
+                report([evaluated for evaluated, _ in models], protocol, arguments, references)
 
 
 def checked(arguments: dict, device) -> tuple[dict, list]:
@@ -63,139 +69,120 @@ def checked(arguments: dict, device) -> tuple[dict, list]:
     from evaluation.statistics import AGGREGATES
     from run.checkpoint import provenance
 
-    seeds, repetitions = (whole_number(arguments, name, 1, 10**6) for name in ("--seeds", "--repetitions"))
-    seed = whole_number(arguments, "--seed", 0, 2**30)
     whole_number(arguments, "--processes", 1, 4096)
     whole_number(arguments, "--max-steps", 1, 10**9)
-    figure = output_file(arguments, "--plot", (".png", ".pdf", ".svg"))
+    figure = output_file(arguments, "--plot", FIGURES)
     output_file(arguments, "--output", ("",))
     one_of(arguments, "--aggregate", AGGREGATES)
     if arguments["--reference"] and figure is None:
         raise UserError("--reference: is for a figure; name one with --plot=<file>")
-    references = read_references(arguments["--reference"], arguments["--metric"])
-    return {
+    protocol = {
         "command": ["python", *sys.argv],
-        "seeds": seeds,
-        "repetitions": repetitions,
-        "seed": seed,
+        "repetitions": whole_number(arguments, "--repetitions", 1, 10**6),
+        "seed": whole_number(arguments, "--seed", 0, 2**30),
         "deterministic": arguments["--deterministic"],
         "versions": provenance(device),
-    }, references
+    }
+    return protocol, read_references(arguments["--reference"], arguments["--metric"])
 
 
-def find_and_load(paths: list[str], device) -> list[tuple]:
-    """Return path, model, config, task and run of all models; UserError where there are none to be played."""
-    from evaluation.agent import load_for_play
-    from evaluation.statistics import find_models
+def load(arguments: dict, device) -> list[tuple]:
+    """Return, of each model, what is known of it and (model, config, task) to play it, None where it was played."""
+    from evaluation.agent import load_for_play, task_name
+    from evaluation.statistics import Evaluated, find_models, from_json
+    from run.checkpoint import fingerprint
 
-    return [(path, *load_for_play(path, device)) for path in find_models(paths)]
+    labels = dict.fromkeys(find_models(arguments["<models>"]), "")
+    for text in arguments["--group"]:
+        label, _, names = text.partition(":")
+        if not label or not names:
+            raise UserError(f"--group: {text!r} should be <label>:<models>,<models>…")
+        labels |= dict.fromkeys(find_models(names.split(",")), label)
+    models: list[tuple] = []
+    max_steps = whole_number(arguments, "--max-steps", 1, 10**9)
+    for path, label in labels.items():
+        if path.suffix == ".json":
+            models += [(evaluated, None) for evaluated in from_json(path, label)]
+            continue
+        model, config, task, run = load_for_play(path, device)
+        about = (str(path), task_name(config.environment), config.model_dump(), run, [], step_limit(max_steps, task))
+        models.append((Evaluated(*about, fingerprint(model.state_dict()), label), (model, config, task)))
+    if not models:
+        raise UserError("evaluate.py: name the models, or files that --output wrote; see --help")
+    return models
 
 
-def play(models: list[tuple], protocol: dict, arguments: dict, world) -> list:
-    """Let all models play the same seeds, which `protocol` then names; return what they did."""
+def check_tasks(models: list, references: list) -> None:
+    """Raise UserError where a named group is of several tasks, or a published curve is of none of them."""
+    from evaluation.published import check_task
+
+    for label in {model.label for model in models} - {""}:
+        tasks = sorted({model.environment for model in models if model.label == label})
+        if len(tasks) > 1:
+            raise UserError(f"--group: {label} has models of several tasks: {', '.join(tasks)}")
+    check_task(references, [model.environment for model in models])
+
+
+def seeds_of(models: list[tuple], arguments: dict) -> tuple[list[int], str]:
+    """Return the seeds that all models play, or did where all of them have, and what is to be said of them."""
+    from evaluation.statistics import chosen_seeds
+
+    skip = whole_number(arguments, "--seed", 0, 2**30)
+    sections = [agent[1].environment for _, agent in models if agent]
+    if sections:
+        return chosen_seeds(arguments["--seeds"], skip, sections)
+    return sorted({episode["seed"] for evaluated, _ in models for episode in evaluated.episodes}), ""
+
+
+def play(models: list[tuple], protocol: dict, arguments: dict, world) -> None:
+    """Let all models play the seeds of `protocol`."""
     import torch
+    from tqdm import tqdm
 
-    from evaluation.agent import first_unseen_seed, play_episodes, task_name
-    from evaluation.statistics import Evaluated
+    from evaluation.agent import play_episodes
 
     mine = max(1, cores() // world.local_size)
     # The environments need the other cores. Must not depend on --processes: it decides how sums are rounded.
     torch.set_num_threads(max(1, mine // 2))
     processes = whole_number(arguments, "--processes", 1, 4096) or mine - max(1, mine // 2) or 1
-    max_steps = whole_number(arguments, "--max-steps", 1, 10**9)
-    first = protocol["seed"] + max(first_unseen_seed(config.environment) for _, _, config, _, _ in models)
-    total, repetitions = protocol["seeds"] * protocol["repetitions"], protocol["repetitions"]
-    protocol["seeds"] = list(range(first, first + protocol["seeds"]))
-    evaluated = []
-    for number, (path, model, config, task, run) in enumerate(models, start=1):
-        limit = step_limit(max_steps, task)
-        with Progress(f"{number}/{len(models)} {path.name}", total, world) as progress:
-            episodes = play_episodes(
-                model, config, task, protocol["seeds"], repetitions, action_seed=protocol["seed"],
-                deterministic=protocol["deterministic"], processes=processes, progress=progress.count,
-                max_steps=limit, world=world,
+    seeds, repetitions = protocol["seeds"], protocol["repetitions"]
+    total, pause = len(seeds) * repetitions // world.size, 0.1 if sys.stderr.isatty() else 600
+    for number, (evaluated, agent) in enumerate(models, start=1):
+        name = f"{number}/{len(models)} {evaluated.path}"
+        with tqdm(desc=name, total=total, unit=" episodes", mininterval=pause, disable=not world.first) as bar:
+            evaluated.episodes = play_episodes(
+                *agent, seeds, repetitions, action_seed=protocol["seed"], deterministic=protocol["deterministic"],
+                processes=processes, progress=bar.update, max_steps=evaluated.max_steps, world=world,
             )  # fmt: skip
-        evaluated.append(Evaluated(str(path), task_name(config.environment), config.model_dump(), run, episodes, limit))
-    return evaluated
 
 
 def report(evaluated: list, protocol: dict, arguments: dict, references: list) -> None:
-    """Print the table and write the files that were asked for."""
-    from evaluation import statistics as results
-
-    groups = results.group_runs(evaluated, arguments["--aggregate"])
-    print("\n".join(results.table(groups)), flush=True)
-    figure = output_file(arguments, "--plot", (".png", ".pdf", ".svg"))
-    output = output_file(arguments, "--output", ("",))
-    write_results(groups, protocol, output, figure, arguments["--metric"], references)
-
-
-class Progress:
-    """A bar over the episodes of one model, or one line at its end where there is no terminal.
-
-    Args:
-        name: what is under way.
-        total: number of episodes.
-        world: all processes; the first one shows how far it is itself.
-    """
-
-    def __init__(self, name: str, total: int, world) -> None:
-        self.name, self.total, self.world = name, total, world
-        self.bar: Any = None
-
-    def __enter__(self) -> "Progress":
-        self.started = time.perf_counter()
-        if sys.stderr.isatty() and self.world.first:
-            from tqdm import tqdm
-
-            self.bar = tqdm(
-                total=self.total // self.world.size, desc=self.name[-30:], unit="episode", dynamic_ncols=True
-            )
-        return self
-
-    def count(self, episodes: int) -> None:
-        """Add episodes that have ended."""
-        if self.bar is not None:
-            self.bar.update(episodes)
-
-    def __exit__(self, *failure: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
-        elif failure == (None, None, None) and self.world.first:
-            seconds = time.perf_counter() - self.started
-            print(f"{self.name}: {self.total:,} episodes in {seconds:.1f} s", file=sys.stderr, flush=True)
-
-
-def write_results(
-    groups: list, protocol: dict, output: Path | None, figure: Path | None, metric: str, references: list
-) -> None:
-    """Write the files that were asked for and name them.
-
-    Args:
-        groups: of `results.group_runs`.
-        protocol: how they were evaluated.
-        output: .json and .csv, without suffix, or None.
-        figure: or None.
-        metric: what the figure shows; UserError where no group reports it.
-        references: published curves that it shows too.
-    """
-    from evaluation.statistics import plot, to_csv, to_json
+    """Write the files that were asked for, and only then print; UserError where no group reports what is plotted."""
+    from evaluation import statistics
     from run.checkpoint import write_file
 
-    files = {}
+    groups = statistics.group_runs(evaluated, arguments["--aggregate"])
+    output, figure = (
+        output_file(arguments, "--output", ("",)),
+        output_file(arguments, "--plot", FIGURES),
+    )
+    files, metric = {}, arguments["--metric"]
+    known = dict.fromkeys(name for group in groups for point in group.points for name in point.statistics)
     if output is not None:
-        files[output.with_name(output.name + ".json")] = to_json(groups, protocol)
-        files[output.with_name(output.name + ".csv")] = to_csv(groups)
+        files[output.with_name(output.name + ".json")] = statistics.to_json(groups, protocol)
+        files[output.with_name(output.name + ".csv")] = statistics.to_csv(groups)
+    if figure is not None and metric in known:
+        files[figure] = statistics.plot(groups, metric, figure.suffix, references)
     for path, data in files.items():
         write_file(path, data)
-    if figure is not None:
-        known = list(dict.fromkeys(name for group in groups for point in group.points for name in point.statistics))
-        if metric not in known:
-            raise UserError(f"--metric: {metric!r} is not reported; allowed here are {', '.join(known)}")
-        write_file(figure, plot(groups, metric, figure.suffix, references))
-        files[figure] = None
+    print("\n".join(statistics.table(groups)), flush=True)
     if files:
         print(f"wrote {', '.join(map(str, files))}", file=sys.stderr)
+    tasks = dict.fromkeys(model.environment for model in evaluated)
+    if figure is not None and len(tasks) > 1:
+        print(f"{figure}: {len(tasks)} tasks on one axis: {', '.join(tasks)}", file=sys.stderr)
+    if figure is not None and metric not in known:
+        raise UserError(f"--metric: {metric!r} is not reported; allowed here are {', '.join(known)}")
 
 
 if __name__ == "__main__":

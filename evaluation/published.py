@@ -1,6 +1,8 @@
 """Learning curves that others have published, to be drawn beside one's own."""
 
 import csv
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +24,7 @@ class Reference:
         std: of the runs.
         iqm: over the episodes of all runs.
         runs: how many runs.
+        environment: name of the task that they were trained on, None where the file has no such column.
     """
 
     name: str
@@ -30,13 +33,14 @@ class Reference:
     std: list[float]
     iqm: list[float]
     runs: int
+    environment: str | None = None
 
 
 def read_references(texts: list[str], metric: str) -> list[Reference]:
     """Return the curves that --reference names, each `<file>:<task>/<run>`, several of them separated by commas.
 
     Args:
-        texts: one per --reference; behind a comma, a curve without a file is of the same file.
+        texts: one per --reference; after a comma, a curve without a file is of the same file.
         metric: what they have to be of.
 
     Raises:
@@ -52,6 +56,17 @@ def read_references(texts: list[str], metric: str) -> list[Reference]:
                 raise UserError(f"--reference: {part!r} should be <file>:<task>/<run>")
             references.append(_curve(Path(file), name, metric))
     return references
+
+
+def check_task(references: Sequence[Reference], tasks: Sequence[str]) -> None:
+    """Raise UserError where a published curve is of a task that is not among those that are plotted."""
+    for reference in references:
+        if reference.environment is None:
+            print(f"--reference: {reference.name}: its file has no column environment, so that nothing says whether it "
+                  f"is of {' or '.join(tasks)}", file=sys.stderr)  # fmt: skip
+        elif reference.environment not in tasks:
+            raise UserError(f"--reference: {reference.name} is of {reference.environment}; the models are of "
+                            f"{', '.join(tasks)}")  # fmt: skip
 
 
 def _curve(path: Path, name: str, metric: str) -> Reference:
@@ -71,7 +86,7 @@ def _curve(path: Path, name: str, metric: str) -> Reference:
     except (TypeError, ValueError) as error:
         raise UserError(f"--reference: {path}: {name}: the columns from steps on should be numbers: {error}") from error
     steps, mean, std, iqm, runs = map(list, zip(*numbers, strict=True))
-    return Reference(name, steps, mean, std, iqm, int(runs[0]))
+    return Reference(name, steps, mean, std, iqm, int(runs[0]), chosen[0].get("environment"))
 
 
 def _read(path: Path) -> list[dict[str, str]]:
