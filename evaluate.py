@@ -102,11 +102,14 @@ def load(arguments: dict, device) -> list[tuple]:
     max_steps = whole_number(arguments, "--max-steps", 1, 10**9)
     for path, label in labels.items():
         if path.suffix == ".json":
-            models += [(evaluated, None) for evaluated in from_json(path, label)]
+            models += [(stored, None) for stored in from_json(path, label)]
             continue
         model, config, task, run = load_for_play(path, device)
-        about = (str(path), task_name(config.environment), config.model_dump(), run, [], step_limit(max_steps, task))
-        models.append((Evaluated(*about, fingerprint(model.state_dict()), label), (model, config, task)))
+        evaluated = Evaluated(
+            str(path), task_name(config.environment), config.model_dump(), run, [], step_limit(max_steps, task),
+            fingerprint(model.state_dict()), label,
+        )  # fmt: skip
+        models.append((evaluated, (model, config, task)))
     if not models:
         raise UserError("evaluate.py: name the models, or files that --output wrote; see --help")
     return models
@@ -147,12 +150,14 @@ def play(models: list[tuple], protocol: dict, arguments: dict, world) -> None:
     processes = whole_number(arguments, "--processes", 1, 4096) or mine - max(1, mine // 2) or 1
     seeds, repetitions = protocol["seeds"], protocol["repetitions"]
     total, pause = len(seeds) * repetitions // world.size, 0.1 if sys.stderr.isatty() else 600
-    for number, (evaluated, agent) in enumerate(models, start=1):
+    for number, (evaluated, (model, config, task)) in enumerate(models, start=1):
         name = f"{number}/{len(models)} {evaluated.path}"
         with tqdm(desc=name, total=total, unit=" episodes", mininterval=pause, disable=not world.first) as bar:
             evaluated.episodes = play_episodes(
-                *agent, seeds, repetitions, action_seed=protocol["seed"], deterministic=protocol["deterministic"],
-                processes=processes, progress=bar.update, max_steps=evaluated.max_steps, world=world,
+                model, config, task, seeds, repetitions, action_seed=protocol["seed"],
+                deterministic=protocol["deterministic"], processes=processes,
+                progress=bar.update,  # type: ignore[arg-type]
+                max_steps=evaluated.max_steps, world=world,
             )  # fmt: skip
 
 

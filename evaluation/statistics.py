@@ -341,7 +341,10 @@ def from_json(path: Path, label: str = "") -> list[Evaluated]:
     names = ("path", "environment", "config", "run", "episodes", "max_steps")
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))["models"]
-        models = [Evaluated(*(m[name] for name in names), m.get("weights") or m["path"], label) for m in stored]
+        models = [
+            Evaluated(**{name: m[name] for name in names}, weights=m.get("weights") or m["path"], label=label)
+            for m in stored
+        ]
         for episode in (episode for model in models for episode in model.episodes):
             episode |= {name: math.nan for name, number in episode.items() if number is None}
         return models
