@@ -433,34 +433,32 @@ def _plot_group(axes, group: Group, metric: str, index: int) -> None:
     found = [point.statistics[metric] for point in points]
     statistic = interval_of(points[0].aggregate)
     line, low, high = (np.array([numbers[name] for numbers in found]) for name in (statistic, "low", "high"))
-    colour = COLOURS[index % len(COLOURS)]
-    runs = max(len(point.models) for point in points)
-    label = f"{group.name} ({runs} runs)" if runs > 1 else f"{group.name} (1 run, band {points[0].over})"
+    colour, most = COLOURS[index % len(COLOURS)], max(points, key=lambda point: len(point.models))
+    runs = f"{len(most.models)} runs" if len(most.models) > 1 else f"1 run, band {most.over}"
     look = {"color": colour, "marker": MARKERS[index % len(MARKERS)], "markersize": 5, "markeredgecolor": "white"}
-    look |= {"linestyle": LINES[index % len(LINES)], "linewidth": 1.8, "label": label}
-    if 1 < runs < FEWEST:
-        for seed in dict.fromkeys(model.run["seed"] for point in points for model in point.models):
-            own = [[m.run["seed"] for m in point.models] + [seed] for point in points]
-            curve = [[*n["runs"], math.nan][seeds.index(seed)] for n, seeds in zip(found, own, strict=True)]
-            axes.plot(steps, curve, color=colour, linewidth=0.7, marker=".", markersize=3)
-    if len(points) == 1:
+    look |= {"linestyle": LINES[index % len(LINES)], "linewidth": 1.8, "label": f"{group.name} ({runs})"}
+    if 1 < len(most.models) < FEWEST:
+        for seed in [model.run["seed"] for model in most.models]:
+            curve = [(point.steps, mean) for point, numbers in zip(points, found, strict=True)
+                     for model, mean in zip(point.models, numbers["runs"], strict=True)
+                     if model.run["seed"] == seed]  # fmt: skip
+            axes.plot(*zip(*curve, strict=True), color=colour, linewidth=0.7, marker=".", markersize=3)
+    if len(points) > 1:
+        axes.plot(steps, line, **look)
+        axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
+    else:
         errors = np.maximum(0, [line - low, high - line])
         axes.errorbar(steps, line, yerr=errors if np.isfinite(errors).all() else None, capsize=4, **look)
-        return
-    axes.plot(steps, line, **look)
-    axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
 
 
 def _plot_reference(axes, reference: Reference, statistic: str, colour: str) -> None:
     """Draw a published curve; its deviation is one of means and no band around an interquartile mean."""
-    line = reference.iqm if statistic == "iqm" else reference.mean
-    band = "" if statistic == "iqm" else " ± std"
-    label = f"{reference.name} (published, {reference.runs} runs{band})"
+    mean, std = np.array(reference.mean), np.array(reference.std)
+    label = f"{reference.name} (published, {reference.runs} runs{' ± std' if statistic == 'mean' else ''})"
     look = {"color": colour, "linestyle": DASHED, "linewidth": 1.5, "marker": ".", "markersize": 4, "label": label}
-    axes.plot(reference.steps, line, **look)
-    if band:
-        low, high = np.subtract(reference.mean, reference.std), np.add(reference.mean, reference.std)
-        axes.fill_between(reference.steps, low, high, color=colour, alpha=0.1, linewidth=0)
+    axes.plot(reference.steps, mean if statistic == "mean" else reference.iqm, **look)
+    if statistic == "mean":
+        axes.fill_between(reference.steps, mean - std, mean + std, color=colour, alpha=0.1, linewidth=0)
 
 
 def _scale_steps(axes, groups: list[Group], references: Sequence[Reference]) -> None:
