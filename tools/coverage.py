@@ -58,8 +58,11 @@ def main() -> None:
         found = [list(intervals(draw(generator, n))) for _ in range(samples)]
         bounds = np.array([[bounds for _, *bounds in sample] for sample in found])
         names, held = [method for method, *_ in found[0]], (bounds[..., 0] <= mean) & (mean <= bounds[..., 1])
-        widths = np.median(bounds[..., 1] - bounds[..., 0], axis=0) / np.median(bounds[:, 1, 1] - bounds[:, 1, 0])
-        cells = [f"{100 * share:.1f} ({width:.2f})" for share, width in zip(held.mean(axis=0), widths, strict=True)]
+        widths = np.median(bounds[..., 1] - bounds[..., 0], axis=0)
+        cells = [
+            f"{100 * share:.1f}" + (f" ({width / widths[1]:.2f})" if widths[1] else "")
+            for share, width in zip(held.mean(axis=0), widths, strict=True)
+        ]
         rows.append(f"| {name} | {n} | {' | '.join(cells)} |")
     print(f"| scores | n | {' | '.join(names)} |", f"|{'---|' * (len(names) + 2)}", *rows, sep="\n")
 
