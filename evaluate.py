@@ -1,14 +1,12 @@
 """Evaluate models on episodes that training has not seen.
 
 Usage:
-    evaluate.py [<models>...] [--group=<runs>]... [--reference=<curves>]... [options]
+  evaluate.py [<models>...] [--group=<runs>]... [--reference=<c>]... [options]
 
-Models are files or folders of them. Those with the same config and commit are
-runs of one group; those of one run with different steps form its learning curve.
-A file that --output wrote (.json) counts as its models; it is not played again.
+Models are files, folders of them, or what --output wrote (.json), which is not
+played again. Those with one config and commit are runs of one group.
 Options:
-    --seeds=<seeds>       How many unseen seeds each model plays, or which seeds,
-                          seen or not: 0:10 for 0 to 9 [default: 50].
+    --seeds=<n>           How many unseen ones, or 0:10 for 0–9 [default: 50].
     --repetitions=<n>     How often it plays each of them [default: 5].
     --seed=<n>            Skip n unseen seeds; seeds actions [default: 0].
     --deterministic       Take the most probable actions, draw none.
@@ -27,6 +25,8 @@ Example: python evaluate.py models/*.nn --output=results --plot=curves.pdf
 """
 
 import sys
+import time
+from pathlib import Path
 
 from run.cli import (
     arguments_of,
@@ -149,16 +149,19 @@ def play(models: list[tuple], protocol: dict, arguments: dict, world) -> None:
     torch.set_num_threads(max(1, mine // 2))
     processes = whole_number(arguments, "--processes", 1, 4096) or mine - max(1, mine // 2) or 1
     seeds, repetitions = protocol["seeds"], protocol["repetitions"]
-    total, pause = len(seeds) * repetitions // world.size, 0.1 if sys.stderr.isatty() else 600
+    total, quiet = len(seeds) * repetitions, not (world.first and sys.stderr.isatty())
     for number, (evaluated, (model, config, task)) in enumerate(models, start=1):
-        name = f"{number}/{len(models)} {evaluated.path}"
-        with tqdm(desc=name, total=total, unit=" episodes", mininterval=pause, disable=not world.first) as bar:
+        name, started = f"{number}/{len(models)} {Path(evaluated.path).name}", time.perf_counter()
+        with tqdm(desc=name[-30:], total=total // world.size, unit="episode", dynamic_ncols=True, disable=quiet) as bar:
             evaluated.episodes = play_episodes(
                 model, config, task, seeds, repetitions, action_seed=protocol["seed"],
                 deterministic=protocol["deterministic"], processes=processes,
                 progress=bar.update,  # type: ignore[arg-type]
                 max_steps=evaluated.max_steps, world=world,
             )  # fmt: skip
+        if world.first and quiet:
+            seconds = time.perf_counter() - started
+            print(f"{name}: {total:,} episodes in {seconds:.1f} s", file=sys.stderr, flush=True)
 
 
 def report(evaluated: list, protocol: dict, arguments: dict, references: list) -> None:

@@ -295,9 +295,11 @@ def table(groups: list[Group]) -> Iterator[str]:
 
 def _rows(title: str, point: Point) -> Iterator[str]:
     runs, episodes = len(point.models), len(point.episodes)
-    yield f"{title} ({point.models[0].environment}), {point.steps:,} steps"
-    commits = ", ".join(dict.fromkeys(model.commit for model in point.models))
-    yield f"    {runs} {'run' if runs == 1 else 'runs'} of commit {commits}, {episodes:,} episodes"
+    title = f"{title}: {runs} {'run' if runs == 1 else 'runs'} ({point.models[0].environment})"
+    yield f"{title}, {point.steps:,} steps, {episodes:,} episodes"
+    commits = list(dict.fromkeys(model.commit for model in point.models))
+    if len(commits) > 1 or commits[0].endswith("-dirty"):
+        yield f"    trained by {', '.join(commits)}"
     for model in point.repeated:
         yield f"    not counted, for seed {model.run['seed']} comes again: {model.path}"
     cut = sum(model.cut for model in point.models)
@@ -333,7 +335,8 @@ def to_json(groups: list[Group], protocol: dict) -> bytes:
         for single in (single for point in group.points for single in point.singles):
             model = vars(single.models[0]) | {"group": group.name, "cut": single.models[0].cut}
             content["models"].append(model | {"statistics": single.statistics})
-    return (json.dumps(_finite(content), indent=1, allow_nan=False, default=str) + "\n").encode()
+    finite = json.loads(json.dumps(content, default=str), parse_constant=lambda name: None)
+    return (json.dumps(finite, indent=1) + "\n").encode()
 
 
 def from_json(path: Path, label: str = "") -> list[Evaluated]:
@@ -355,14 +358,6 @@ def from_json(path: Path, label: str = "") -> list[Evaluated]:
 def interval_of(aggregate: str) -> str:
     """Return which statistic the confidence interval belongs to."""
     return "iqm" if aggregate == "episodes" else "mean"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def to_csv(groups: list[Group]) -> bytes:

@@ -183,9 +183,9 @@ def test_groups_are_runs_of_one_config_and_commit():
     assert first.points[1].statistics["reward"]["runs"] == [2.5, 3.5] and third.name == "poc-1"
     lines = list(table([first, third]))
     assert "    not counted, for seed 2 comes again: again.nn" in lines and "copy.nn" not in "".join(lines)
-    assert any(line.startswith("again.nn (Task)") for line in lines)
+    assert any(line.startswith("again.nn: 1 run (Task)") for line in lines)
     assert any("2.500, 3.500" in line for line in lines), "two runs have no interval and are shown themselves"
-    assert any("1 run of commit abcdefg-dirty" in line for line in lines)
+    assert any("trained by abcdefg-dirty" in line for line in lines)
     labelled = group_runs([evaluated("a", seed, 5, {"gamma": seed}, label="mine") for seed in (1, 2)])
     assert [(group.name, len(group.points[0].models)) for group in labelled] == [("mine", 2)]
 
@@ -201,8 +201,8 @@ def test_seeds_are_unseen_or_those_that_are_asked_for():
             chosen_seeds(text, 0, [few])
 
 
-def test_files_and_table_agree_on_what_is_missing(tmp_path):
-    """A run that never succeeds counts; NaN is null; cut episodes and "in n of m episodes" are said everywhere."""
+def test_files_and_table_agree(tmp_path):
+    """A run that never succeeds counts; NaN is null; what is cut or missing is said everywhere; files can be read."""
     good, bad = evaluated("run-1", 1, 100, {}), evaluated("run-2", 2, 100, {})
     good.max_steps = 10_000
     for episode in good.episodes[:4]:
@@ -210,9 +210,9 @@ def test_files_and_table_agree_on_what_is_missing(tmp_path):
     bad.episodes[0]["odd"] = math.nan
     groups = group_runs([good, bad])
     lines = list(table(groups))
-    assert max(map(len, lines)) <= 80 and lines[3].split() == ["over", "4", "seeds", "mean", "95", "%", "interval",
+    assert max(map(len, lines)) <= 80 and lines[2].split() == ["over", "4", "seeds", "mean", "95", "%", "interval",
                                                                "IQM", "std"]  # fmt: skip
-    assert lines[1:3] == ["    1 run of commit 1234567, 8 episodes", "    4 of 8 episodes cut after 10,000 steps"]
+    assert lines[1] == "    4 of 8 episodes cut after 10,000 steps"
     assert any("in 4 of 8 episodes" in line for line in lines) and any("over 2 runs" in line for line in lines)
     data = to_json(groups, {"seed": 0})
     content = json.loads(data, parse_constant=pytest.fail)
@@ -254,22 +254,17 @@ def test_plot_is_readable(suffix, aggregate):
         assert all(name in data for name in (b"a (2 runs)", b"b (1 run, band over ", b"task/other (published, 5 runs"))
 
 
-def test_published_curves_are_read():
-    """Points of one curve and metric, in order of steps; a file is named once for several."""
-    texts = [f"{PUBLISHED}:mp_grid_off/trxl,mp_grid_off/gru"]
-    first, second = read_references(texts, "success")
+def test_published_curves_are_read(tmp_path):
+    """Points of one curve and metric, in order of steps; a file is named once for several; they hold numbers."""
+    first, second = read_references([f"{PUBLISHED}:mp_grid_off/trxl,mp_grid_off/gru"], "success")
     assert (first.name, first.runs, len(first.steps), second.name) == ("mp_grid_off/trxl", 5, 21, "mp_grid_off/gru")
     assert first.steps == sorted(first.steps) and first.mean[10] == pytest.approx(0.87, abs=0.01)
     assert first.environment == "MysteryPath-Grid"
-
-
-@pytest.mark.parametrize("column", ("steps", "runs"))
-def test_published_curves_hold_numbers(tmp_path, column):
-    """What is no number is named with its file."""
-    values = dict.fromkeys(COLUMNS, "1") | {"task": "a", "run": "b", "metric": "success", column: "nan"}
-    (tmp_path / "curves.csv").write_text(f"{','.join(COLUMNS)}\n{','.join(values.values())}\n")
-    with pytest.raises(UserError, match="curves.csv: a/b: the columns from steps on should be numbers: nan"):
-        read_references([f"{tmp_path / 'curves.csv'}:a/b"], "success")
+    for column in ("steps", "runs"):
+        values = dict.fromkeys(COLUMNS, "1") | {"task": "a", "run": "b", "metric": "success", column: "nan"}
+        (tmp_path / "curves.csv").write_text(f"{','.join(COLUMNS)}\n{','.join(values.values())}\n")
+        with pytest.raises(UserError, match="curves.csv: a/b: the columns from steps on should be numbers: nan"):
+            read_references([f"{tmp_path / 'curves.csv'}:a/b"], "success")
 
 
 # ------------------------------------------------------------------------------------------------------- command lines
@@ -374,13 +369,11 @@ def test_evaluate_writes_what_it_found(tmp_path):
         write_model(tmp_path / "run-1" / f"model-{steps:012d}.nn", run_id="run-1", steps=steps)
     write_model(tmp_path / "two.nn", run_id="run-2", seed=2, steps=200)
     done = command("evaluate.py", "run-1", "two.nn", "two.nn", "--seeds=6", "--repetitions=2", "--seed=3",
-                   "--processes=2", "--device=cpu", "--metric=length", "--plot=curve.png", "--output=numbers",
-                   folder=tmp_path)  # fmt: skip
+                   "--processes=2", "--deterministic", "--cpu", "--metric=length", "--plot=curve.png",
+                   "--output=numbers", folder=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert (
-        "\n    2 runs of commit unknown, 24 episodes\n" in done.stdout and max(map(len, done.stdout.splitlines())) <= 80
-    )
-    assert "3/3 two.nn: 100%" in done.stderr
+    assert "run: 2 runs (PocMemoryEnv), 200 steps, 24" in done.stdout and "3/3 two.nn: 12 episodes" in done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 80
     content = json.loads((tmp_path / "numbers.json").read_text())
     assert content["seeds"] == list(range(100_003, 100_009)) and content["versions"]["torch"] == torch.__version__
     assert [model["path"] for model in content["models"]] == [
@@ -392,20 +385,7 @@ def test_evaluate_writes_what_it_found(tmp_path):
     for row, model in zip(rows, content["models"], strict=True):
         assert {episode["seed"] for episode in model["episodes"]} == set(content["seeds"])
         lengths = [episode["length"] for episode in model["episodes"]]
+        assert lengths[::2] == lengths[1::2], "deterministic: each seed's repetitions are the same"
         assert float(row["length_mean"]) == model["statistics"]["length"]["mean"] == pytest.approx(np.mean(lengths))
         assert (row["model"], int(row["steps"]), row["episodes"]) == (model["path"], model["run"]["steps"], "12")
     assert imageio.v2.imread(tmp_path / "curve.png").std() > 0
-
-
-def test_evaluate_deterministic_does_not_depend_on_processes(tmp_path):
-    """Whatever --processes, the same numbers; --deterministic repeats every episode."""
-    from tests.test_watching import command, write_model
-
-    arguments = (write_model(tmp_path / "run.nn"), "--seeds=5", "--repetitions=2", "--cpu", "--deterministic")
-    contents = []
-    for processes in (1, 2):
-        done = command("evaluate.py", *arguments, f"--processes={processes}", f"--output={processes}", folder=tmp_path)
-        assert done.returncode == 0, done.stderr
-        contents.append(json.loads((tmp_path / f"{processes}.json").read_text())["models"][0]["episodes"])
-    assert contents[0] == contents[1]
-    assert all(a["length"] == b["length"] for a, b in zip(contents[0][::2], contents[0][1::2], strict=True))

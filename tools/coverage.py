@@ -50,8 +50,7 @@ def intervals(scores: np.ndarray) -> Iterator[tuple[str, float, float]]:
 
 def main() -> None:
     """Print a Markdown table: of each interval how often it holds the mean, and its median width over that of t."""
-    samples = whole_number(arguments_of(__doc__), "--samples", 10)
-    rows = []
+    samples, rows = whole_number(arguments_of(__doc__), "--samples", 10), []
     for n, name in tqdm([(n, name) for name in CASES for n in (3, 5, 10)]):
         draw, mean = CASES[name]
         generator = np.random.default_rng(n)
