@@ -28,15 +28,7 @@ import sys
 import time
 from pathlib import Path
 
-from run.cli import (
-    arguments_of,
-    command_line,
-    cores,
-    one_of,
-    output_file,
-    step_limit,
-    whole_number,
-)
+from run.cli import arguments_of, command_line, cores, one_of, output_file, step_limit, whole_number
 from utils import UserError
 
 FIGURES = (".png", ".pdf", ".svg")
