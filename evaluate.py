@@ -1,16 +1,17 @@
 """Evaluate models on episodes that training has not seen.
 
 Usage:
-    evaluate.py <models>... [--reference=<curves>]... [options]
+  evaluate.py [<models>...] [--group=<runs>]... [--reference=<c>]... [options]
 
-Models are files or folders of them. Those whose configs agree are runs of one
-group; those of one run with different steps form its learning curve.
+Models are files, folders of them, or what --output wrote (.json), which is not
+played again. Those with one config and commit are runs of one group.
 Options:
-    --seeds=<n>           Environment seeds that each model plays [default: 50].
+    --seeds=<n>           How many unseen ones, or 0:10 for 0–9 [default: 50].
     --repetitions=<n>     How often it plays each of them [default: 5].
     --seed=<n>            Skip n unseen seeds; seeds actions [default: 0].
     --deterministic       Take the most probable actions, draw none.
     --max-steps=<n>       Cut episodes; at 10,000 where the task has no limit.
+    --group=<runs>        Name runs of one group: <label>:<models>,<models>…
     --aggregate=<what>    runs: average each first; episodes [default: runs].
     --metric=<name>       What is plotted: reward, success, … [default: reward].
     --plot=<file>         Learning curves as .png, .pdf or .svg.
@@ -26,7 +27,7 @@ Example: python evaluate.py models/*.nn --output=results --plot=curves.pdf
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -38,11 +39,12 @@ class Arguments(Computing):
     """What the docstring says."""
 
     models: list[str] = Field(alias="<models>")
-    seeds: Annotated[int, Field(ge=1, le=10**6)]
+    seeds: str
     repetitions: Annotated[int, Field(ge=1, le=10**6)]
     seed: Annotated[int, Field(ge=0, le=2**30)]
     deterministic: bool
     max_steps: Count | None
+    group: list[str]
     aggregate: Literal["runs", "episodes"]
     metric: str
     plot: Annotated[Path, to_file(".png", ".pdf", ".svg")] | None
@@ -52,20 +54,24 @@ class Arguments(Computing):
 
 
 def main() -> None:
-    """Parse the command line and evaluate, together with the other processes that torchrun started."""
+    """Parse the command line and evaluate, together with the other ranks that torchrun started."""
     arguments = arguments_of(__doc__, Arguments)
     from run.distributed import check_alike, together
 
-    with together(arguments) as (world, device):
-        with world.agree_on(UserError):
+    with together(arguments) as (ranks, device):
+        with ranks.agree_on(UserError):
             protocol, references = checked(arguments, device)
-        check_alike(world, None, arguments.model_dump(by_alias=True))
-        with world.agree_on(UserError):
-            models = find_and_load(arguments.models, device)
-        evaluated = play(models, protocol, arguments, world)
-        with world.agree_on(UserError, OSError):
-            if world.first:
-                report(evaluated, protocol, arguments, references)
+        check_alike(ranks, None, arguments.model_dump(by_alias=True))
+        with ranks.agree_on(UserError):
+            models = load(arguments, device)
+            check_tasks([evaluated for evaluated, _ in models], references)
+            protocol["seeds"], note = seeds_of(models, arguments)
+        if ranks.first and note:
+            print(note, file=sys.stderr)
+        play([(evaluated, agent) for evaluated, agent in models if agent], protocol, arguments, ranks)
+        with ranks.agree_on(UserError, OSError):
+            if ranks.first:
+                report([evaluated for evaluated, _ in models], protocol, arguments, references)
 
 
 def checked(arguments: Arguments, device) -> tuple[dict, list]:
@@ -75,127 +81,116 @@ def checked(arguments: Arguments, device) -> tuple[dict, list]:
 
     if arguments.reference and arguments.plot is None:
         raise UserError("--reference: is for a figure; name one with --plot=<file>")
-    references = read_references(arguments.reference, arguments.metric)
-    return {
+    protocol = {
         "command": ["python", *sys.argv],
-        "seeds": arguments.seeds,
         "repetitions": arguments.repetitions,
         "seed": arguments.seed,
         "deterministic": arguments.deterministic,
         "versions": provenance(device),
-    }, references
+    }
+    return protocol, read_references(arguments.reference, arguments.metric)
 
 
-def find_and_load(paths: list[str], device) -> list[tuple]:
-    """Return path, model, config, task and run of all models; UserError where there are none to be played."""
-    from evaluation.agent import load_for_play
-    from evaluation.statistics import find_models
+def load(arguments: Arguments, device) -> list[tuple]:
+    """Return, of each model, what is known of it and (model, config, task) to play it, None where it was played."""
+    from evaluation.agent import load_for_play, task_name
+    from evaluation.statistics import Evaluated, find_models, from_json
+    from run.checkpoint import fingerprint
 
-    return [(path, *load_for_play(path, device)) for path in find_models(paths)]
+    labels = dict.fromkeys(find_models(arguments.models), "")
+    for text in arguments.group:
+        label, _, names = text.partition(":")
+        if not label or not names:
+            raise UserError(f"--group: {text!r} should be <label>:<models>,<models>…")
+        labels |= dict.fromkeys(find_models(names.split(",")), label)
+    models: list[tuple] = []
+    for path, label in labels.items():
+        if path.suffix == ".json":
+            models += [(stored, None) for stored in from_json(path, label)]
+            continue
+        model, config, task, run = load_for_play(path, device)
+        evaluated = Evaluated(
+            str(path), task_name(config.environment), config.model_dump(), run, [], step_limit(arguments.max_steps, task),
+            fingerprint(model.state_dict()), label,
+        )  # fmt: skip
+        models.append((evaluated, (model, config, task)))
+    if not models:
+        raise UserError("evaluate.py: name the models, or files that --output wrote; see --help")
+    return models
 
 
-def play(models: list[tuple], protocol: dict, arguments: Arguments, world) -> list:
-    """Let all models play the same seeds, which `protocol` then names; return what they did."""
+def check_tasks(models: list, references: list) -> None:
+    """Raise UserError where a named group is of several tasks, or a published curve is of none of them."""
+    from evaluation.published import check_task
+
+    for label in {model.label for model in models} - {""}:
+        tasks = sorted({model.environment for model in models if model.label == label})
+        if len(tasks) > 1:
+            raise UserError(f"--group: {label} has models of several tasks: {', '.join(tasks)}")
+    check_task(references, [model.environment for model in models])
+
+
+def seeds_of(models: list[tuple], arguments: Arguments) -> tuple[list[int], str]:
+    """Return the seeds that all models play, or did where all of them have, and what is to be said of them."""
+    from evaluation.statistics import chosen_seeds
+
+    sections = [agent[1].environment for _, agent in models if agent]
+    if sections:
+        return chosen_seeds(arguments.seeds, arguments.seed, sections)
+    return sorted({episode["seed"] for evaluated, _ in models for episode in evaluated.episodes}), ""
+
+
+def play(models: list[tuple], protocol: dict, arguments: Arguments, ranks) -> None:
+    """Let all models play the seeds of `protocol`."""
     import torch
+    from tqdm import tqdm
 
-    from evaluation.agent import first_unseen_seed, play_episodes, task_name
-    from evaluation.statistics import Evaluated
+    from evaluation.agent import play_episodes
 
-    mine = max(1, cores() // world.local_size)
+    mine = max(1, cores() // ranks.local_size)
     # The environments need the other cores. Must not depend on --processes: it decides how sums are rounded.
     torch.set_num_threads(max(1, mine // 2))
     processes = arguments.processes or mine - max(1, mine // 2) or 1
-    first = protocol["seed"] + max(first_unseen_seed(config.environment) for _, _, config, _, _ in models)
-    total, repetitions = protocol["seeds"] * protocol["repetitions"], protocol["repetitions"]
-    protocol["seeds"] = list(range(first, first + protocol["seeds"]))
-    evaluated = []
-    for number, (path, model, config, task, run) in enumerate(models, start=1):
-        limit = step_limit(arguments.max_steps, task)
-        with Progress(f"{number}/{len(models)} {path.name}", total, world) as progress:
-            episodes = play_episodes(
-                model, config, task, protocol["seeds"], repetitions, action_seed=protocol["seed"],
-                deterministic=protocol["deterministic"], processes=processes, progress=progress.count,
-                max_steps=limit, world=world,
+    seeds, repetitions = protocol["seeds"], protocol["repetitions"]
+    total, quiet = len(seeds) * repetitions, not (ranks.first and sys.stderr.isatty())
+    for number, (evaluated, (model, config, task)) in enumerate(models, start=1):
+        name, started = f"{number}/{len(models)} {Path(evaluated.path).name}", time.perf_counter()
+        with tqdm(desc=name[-30:], total=total // ranks.size, unit="episode", dynamic_ncols=True, disable=quiet) as bar:
+            evaluated.episodes = play_episodes(
+                model, config, task, seeds, repetitions, action_seed=protocol["seed"],
+                deterministic=protocol["deterministic"], processes=processes,
+                progress=bar.update,  # type: ignore[arg-type]
+                max_steps=evaluated.max_steps, ranks=ranks,
             )  # fmt: skip
-        evaluated.append(Evaluated(str(path), task_name(config.environment), config.model_dump(), run, episodes, limit))
-    return evaluated
+        if ranks.first and quiet:
+            seconds = time.perf_counter() - started
+            print(f"{name}: {total:,} episodes in {seconds:.1f} s", file=sys.stderr, flush=True)
 
 
 def report(evaluated: list, protocol: dict, arguments: Arguments, references: list) -> None:
-    """Print the table and write the files that were asked for."""
-    from evaluation import statistics as results
-
-    groups = results.group_runs(evaluated, arguments.aggregate)
-    print("\n".join(results.table(groups)), flush=True)
-    write_results(groups, protocol, arguments.output, arguments.plot, arguments.metric, references)
-
-
-class Progress:
-    """A bar over the episodes of one model, or one line at its end where there is no terminal.
-
-    Args:
-        name: what is under way.
-        total: number of episodes.
-        world: all processes; the first one shows how far it is itself.
-    """
-
-    def __init__(self, name: str, total: int, world) -> None:
-        self.name, self.total, self.world = name, total, world
-        self.bar: Any = None
-
-    def __enter__(self) -> "Progress":
-        self.started = time.perf_counter()
-        if sys.stderr.isatty() and self.world.first:
-            from tqdm import tqdm
-
-            self.bar = tqdm(
-                total=self.total // self.world.size, desc=self.name[-30:], unit="episode", dynamic_ncols=True
-            )
-        return self
-
-    def count(self, episodes: int) -> None:
-        """Add episodes that have ended."""
-        if self.bar is not None:
-            self.bar.update(episodes)
-
-    def __exit__(self, *failure: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
-        elif failure == (None, None, None) and self.world.first:
-            seconds = time.perf_counter() - self.started
-            print(f"{self.name}: {self.total:,} episodes in {seconds:.1f} s", file=sys.stderr, flush=True)
-
-
-def write_results(
-    groups: list, protocol: dict, output: Path | None, figure: Path | None, metric: str, references: list
-) -> None:
-    """Write the files that were asked for and name them.
-
-    Args:
-        groups: of `results.group_runs`.
-        protocol: how they were evaluated.
-        output: .json and .csv, without suffix, or None.
-        figure: or None.
-        metric: what the figure shows; UserError where no group reports it.
-        references: published curves that it shows too.
-    """
-    from evaluation.statistics import plot, to_csv, to_json
+    """Write the files that were asked for, and only then print; UserError where no group reports what is plotted."""
+    from evaluation import statistics
     from run.checkpoint import write_file
 
+    groups = statistics.group_runs(evaluated, arguments.aggregate)
+    output, figure, metric = arguments.output, arguments.plot, arguments.metric
     files = {}
+    known = dict.fromkeys(name for group in groups for point in group.points for name in point.statistics)
     if output is not None:
-        files[output.with_name(output.name + ".json")] = to_json(groups, protocol)
-        files[output.with_name(output.name + ".csv")] = to_csv(groups)
+        files[output.with_name(output.name + ".json")] = statistics.to_json(groups, protocol)
+        files[output.with_name(output.name + ".csv")] = statistics.to_csv(groups)
+    if figure is not None and metric in known:
+        files[figure] = statistics.plot(groups, metric, figure.suffix, references)
     for path, data in files.items():
         write_file(path, data)
-    if figure is not None:
-        known = list(dict.fromkeys(name for group in groups for point in group.points for name in point.statistics))
-        if metric not in known:
-            raise UserError(f"--metric: {metric!r} is not reported; allowed here are {', '.join(known)}")
-        write_file(figure, plot(groups, metric, figure.suffix, references))
-        files[figure] = None
+    print("\n".join(statistics.table(groups)), flush=True)
     if files:
         print(f"wrote {', '.join(map(str, files))}", file=sys.stderr)
+    tasks = dict.fromkeys(model.environment for model in evaluated)
+    if figure is not None and len(tasks) > 1:
+        print(f"{figure}: {len(tasks)} tasks on one axis: {', '.join(tasks)}", file=sys.stderr)
+    if figure is not None and metric not in known:
+        raise UserError(f"--metric: {metric!r} is not reported; allowed here are {', '.join(known)}")
 
 
 if __name__ == "__main__":

@@ -1,28 +1,32 @@
 """Numbers for a paper: what many episodes of many models come to, as a table, as files and as learning curves."""
 
 import csv
+import glob
 import io
+import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import trim_mean
+from scipy.stats import binomtest, t, trim_mean
 
 from environments.numbers import count_missing_success, metrics_of
 from evaluation.published import Reference
-from utils import UserError
+from utils import UserError, seed_range
 
-# Bootstrap resamples behind each confidence interval.
-RESAMPLES = 2000
+# Of fewer runs nothing can be said but what they are: they are shown themselves.
+FEWEST = 3
 # What --aggregate allows: runs are averaged before they are aggregated, or all episodes are pooled.
 AGGREGATES = ("runs", "episodes")
 # What has nothing to do with what a run learns; runs that agree in all the rest differ in their seed only.
-BOOKKEEPING = ("updates", "checkpoint_interval", "model_interval", "video_interval", "histogram_interval")
+BOOKKEEPING = (
+    "updates", "checkpoint_interval", "model_interval", "video_interval", "histogram_interval", "eval_interval",
+)  # fmt: skip
 STATISTICS = ("mean", "low", "high", "iqm", "std")
 # Okabe and Ito 2008: told apart by colour-blind eyes. The yellow one is left out: it is too bright for paper.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -40,9 +44,11 @@ class Evaluated:
         path: its file.
         environment: name of its task.
         config: its config as plain values.
-        run: what is known about its training: run_id, seed, steps, …
+        run: what is known about its training: run_id, seed, steps, commit, …
         episodes: of `play_episodes`.
         max_steps: after how many steps episodes were cut, None where they were not.
+        weights: a digest of its weights.
+        label: name of the group that --group puts it into, "" where its config and commit decide.
     """
 
     path: str
@@ -51,11 +57,19 @@ class Evaluated:
     run: dict
     episodes: list[dict[str, float]]
     max_steps: int | None = None
+    weights: str = ""
+    label: str = ""
 
     @property
     def cut(self) -> int:
         """How many episodes were cut."""
         return sum(episode.get("cut", 0) > 0 for episode in self.episodes)
+
+    @property
+    def commit(self) -> str:
+        """The code that it was trained by, short; it ends in -dirty where that code was never committed."""
+        commit, _, dirty = self.run.get("commit", "unknown").partition("-")
+        return commit[:7] + ("-dirty" if dirty else "")
 
     def scores(self, metric: str) -> np.ndarray:
         """Return (seeds, repetitions) of a metric: NaN where an episode lacks it, but 0 for success."""
@@ -73,16 +87,18 @@ class Point:
         steps: environment steps of training.
         models: one per run.
         aggregate: one of `AGGREGATES`.
+        repeated: models that are shown and not counted, for `models` has their seed already.
     """
 
     steps: int
     models: list[Evaluated]
     aggregate: str = "runs"
+    repeated: list[Evaluated] = field(default_factory=list)
 
     @cached_property
     def singles(self) -> list["Point"]:
         """Each model on its own."""
-        return [Point(self.steps, [model], self.aggregate) for model in self.models]
+        return [Point(self.steps, [model], self.aggregate) for model in self.models + self.repeated]
 
     @property
     def episodes(self) -> list[dict[str, float]]:
@@ -99,14 +115,16 @@ class Point:
         return f"over {len({episode['seed'] for episode in self.episodes}):,} seeds"
 
     @cached_property
-    def statistics(self) -> dict[str, dict[str, float]]:
-        """Of each metric: `summarise`, and how many `episodes` report it, `of` how many."""
+    def statistics(self) -> dict[str, dict[str, Any]]:
+        """Of each metric: `summarise`, the mean of each of the `runs`, and in how many `episodes`, `of` all, it is."""
         found = {}
         for metric in metrics_of(self.episodes):
             scores = np.stack([model.scores(metric) for model in self.models])
             reported = int((~np.isnan(scores)).sum())
             if reported:
-                found[metric] = summarise(scores, self.aggregate) | {"episodes": reported, "of": scores.size}
+                runs = np.ma.masked_invalid(scores).mean(axis=2).mean(axis=1).filled(math.nan).tolist()
+                counts = {"runs": runs, "episodes": reported, "of": scores.size}
+                found[metric] = summarise(scores, self.aggregate) | counts
         return found
 
 
@@ -117,12 +135,10 @@ class Group:
     Attributes:
         name: for tables and legends.
         points: its learning curve, in order of steps.
-        aggregate: one of `AGGREGATES`.
     """
 
     name: str
-    points: list[Point] = field(default_factory=list)
-    aggregate: str = "runs"
+    points: list[Point]
 
     @property
     def runs(self) -> list[str]:
@@ -131,67 +147,105 @@ class Group:
 
 
 def summarise(scores: np.ndarray, aggregate: str = "runs") -> dict[str, float]:
-    """Return mean, 95 % confidence interval, interquartile mean (IQM) and standard deviation.
+    """Return mean, 95 % confidence interval, interquartile mean (IQM) and standard deviation (divided by n - 1).
 
-    With "runs", every run's episodes are averaged, and mean, IQM and deviation are over runs; the interval is of the
-    mean. Where there is one run, its mean is the IQM too, and interval and deviation are over its environment seeds.
-    With "episodes", all are over the episodes of all runs, and the interval is of the IQM; where episodes succeed or
-    fail it says little: the IQM of 80 % is 1.
+    With "runs", each run is averaged, and all are over the runs' averages; where there is one run, they are over those
+    of its environment seeds. The interval is of the mean. With "episodes", all are over the episodes of all runs, and
+    the interval is of the IQM (Agarwal et al. 2021), which is 1 where 80 % succeed: there it says little.
+
+    Scores that are all 0 or 1 have a mean between these: its interval ends there. Where the averages of such scores are
+    all the same, or each is of one episode, the interval is Wilson's for a share of the seeds.
 
     Args:
         scores: (runs, seeds, repetitions); NaN, which is left out, where an episode does not report the metric.
         aggregate: one of `AGGREGATES`.
 
     Returns:
-        By `STATISTICS`; what would need a second run or seed is NaN.
+        By `STATISTICS`; what would need more runs or seeds is NaN.
     """
-    several = len(scores) > 1
-    rows = scores.reshape(len(scores), -1) if several else scores[0]
-    rows = rows[~np.isnan(rows).all(axis=1)]
+    masked = np.ma.masked_invalid(scores)
+    episodes = masked.compressed()
     with np.errstate(over="ignore", invalid="ignore"):  # a task may report 1e308
+        seeds = masked.mean(axis=2)
+        values = (seeds.mean(axis=1) if len(scores) > 1 else seeds[0]).compressed()
         if aggregate == "episodes":
-            episodes = rows[~np.isnan(rows)]
-            low, high = interval(rows, lambda chosen: interquartile_mean(chosen[~np.isnan(chosen)]))
-            numbers = (episodes.mean(), low, high, interquartile_mean(episodes), episodes.std())
+            iqm = trim_mean(episodes, 0.25)
+            low, high = interval(pulls_on_iqm(masked.reshape(len(scores), -1) if len(scores) > 1 else masked[0], iqm))
+            values = episodes
         else:
-            averages = np.nanmean(rows, axis=1)
-            std = averages.std() if len(averages) > 1 else math.nan
-            if several:
-                numbers = (averages.mean(), *interval(averages, np.mean), interquartile_mean(averages), std)
-            else:
-                mean = np.nanmean(rows)
-                numbers = (mean, *interval(rows, np.nanmean), mean, std)
-    return {name: float(number) for name, number in zip(STATISTICS, numbers, strict=True)}
+            iqm = trim_mean(values, 0.25) if len(scores) > 1 else values.mean()
+            low, high = interval(values)
+        mean, std = values.mean(), values.std(ddof=1) if len(values) > 1 else math.nan
+    if np.isin(episodes, (0, 1)).all() and math.isfinite(low):
+        if aggregate == "runs" and (np.ptp(values) == 0 or len(values) == len(episodes)):
+            n = max(len(values), scores.shape[1])
+            low, high = binomtest(round(mean * n), n).proportion_ci(method="wilson")
+        low, high = max(low, 0.0), min(high, 1.0)
+    return {name: float(value) for name, value in zip(STATISTICS, (mean, low, high, iqm, std), strict=True)}
 
 
-def interval(rows: np.ndarray, statistic: Callable[[np.ndarray], float]) -> tuple[float, float]:
-    """Return the 95 % interval of a statistic by the stratified bootstrap of Agarwal et al. 2021, with percentiles.
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """Return the 95 % confidence interval of the mean of independent numbers, NaN for fewer than `FEWEST`.
 
-    Whole rows are resampled: the scores within one belong to the same seed or run and are not independent. The draws
-    are those of rliable, their package, so that its numbers come out to the last digit.
+    It is the t interval, on either side as wide as the t interval corrected for skewness (Hall 1992) where that is
+    wider: `python -m tools.coverage` says how often it holds the mean, and what others do.
 
     Args:
-        rows: (runs or seeds, …) their scores; of a single row nothing can be said, the interval is NaN.
-        statistic: of rows.
+        values: (n,) one per run or seed.
     """
-    if len(rows) < 2:
+    n = len(values)
+    if n < FEWEST:
         return math.nan, math.nan
-    generator = np.random.RandomState(0)
-    found = [statistic(rows[generator.choice(len(rows), len(rows))]) for _ in range(RESAMPLES)]
-    low, high = np.percentile(found, (2.5, 97.5))
-    return low, high
+    mean, std, reach = values.mean(), values.std(ddof=1), t.ppf(0.975, n - 1)
+    if std == 0:
+        return mean, mean
+    slant = (((values - mean) / std) ** 3).sum() * math.sqrt(n) / ((n - 1) * (n - 2))  # skewness / √n
+    below, above = reach, reach
+    if abs(slant) > 1e-6:
+        below, above = 3 / slant * (np.cbrt(1 + slant * (np.array([reach, -reach]) - slant / 6)) - 1) * (1, -1)
+    error = std / math.sqrt(n)
+    return mean - max(reach, below) * error, mean + max(reach, above) * error
 
 
-def interquartile_mean(scores: np.ndarray) -> float:
-    """Return the mean of the middle half of all scores, as Agarwal et al. 2021 define it."""
-    return float(trim_mean(scores, 0.25, axis=None))
+def pulls_on_iqm(rows: np.ma.MaskedArray, iqm: float) -> np.ndarray:
+    """Return a number per row whose mean is an interquartile mean: how far the row's scores pull it.
+
+    What a score does to it ends at the quartiles (Tukey and McLaughlin 1963); rows are independent, scores are not.
+    """
+    ends = np.ma.masked_array(np.clip(rows.data, *np.quantile(rows.compressed(), (0.25, 0.75))), rows.mask)
+    pulls = 2 * (ends - ends.mean()).sum(axis=1) * len(rows) / rows.count()
+    return iqm + pulls.compressed()
+
+
+def chosen_seeds(text: str, skip: int, sections: Iterable[Any]) -> tuple[list[int], str]:
+    """Return the environment seeds that --seeds asks for, and what is to be said of them, "" if nothing is.
+
+    Args:
+        text: "50" for so many that training has not seen; "0:10" for 0 to 9, whether it has or not.
+        skip: how many unseen ones are left out first.
+        sections: the `environment` sections of the configs.
+
+    Raises:
+        UserError: if the text is neither.
+    """
+    trained = [range(start, start + count) for start, count in map(seed_range, sections)]
+    first, colon, end = text.rpartition(":")
+    numbers = [int(part) if part.isdecimal() else -1 for part in (first if colon else "0", end)]
+    if not 0 <= numbers[0] < numbers[1] < 2**31 or numbers[1] - numbers[0] > 10**6:
+        raise UserError(f"--seeds: {text!r} should be how many unseen ones, such as 50, or which ones, such as 0:10")
+    if not colon:
+        numbers = [number + skip + max(seeds.stop for seeds in trained) for number in numbers]
+    seeds = list(range(*numbers))
+    seen = sum(any(seed in range_ for range_ in trained) for seed in seeds)
+    return seeds, f"--seeds: training may have drawn {seen:,} of these {len(seeds):,}" if seen else ""
 
 
 def group_runs(models: list[Evaluated], aggregate: str = "runs") -> list[Group]:
-    """Put runs whose configs agree, but for bookkeeping, into groups, and their models into points by steps.
+    """Put models into groups of runs that differ in their seed only, and these into points by steps.
 
-    A model that was given twice, by its run, seed and steps, counts once. Where any model of a task reports success,
-    episodes that do not are completed by a success of 0.
+    Runs of one group have the same label or, without one, the same config, but for bookkeeping, and commit. A model
+    that comes twice is left out; of several runs with one seed, the first counts. Where any model of a task reports
+    success, episodes that do not are completed by a success of 0.
 
     Args:
         models: all that were evaluated, on the same seeds.
@@ -199,45 +253,61 @@ def group_runs(models: list[Evaluated], aggregate: str = "runs") -> list[Group]:
     """
     for task in {model.environment for model in models}:
         count_missing_success([e for model in models if model.environment == task for e in model.episodes])
-    groups: dict[str, dict[int, dict[tuple, Evaluated]]] = {}
+    groups: dict[str, dict[int, Point]] = {}
+    known = set()
     for model in models:
         relevant = {key: value for key, value in model.config.items() if key not in BOOKKEEPING}
-        points = groups.setdefault(json.dumps(relevant, sort_keys=True, default=str), {})
-        runs = points.setdefault(model.run["steps"], {})
-        runs.setdefault((model.run["run_id"], model.run["seed"]), model)
+        alike = [model.environment, relevant, model.run.get("commit")]
+        key = model.label or json.dumps(alike, sort_keys=True, default=str)
+        identity = (key, model.run["run_id"], model.run["seed"], model.run["steps"], model.weights)
+        if identity not in known:
+            known.add(identity)
+            point = groups.setdefault(key, {}).setdefault(model.run["steps"], Point(model.run["steps"], [], aggregate))
+            again = model.run["seed"] in [other.run["seed"] for other in point.models]
+            (point.repeated if again else point.models).append(model)
     result: list[Group] = []
     for points in groups.values():
-        first = next(iter(next(iter(points.values())).values()))
-        name = first.run["run_id"]
-        if len({run for runs in points.values() for run in runs}) > 1:
+        group = Group("", [points[steps] for steps in sorted(points)])
+        first = group.points[0].models[0]
+        name = first.label or group.runs[0]
+        if len(group.runs) > 1 and not first.label:
             name = name.rstrip("0123456789").rstrip("-_.") or name
-        taken = sum(name == other.name.split(" #")[0] for other in result)
-        ordered = [Point(steps, list(points[steps].values()), aggregate) for steps in sorted(points)]
-        result.append(Group(f"{name} #{taken + 1}" if taken else name, ordered, aggregate))
+        names = itertools.chain([name, f"{name} @{first.commit}"], (f"{name} #{k}" for k in itertools.count(2)))
+        group.name = next(name for name in names if name not in [other.name for other in result])
+        result.append(group)
     return result
 
 
 def table(groups: list[Group]) -> Iterator[str]:
-    """Yield the lines of a table of 80 columns: every model, and every group of several runs."""
+    """Yield the lines of a table of 80 columns: every model, and every group of several."""
     for group in groups:
         for point in group.points:
             for single in point.singles:
                 yield from _rows(single.models[0].path, single)
-            if len(point.models) > 1:
-                yield from _rows(f"{group.name}: {len(point.models)} runs", point)
+            if len(point.singles) > 1:
+                yield from _rows(group.name, point)
 
 
 def _rows(title: str, point: Point) -> Iterator[str]:
-    yield f"{title} ({point.models[0].environment}), {point.steps:,} steps, {len(point.episodes):,} episodes"
+    runs, episodes = len(point.models), len(point.episodes)
+    title = f"{title}: {runs} {'run' if runs == 1 else 'runs'} ({point.models[0].environment})"
+    yield f"{title}, {point.steps:,} steps, {episodes:,} episodes"
+    commits = list(dict.fromkeys(model.commit for model in point.models))
+    if len(commits) > 1 or commits[0].endswith("-dirty"):
+        yield f"    trained by {', '.join(commits)}"
+    for model in point.repeated:
+        yield f"    not counted, for seed {model.run['seed']} comes again: {model.path}"
     cut = sum(model.cut for model in point.models)
     if cut:
         limit = max(model.max_steps or 0 for model in point.models)
-        yield f"    {cut:,} of {len(point.episodes):,} episodes cut after {limit:,} steps"
+        yield f"    {cut:,} of {episodes:,} episodes cut after {limit:,} steps"
     first, last = ("IQM", "mean") if point.aggregate == "episodes" else ("mean", "IQM")
-    yield f"    {point.over:<20}{first:>10}  {'95 % interval':^22}{last:>10}{'std':>10}"
+    few = 1 < runs < FEWEST
+    yield f"    {point.over:<20}{first:>10}  {'the runs' if few else '95 % interval':^22}{last:>10}{'std':>10}"
     for metric, found in point.statistics.items():
         numbers = {name: f"{found[name]:.3f}" if math.isfinite(found[name]) else "–" for name in STATISTICS}
-        bounds = f"[{numbers['low']}, {numbers['high']}]"
+        bounds = f"[{numbers['low']}, {numbers['high']}]" if math.isfinite(found["low"]) else "–"
+        bounds = ", ".join(f"{mean:.3f}" for mean in found["runs"]) if few else bounds
         left, right = numbers[first.lower()], numbers[last.lower()]
         yield f"    {metric[:20]:<20}{left:>10}  {bounds:^22}{right:>10}{numbers['std']:>10}"
         if found["episodes"] < found["of"]:
@@ -249,8 +319,8 @@ def to_json(groups: list[Group], protocol: dict) -> bytes:
 
     What is not finite becomes null: JSON has no word for it.
     """
-    content = protocol | {"aggregate": groups[0].aggregate, "interval_of": interval_of(groups[0].aggregate)}
-    content |= {"groups": [], "models": []}
+    aggregate = groups[0].points[0].aggregate
+    content = protocol | {"aggregate": aggregate, "interval_of": interval_of(aggregate), "groups": [], "models": []}
     for group in groups:
         points = [
             {"steps": point.steps, "models": [model.path for model in point.models], "statistics": point.statistics}
@@ -258,26 +328,31 @@ def to_json(groups: list[Group], protocol: dict) -> bytes:
         ]
         content["groups"].append({"name": group.name, "runs": group.runs, "points": points})
         for single in (single for point in group.points for single in point.singles):
-            model = single.models[0]
-            content["models"].append(
-                {"path": model.path, "group": group.name, "environment": model.environment, "run": model.run}
-                | {"max_steps": model.max_steps, "cut": model.cut, "statistics": single.statistics}
-                | {"episodes": model.episodes, "config": model.config}
-            )
-    return (json.dumps(_finite(content), indent=1, allow_nan=False, default=str) + "\n").encode()
+            model = vars(single.models[0]) | {"group": group.name, "cut": single.models[0].cut}
+            content["models"].append(model | {"statistics": single.statistics})
+    finite = json.loads(json.dumps(content, default=str), parse_constant=lambda name: None)
+    return (json.dumps(finite, indent=1) + "\n").encode()
+
+
+def from_json(path: Path, label: str = "") -> list[Evaluated]:
+    """Return the models whose episodes a file of `to_json` holds, with a label; UserError where it is none."""
+    names = ("path", "environment", "config", "run", "episodes", "max_steps")
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))["models"]
+        models = [
+            Evaluated(**{name: m[name] for name in names}, weights=m.get("weights") or m["path"], label=label)
+            for m in stored
+        ]
+        for episode in (episode for model in models for episode in model.episodes):
+            episode |= {name: math.nan for name, number in episode.items() if number is None}
+        return models
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: should be a file that evaluate.py --output wrote ({error})") from error
 
 
 def interval_of(aggregate: str) -> str:
     """Return which statistic the confidence interval belongs to."""
     return "iqm" if aggregate == "episodes" else "mean"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def to_csv(groups: list[Group]) -> bytes:
@@ -286,8 +361,8 @@ def to_csv(groups: list[Group]) -> bytes:
     for group, point in ((g, single) for g in groups for p in g.points for single in p.singles):
         model = point.models[0]
         row: dict[str, Any] = {"model": model.path, "group": group.name, "environment": model.environment}
-        row |= {"run_id": model.run["run_id"], "seed": model.run["seed"], "steps": point.steps}
-        row |= {"aggregate": group.aggregate, "interval_of": interval_of(group.aggregate)}
+        row |= {"run_id": model.run["run_id"], "seed": model.run["seed"], "commit": model.commit, "steps": point.steps}
+        row |= {"aggregate": point.aggregate, "interval_of": interval_of(point.aggregate)}
         row |= {"episodes": len(model.episodes), "cut": model.cut}
         for metric, found in point.statistics.items():
             row |= {f"{metric}_{name}": found[name] if math.isfinite(found[name]) else "" for name in STATISTICS}
@@ -303,8 +378,8 @@ def to_csv(groups: list[Group]) -> bytes:
 def plot(groups: list[Group], metric: str, suffix: str, references: Sequence[Reference] = ()) -> bytes:
     """Return a figure of the learning curves over environment steps.
 
-    Lines are means over runs with their confidence band; under --aggregate=episodes, interquartile means with theirs.
-    Published curves are dashed; their band is the standard deviation of the runs.
+    Lines are means over runs with their confidence band, or with the runs themselves where these are fewer than
+    `FEWEST`; under --aggregate=episodes, interquartile means. Published curves are dashed, their band is ± std.
 
     Args:
         groups: one line each.
@@ -317,7 +392,7 @@ def plot(groups: list[Group], metric: str, suffix: str, references: Sequence[Ref
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    statistic = interval_of(groups[0].aggregate)
+    statistic = interval_of(groups[0].points[0].aggregate)
     style: dict[Any, Any] = {"font.size": 11, "svg.hashsalt": "fixed"}
     style |= {"axes.spines.top": False, "axes.spines.right": False}
     with matplotlib.rc_context(style):
@@ -332,10 +407,7 @@ def plot(groups: list[Group], metric: str, suffix: str, references: Sequence[Ref
         axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
         axes.grid(axis="y", color="0.9", linewidth=0.8)
         axes.set_axisbelow(True)
-        if references:  # their curves leave less room
-            figure.legend(loc="outside upper center", ncols=2, fontsize=8, frameon=False, handlelength=3)
-        else:
-            axes.legend(frameon=False, handlelength=3.5)
+        figure.legend(loc="outside upper center", ncols=2, fontsize=8, frameon=False, handlelength=3)
         stream = io.BytesIO()
         figure.savefig(stream, format=suffix[1:].lower(), dpi=200)
         pyplot.close(figure)
@@ -343,37 +415,40 @@ def plot(groups: list[Group], metric: str, suffix: str, references: Sequence[Ref
 
 
 def _plot_group(axes, group: Group, metric: str, index: int) -> None:
-    """Draw one line; a single point gets error bars instead of a band."""
+    """Draw one line with its band; a single point gets error bars instead, and each of few runs a thin line."""
     points = [point for point in group.points if metric in point.statistics]
     if not points:
         return
     steps = [point.steps for point in points]
     found = [point.statistics[metric] for point in points]
-    line, low, high = ([numbers[name] for numbers in found] for name in (interval_of(group.aggregate), "low", "high"))
-    colour = COLOURS[index % len(COLOURS)]
-    runs = max(len(point.models) for point in points)
-    label = f"{group.name} ({runs} runs)" if runs > 1 else group.name
+    statistic = interval_of(points[0].aggregate)
+    line, low, high = (np.array([numbers[name] for numbers in found]) for name in (statistic, "low", "high"))
+    colour, most = COLOURS[index % len(COLOURS)], max(points, key=lambda point: len(point.models))
+    runs = f"{len(most.models)} runs" if len(most.models) > 1 else f"1 run, band {most.over}"
     look = {"color": colour, "marker": MARKERS[index % len(MARKERS)], "markersize": 5, "markeredgecolor": "white"}
-    look |= {"linestyle": LINES[index % len(LINES)], "linewidth": 1.8, "label": label}
-    if len(points) == 1:
-        errors = [[max(0.0, line[0] - low[0])], [max(0.0, high[0] - line[0])]]
-        axes.errorbar(steps, line, yerr=errors if math.isfinite(low[0]) else None, capsize=4, **look)
-        return
-    axes.plot(steps, line, **look)
-    axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
+    look |= {"linestyle": LINES[index % len(LINES)], "linewidth": 1.8, "label": f"{group.name} ({runs})"}
+    if 1 < len(most.models) < FEWEST:
+        for seed in [model.run["seed"] for model in most.models]:
+            curve = [(point.steps, mean) for point, numbers in zip(points, found, strict=True)
+                     for model, mean in zip(point.models, numbers["runs"], strict=True)
+                     if model.run["seed"] == seed]  # fmt: skip
+            axes.plot(*zip(*curve, strict=True), color=colour, linewidth=0.7, marker=".", markersize=3)
+    if len(points) > 1:
+        axes.plot(steps, line, **look)
+        axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
+    else:
+        errors = np.maximum(0, [line - low, high - line])
+        axes.errorbar(steps, line, yerr=errors if np.isfinite(errors).all() else None, capsize=4, **look)
 
 
 def _plot_reference(axes, reference: Reference, statistic: str, colour: str) -> None:
     """Draw a published curve; its deviation is one of means and no band around an interquartile mean."""
-    line = reference.iqm if statistic == "iqm" else reference.mean
-    band = "" if statistic == "iqm" else " ± std"
-    label = f"{reference.name} (published, {reference.runs} runs{band})"
+    mean, std = np.array(reference.mean), np.array(reference.std)
+    label = f"{reference.name} (published, {reference.runs} runs{' ± std' if statistic == 'mean' else ''})"
     look = {"color": colour, "linestyle": DASHED, "linewidth": 1.5, "marker": ".", "markersize": 4, "label": label}
-    axes.plot(reference.steps, line, **look)
-    if band:
-        low = np.subtract(reference.mean, reference.std)
-        high = np.add(reference.mean, reference.std)
-        axes.fill_between(reference.steps, low, high, color=colour, alpha=0.1, linewidth=0)
+    axes.plot(reference.steps, mean if statistic == "mean" else reference.iqm, **look)
+    if statistic == "mean":
+        axes.fill_between(reference.steps, mean - std, mean + std, color=colour, alpha=0.1, linewidth=0)
 
 
 def _scale_steps(axes, groups: list[Group], references: Sequence[Reference]) -> None:
@@ -386,15 +461,16 @@ def _scale_steps(axes, groups: list[Group], references: Sequence[Reference]) -> 
         axes.set_xticks([0, *10 ** np.arange(math.ceil(math.log10(min(own))), math.log10(max(others)))])
 
 
-def find_models(names: list[str]) -> list[Path]:
-    """Return the model files that files and folders name, each once; a folder stands for the models in it.
+def find_models(names: Sequence[str]) -> list[Path]:
+    """Return the files that files, folders and patterns name, each once; a folder stands for the models in it.
 
     Raises:
-        UserError: if there is no such file, or no model in a folder.
+        UserError: if there is no model in a folder.
     """
     paths: list[Path] = []
-    for name in map(Path, names):
-        found = sorted(name.glob("*.nn")) if name.is_dir() else [name]
+    for name in names:
+        folder = Path(name)
+        found = sorted(folder.glob("*.nn")) if folder.is_dir() else sorted(map(Path, glob.glob(name))) or [folder]
         if not found:
             raise UserError(f"{name}: there is no model (.nn) in this folder; train.py writes models/<run-id>.nn, and "
                             "checkpoints/<run-id>/model-<steps>.nn where model_interval is not 0")  # fmt: skip
