@@ -35,7 +35,7 @@ class Arguments(BaseModel):
 class Computing(Arguments):
     """Base of what command lines take that compute on a device."""
 
-    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d{1,3})?)$")] | None = None
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d{1,2})?)$")] | None = None
     cpu: bool = False
 
 
@@ -99,8 +99,8 @@ def shown(value: object) -> str:
     """Return a value on one short line."""
     try:
         return shorten(repr(value))
-    except ValueError:  # Python writes no whole numbers of more than 4,300 digits
-        return "a number of thousands of digits"
+    except (ValueError, RecursionError):  # Python writes no whole numbers of more than 4,300 digits
+        return "something that is too large to be shown"
 
 
 def shorten(text: str) -> str:

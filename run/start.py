@@ -174,7 +174,7 @@ class Run:
         if done and self.ranks.first:
             try:
                 done = fingerprint(load(self.model, "model")["weights"]) == fingerprint(self.checkpoint["weights"])
-            except Exception:  # there is none, or another's
+            except (UserError, LookupError, AttributeError, RuntimeError):  # there is none, or another's
                 done = False
         return self.ranks.from_first(done)
 
