@@ -22,8 +22,9 @@ Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Processes = Annotated[int, Field(ge=1, le=4096)]
 Precision = Literal["float32", "bf16"]
-# It names files and folders; what may be started may be resumed, for both are checked by this.
-RunId = Annotated[str, Field(pattern=r"^\w[\w.-]*$", max_length=64)]
+# Names files and folders; what may be started may be resumed, for both are checked by this.
+RUN_ID = r"^\w[\w.-]{0,63}$"
+RunId = Annotated[str, Field(pattern=RUN_ID)]
 
 
 class Arguments(BaseModel):
@@ -70,7 +71,8 @@ def problems(error: ValidationError, given: Any, known: Iterable[str] = ()) -> l
     """
     lines: dict[str, str] = {}
     for found in error.errors(include_url=False, include_context=False):
-        path, value = [], given
+        path: list[str] = []
+        value = given
         for part in found["loc"]:  # among the keys are names of types, which are nowhere in what was given
             inside = value.keys() if isinstance(value, dict) else range(len(value) if isinstance(value, list) else 0)
             if part in inside:

@@ -1042,7 +1042,7 @@ WRONG = {
     "--config=nowhere.yaml": "nowhere.yaml: cannot be read",
     "--run-id=a/b": "--run-id: should match",
     "--run-id=-run": "--run-id: should match",
-    "--run-id=" + "x" * 300: "--run-id: should have at most 64",
+    "--run-id=" + "x" * 300: "--run-id: should match",
     "--resume=../run": "--resume: should match",
     "--resume=unheard-of": "there is no such folder",
     "--unknown": "cannot read",
