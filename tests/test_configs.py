@@ -324,14 +324,6 @@ JUNK = st.one_of(
 ).map(copy.deepcopy)
 
 
-def places(section: dict, path: tuple = ()) -> list[tuple]:
-    """The paths to all keys."""
-    inner = [
-        place for key, value in section.items() if isinstance(value, dict) for place in places(value, (*path, key))
-    ]
-    return [*((*path, key) for key in section), *inner]
-
-
 @st.composite
 def mutated(draw) -> str:
     """The text of a shipped config in which something was changed."""
@@ -342,23 +334,12 @@ def mutated(draw) -> str:
         return text[:place] + inserted + text[place + draw(st.sampled_from((0, 1, 10**5))) :]
     config = yaml.safe_load(text)
     for _ in range(draw(st.integers(1, 3))):
-        if not config:
-            break
-        *path, key = draw(st.sampled_from(places(config)))
-        section = config
-        for name in path:
-            section = section[name]
-        deed = draw(st.sampled_from(("junk", "junk", "junk", "drop", "misspell", "add", "move")))
-        if deed == "junk":
-            section[key] = draw(JUNK)
-        elif deed == "drop":
-            del section[key]
-        elif deed == "misspell":
-            section[f"{key}"[: draw(st.integers(0, 9))] + draw(st.sampled_from(("", "x", "_")))] = section.pop(key)
-        elif deed == "add":
-            section[draw(st.text(max_size=6) | st.sampled_from(["view_size", "name", "num-seeds"]))] = draw(JUNK)
-        else:
-            config[key] = section.pop(key)
+        sections = [config, *(value for value in config.values() if isinstance(value, dict) and value)]
+        section = draw(st.sampled_from(sections))
+        key = draw(st.sampled_from(sorted(map(str, section))))
+        value = section.pop(key, None)
+        new = draw(st.sampled_from([key, key, key[1:], key + "x", "view_size", "num-seeds", "", "gamma"]))
+        draw(st.sampled_from(sections))[new] = draw(JUNK | st.just(value))
     return yaml.dump(config)
 
 
