@@ -15,6 +15,7 @@ import os
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -48,7 +49,7 @@ def main() -> None:
     os.nice(10)
     torch.set_num_threads(1)
     model, config, task, run = load_model(arguments.model, torch.device("cpu"))
-    writer = SummaryWriter(arguments.summaries)
+    writer: Any = SummaryWriter(arguments.summaries)
     if arguments.eval:
         first = first_unseen_seed(config.environment) + DISTANCE
         seeds = list(range(first, first + EPISODES))

@@ -66,7 +66,7 @@ def fingerprint(weights: dict[str, Tensor]) -> str:
     """Return a digest by which models can be told apart."""
     digest = xxhash.xxh3_128()
     for name, weight in weights.items():
-        digest.update(name + str(weight.dtype) + str(tuple(weight.shape)))
+        digest.update(f"{name}{weight.dtype}{tuple(weight.shape)}".encode())
         digest.update(weight.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

@@ -22,8 +22,9 @@ Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Processes = Annotated[int, Field(ge=1, le=4096)]
 Precision = Literal["float32", "bf16"]
-# It names files and folders; what may be started may be resumed, for both are checked by this.
-RunId = Annotated[str, Field(pattern=r"^\w[\w.-]*$", max_length=64)]
+# Names files and folders; what may be started may be resumed, for both are checked by this.
+RUN_ID = r"^\w[\w.-]{0,63}$"
+RunId = Annotated[str, Field(pattern=RUN_ID)]
 
 
 class Arguments(BaseModel):
@@ -35,7 +36,7 @@ class Arguments(BaseModel):
 class Computing(Arguments):
     """Base of what command lines take that compute on a device."""
 
-    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d{1,3})?)$")] | None = None
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d{1,2})?)$")] | None = None
     cpu: bool = False
 
 
@@ -70,7 +71,8 @@ def problems(error: ValidationError, given: Any, known: Iterable[str] = ()) -> l
     """
     lines: dict[str, str] = {}
     for found in error.errors(include_url=False, include_context=False):
-        path, value = [], given
+        path: list[str] = []
+        value = given
         for part in found["loc"]:  # among the keys are names of types, which are nowhere in what was given
             inside = value.keys() if isinstance(value, dict) else range(len(value) if isinstance(value, list) else 0)
             if part in inside:
@@ -99,8 +101,8 @@ def shown(value: object) -> str:
     """Return a value on one short line."""
     try:
         return shorten(repr(value))
-    except ValueError:  # Python writes no whole numbers of more than 4,300 digits
-        return "a number of thousands of digits"
+    except (ValueError, RecursionError):  # Python writes no whole numbers of more than 4,300 digits
+        return "something that is too large to be shown"
 
 
 def shorten(text: str) -> str:

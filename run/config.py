@@ -42,11 +42,7 @@ class Config(ModelConfig):
         8, ge=1, le=10**6, description="Minibatches per epoch; has to divide `n_workers`·`worker_steps`."
     )
     segment_length: Whole = Field(
-        1,
-        ge=1,
-        le=10**5,
-        description="Consecutive steps that are learned from together, with gradients through what they write into "
-        "memory; has to divide `worker_steps` and a minibatch.",
+        1, ge=1, le=10**5, description="Steps that are learned from together, with gradients through memory."
     )
     value_loss_coefficient: Number = Field(
         0.5, ge=0, le=1000, description="Weight of the value loss (squared error without ½)."
@@ -55,49 +51,24 @@ class Config(ModelConfig):
         0.25, ge=1e-6, le=10**6, description="Gradients are clipped to this norm, taken over all of them."
     )
     kl_limit: Number = Field(
-        0.0,
-        ge=0,
-        le=1000,
-        description="The furthest that an update may take the policy that acts next, whose memory the new weights "
-        "write, as mean KL divergence over the rollout; 0 is no limit.",
+        0.0, ge=0, le=1000, description="Largest mean KL to the policy that acts after an update; 0 is no limit."
     )
     normalize_advantages: Flag = Field(True, description="Advantages are normalised in each minibatch.")
     advantage_floor: Number = Field(
-        0.0,
-        ge=0,
-        le=10**6,
-        description="Normalised advantages are divided by their standard deviation or by this, whichever is larger, so "
-        "that where nearly all goes well noise is not made as large as what is to be learned (as Hafner et al. 2023 do "
-        "with returns).",
+        0.0, ge=0, le=10**6, description="Normalising divides by no less (as Hafner et al. 2023 do with returns)."
     )
     reconstruction_coefficient: Number = Field(
-        0.0,
-        ge=0,
-        le=1000,
-        description="Weight of an auxiliary loss: a decoder reconstructs the frame from the memory's output "
-        "(binary cross-entropy; frames only).",
+        0.0, ge=0, le=1000, description="Weight of reconstructing the frame from memory's output (cross-entropy)."
     )
     recall_coefficient: Number = Field(
-        0.0,
-        ge=0,
-        le=1000,
-        description="Weight of an auxiliary loss of our own, episodic recall: say from the memory's output which of "
-        "the minibatch's distinct frames the running episode has shown (binary cross-entropy; frames only).",
+        0.0, ge=0, le=1000, description="Weight of telling which frames the running episode has shown (cross-entropy)."
     )
     prediction_coefficient: Number = Field(
-        0.0,
-        ge=0,
-        le=1000,
-        description="Weight of an auxiliary loss: from the memory's output and the action, tell the next observation "
-        "(frames: among the minibatch's distinct ones; vectors: by regression).",
+        0.0, ge=0, le=1000, description="Weight of telling the next frame among others, or the next vector."
     )
     checkpoint_interval: Count = Field(50, description="Updates between checkpoints.")
-    model_interval: Interval = Field(
-        0, description="Updates between models kept in `checkpoints/<run-id>/`; 0 is never."
-    )
-    eval_interval: Interval = Field(
-        0, description="Updates between evaluations on unseen episodes, beside the training; 0 is never."
-    )
+    model_interval: Interval = Field(0, description="Updates between models kept in `checkpoints/<id>/`; 0 is never.")
+    eval_interval: Interval = Field(0, description="Updates between evaluations beside the training; 0 is never.")
     video_interval: Interval = Field(0, description="Updates between episodes drawn for TensorBoard; 0 is never.")
     histogram_interval: Interval = Field(0, description="Updates between histograms of the weights; 0 is never.")
     gamma_schedule: Schedule | None = Field(
@@ -114,8 +85,7 @@ class Config(ModelConfig):
     )
     novelty_schedule: Schedule = Field(
         Schedule(initial=0.0, final=0.0, max_decay_steps=1),
-        description="Added to the training reward (not to the reported one) for each observation that the running "
-        "episode has not shown yet, byte by byte; meant for grid worlds.",
+        description="Added to the training reward for an observation that the episode has not shown yet, byte by byte.",
     )
 
     @property

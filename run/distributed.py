@@ -17,7 +17,7 @@ import xxhash
 from torch import Tensor
 
 from run.checkpoint import package_versions
-from run.cli import choose_device
+from run.cli import Computing, choose_device
 from run.config import Config
 from utils import EnvironmentFailure, UserError
 
@@ -141,7 +141,7 @@ class Ranks:
 
 
 @contextmanager
-def together(arguments: dict) -> Iterator[tuple[Ranks, torch.device]]:
+def together(arguments: Computing) -> Iterator[tuple[Ranks, torch.device]]:
     """Join the processes that were started together, and leave when all do: torchrun ends all once one has failed.
 
     A UserError, or an exit, has to be that of all ranks: see `Ranks.agree_on`.
@@ -177,7 +177,7 @@ def together(arguments: dict) -> Iterator[tuple[Ranks, torch.device]]:
     sys.exit(code)
 
 
-def describe(arguments: dict) -> tuple[Ranks, torch.device]:
+def describe(arguments: Computing) -> tuple[Ranks, torch.device]:
     """Return the ranks by what torchrun tells in the environment, and the device of this one.
 
     A rank has a GPU to itself by its local rank, and NCCL; where there are fewer GPUs than ranks, or all were given the

@@ -1,6 +1,7 @@
 """A run: which one a command line means, how it is carried out, and all that keeps it from being lost."""
 
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from filelock import BaseFileLock, FileLock, Timeout
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from environments.contract import Task
 from run.checkpoint import (
@@ -29,7 +30,7 @@ from run.checkpoint import (
     save_checkpoint,
     write_file,
 )
-from run.cli import Precision, RunId, Seed, check_writable, cores, problems
+from run.cli import RUN_ID, Precision, Seed, check_writable, cores, problems
 from run.config import Config, load_config
 from run.distributed import Interrupted, Ranks, check_alike
 from run.evaluations import Evaluations
@@ -41,6 +42,7 @@ from utils import EnvironmentFailure, NonFinite, UserError
 OVERLAP_WORTH = 32
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # the last two are what clusters send before the end
 LOCK = ".lock"
+Lock = BaseFileLock | None
 
 
 class StopRequest:
@@ -146,12 +148,12 @@ class Run:
         seed: int,
         options: Options,
         checkpoint: dict | None = None,
-        lock: BaseFileLock | None = None,
+        lock: Lock = None,
     ) -> None:
         self.name, self.config, self.seed, self.options = run_id, config, seed, options
         self.checkpoint, self.lock, self.ranks = checkpoint, lock, options.ranks
         self.state: dict[str, Any] = checkpoint or {"update": 0}  # after the last update
-        self.ranks.how_to_go_on = f"; {self._how_to_go_on()}"
+        self.ranks.how_to_go_on = f"; to go on from the last checkpoint: {self.command}"
         made_by = provenance(options.device)
         start = {"time": f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}", "update": self.state["update"]}
         starts = checkpoint["run"]["starts"] if checkpoint else []
@@ -168,13 +170,18 @@ class Run:
         """The file of the trained model."""
         return self.options.folder / "models" / f"{self.name}.nn"
 
+    @property
+    def command(self) -> str:
+        """What goes on with the run."""
+        return f"{'python' if self.ranks.size == 1 else 'torchrun …'} train.py --resume={self.name}"
+
     def done(self) -> bool:
         """Return whether all updates are done, and the model is that of the last of them."""
         done = self.checkpoint is not None and self.checkpoint["update"] >= self.config.updates
         if done and self.ranks.first:
             try:
                 done = fingerprint(load(self.model, "model")["weights"]) == fingerprint(self.checkpoint["weights"])
-            except Exception:  # there is none, or another's
+            except (UserError, LookupError, AttributeError, RuntimeError):  # there is none, or another's
                 done = False
         return self.ranks.from_first(done)
 
@@ -253,9 +260,8 @@ class Run:
             sys.exit(1)
 
     def _how_to_go_on(self) -> str:
-        last = [f" from {path}" for path in list_checkpoints(self.folder)[-1:]]
-        command = f"{'python' if self.ranks.size == 1 else 'torchrun …'} train.py --resume={self.name}"
-        return f"to go on{''.join(last)}: {command}" if last else "no checkpoint could be written"
+        last = list_checkpoints(self.folder)[-1:]
+        return f"to go on from {last[0]}: {self.command}" if last else "no checkpoint could be written"
 
     def _about(self) -> dict[str, Any]:
         """Return what is known about the run so far."""
@@ -400,13 +406,11 @@ def chosen_run(arguments: Any, ranks: Ranks, device: torch.device) -> Run:
     return Run(run_id, config, seed, options, checkpoint, lock)
 
 
-def new_run(config: Config, arguments: Any, ranks: Ranks) -> tuple[BaseFileLock | None, str, Config, int, None]:
+def new_run(config: Config, arguments: Any, ranks: Ranks) -> tuple[Lock, str, Config, int, None]:
     """Return lock, id, config and seed of a new run; UserError where its id is not free."""
     run_id = arguments.run_id or Path(arguments.config).stem
-    try:
-        TypeAdapter(RunId).validate_python(run_id)
-    except ValidationError as error:
-        raise UserError(f"--run-id: {problems(error, run_id)[0]}") from error
+    if not re.fullmatch(RUN_ID, run_id):
+        raise UserError(f"--run-id: should match {RUN_ID!r}, not {run_id!r}")
     if not arguments.run_id and not arguments.overwrite:
         run_id = free_run_id(Path("."), run_id)
     folder = Path("checkpoints", run_id)
@@ -417,7 +421,7 @@ def new_run(config: Config, arguments: Any, ranks: Ranks) -> tuple[BaseFileLock 
     return locked(folder) if folder.exists() else None, run_id, config, seed, None
 
 
-def resumed_run(run_id: str) -> tuple[BaseFileLock, str, Config, int, dict]:
+def resumed_run(run_id: str) -> tuple[Lock, str, Config, int, dict]:
     """Return lock, id, config, seed and newest checkpoint of an interrupted run."""
     folder = Path("checkpoints", run_id)
     if not folder.is_dir():

@@ -98,7 +98,7 @@ class Random(Toy):
     """Is determined by nothing."""
 
     def step(self, action):
-        self.place += random.random()
+        self.place += random.SystemRandom().random()
         return super().step(action)
 
 
@@ -107,6 +107,14 @@ class Slow(Toy):
 
     def fault(self):
         time.sleep(0.02)
+
+
+class Hangs(Toy):
+    """Never returns from a step."""
+
+    def fault(self):
+        if self.age == FAULT_STEP:
+            time.sleep(10**6)
 
 
 class WrongShape(Toy):
@@ -164,7 +172,7 @@ class Masked(Toy):
         return np.array([self.age > 0, 1, self.age % 2, 0, 1, self.age % 3 == 0, self.age > 5], dtype=np.int8)
 
 
-TOYS = (Toy, Exit, ExitOnce, Raise, NotANumber, InfiniteReward, Random, Slow, WrongShape, Often, Seldom, Acted, Masked)
+TOYS = (Toy, Exit, ExitOnce, Raise, NotANumber, InfiniteReward, Random, Slow, Hangs, WrongShape, Often, Seldom, Acted, Masked)
 for toy in TOYS:
     if f"{toy.__name__}-v0" not in gymnasium.registry:
         gymnasium.register(f"{toy.__name__}-v0", entry_point=toy, max_episode_steps=LONGEST)
