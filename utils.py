@@ -5,8 +5,7 @@ from typing import Any
 import numpy as np
 
 import kernels.allocator  # noqa: F401  (sets what PyTorch reads when it is loaded)
-from environments import BrokenContract
-from environments.contract import Task, try_out
+from environments.contract import BrokenContract, Task, try_out
 from environments.section import Schedule, Section
 
 

@@ -16,7 +16,8 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from typing_extensions import get_type_hints, is_typeddict
 
-from environments.section import Environment, Flag, Number, Schedule, Section, Whole, Words
+from environments import SECTIONS, Environment
+from environments.section import Flag, Number, Schedule, Section, Whole, Words
 from model import ModelConfig
 from utils import UserError, polynomial_decay
 
@@ -121,11 +122,6 @@ class Config(ModelConfig):
 
 
 WHOLE = FieldInfo.from_annotation(Config)
-SECTIONS: dict[str, type[Section]] = {
-    name: section
-    for section in get_args(get_args(Environment)[0])
-    for name in get_args(section.model_fields["type"].annotation)
-}
 
 
 class Loader(yaml.SafeLoader):
