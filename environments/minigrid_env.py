@@ -4,7 +4,7 @@ import contextlib
 import io
 import itertools
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import gymnasium
 import numpy as np
@@ -88,9 +88,9 @@ class MinigridEnv(WrappedEnv):
         self._env = make_registered(
             section.name, agent_view_size=view_size, max_episode_steps=self.max_episode_steps, render_mode=render_mode
         )
-        self._grid: Any = self._env.unwrapped
-        if MiniGridEnv not in type(self._grid).__mro__:
+        if not isinstance(self._env.unwrapped, MiniGridEnv):
             raise ValueError(f"name: {section.name!r} is not a MiniGrid environment")
+        self._grid = cast(Any, self._env.unwrapped)
         available = int(self._grid.action_space.n)
         if (section.num_actions or 0) > available:
             raise ValueError(f"num_actions: {num_actions} is not allowed; expected no more than {available}")

@@ -130,7 +130,8 @@ class VectorPart:
         self._space, self._name = space, name
         self.size = sum(choices_of(space)) if isinstance(space, Choices) else math.prod(space.shape)
         check_sizes(vector=self.size)
-        self._low, self._range = np.float64(0.0), np.float64(1.0)
+        self._low: Any = np.float64(0.0)
+        self._range: Any = np.float64(1.0)
         if isinstance(space, spaces.Box) and space.dtype.kind in "biu":
             low, high = (np.ravel(end).astype(np.float64) for end in (space.low, space.high))
             if (high - low).max(initial=0) < WIDEST_RANGE:
@@ -157,8 +158,9 @@ class VectorPart:
             numbers = numbers.reshape(space.shape).astype(np.int64)
             if not space.contains(numbers):
                 raise BrokenContract(f"{self._name} is {shorten(value)}, which its space does not contain")
-            numbers = flatten(space, numbers)
-        out[:] = (numbers.ravel() - self._low) / self._range
+            out[:] = flatten(space, numbers)
+        else:
+            out[:] = (numbers.ravel() - self._low) / self._range
 
 
 class Observer:
