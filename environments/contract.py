@@ -90,12 +90,10 @@ def declared_task(env: Any) -> Task:
     if limit is not None and (type(limit) is not int or limit < 1):
         raise BrokenContract(f"{name}: max_episode_steps is {limit}, should be a whole number above 0, None if endless")
     parts = dict(space.spaces) if hasattr(space, "spaces") else {"frame" if len(space.shape) == 3 else "vector": space}
+    kinds = {key: (len(part.shape), part.dtype) for key, part in parts.items()}
     frame, vector = parts.get("frame"), parts.get("vector")
-    if (
-        not set(parts) <= {"frame", "vector"}
-        or (frame is not None and (len(frame.shape) != 3 or frame.dtype != np.uint8 or min(frame.shape[1:]) < 3))
-        or (vector is not None and (len(vector.shape) != 1 or vector.dtype != np.float32))
-    ):
+    allowed = {("frame", (3, np.dtype(np.uint8))), ("vector", (1, np.dtype(np.float32)))}
+    if not kinds or kinds.items() - allowed or (frame is not None and min(frame.shape[1:]) < 3):
         raise BrokenContract(
             f"{name}: observation_space is {space}, should be uint8 (C, H, W) of at least 3×3, float32 (n,), or "
             "both in a Dict as frame and vector"

@@ -64,7 +64,7 @@ class CartPoleSection(Section):
 
 
 class GymnasiumEnv(WrappedEnv):
-    """A registered Gymnasium environment with the observations, actions and infos that the trainer expects."""
+    """A registered environment as the trainer expects it; BrokenContract where it leaves the Gymnasium API."""
 
     def __init__(self, section: GymnasiumSection, render_mode: str | None = None):
         super().__init__(section, render_mode)
@@ -108,22 +108,14 @@ class GymnasiumEnv(WrappedEnv):
         return spaces.Dict(frame=picture_space(*frame_shape), vector=vector) if size else picture_space(*frame_shape)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, Info]:
-        """Start an episode; the info is empty or has the `action_mask`.
-
-        Raises:
-            BrokenContract: if the environment returns something else than the Gymnasium API says.
-        """
+        """Start an episode; the info is empty or has the `action_mask`."""
         observation, info = reset_result(self.section.name, self._env.reset(seed=seed, options=options))
         self._start_episode()
         self._last = (None, 0.0)
         return self._observe(observation), self._mask(info)
 
     def step(self, action: np.ndarray | int) -> Step:
-        """Take an action; the info has the `action_mask` if there is one, and at the end the environment's numbers.
-
-        Raises:
-            BrokenContract: if the environment returns something else than the Gymnasium API says.
-        """
+        """Take an action; the info has the `action_mask` if there is one, and at the end the environment's numbers."""
         result = self._env.step(self._actor.action(action))
         observation, reward, terminated, truncated, own_info = step_result(self.section.name, result)
         ended = terminated or truncated

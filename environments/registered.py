@@ -19,15 +19,12 @@ PROVIDERS = (
 
 
 def make_registered(name: str, arguments: dict[str, Any] | None = None, **own: Any) -> gymnasium.Env:
-    """Make a registered environment without Gymnasium's checker and warnings.
+    """Make a registered environment without Gymnasium's checker and warnings; ValueError if that cannot be done.
 
     Args:
         name: the registered id.
         arguments: the user's own arguments of gymnasium.make.
         own: further arguments of it. A render mode is left out where the environment does not take one.
-
-    Raises:
-        ValueError: if there is no such environment, or if it cannot be made.
     """
     arguments = arguments or {}
     try:

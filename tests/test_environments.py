@@ -19,7 +19,6 @@ from pydantic import TypeAdapter
 
 from environments import MEMORY_GYM_TYPES, Environment, minigrid_env
 from environments.contract import try_out
-from environments.memory_gym_env import copy_pixels
 from environments.tmaze_env import DOWN, LEFT, RIGHT, UP
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -90,10 +89,10 @@ def test_episodes_are_determined_by_seed_and_actions_whoever_looks(environment):
     actions = random_actions(unwatched, 110, seed=2)
     histories = [rollout(unwatched, seed, actions) for seed in (3, 4, 5, 6)]
     assert len({str(history) for history in histories}) > 1  # the seed matters
-    for history, seed in zip(histories[:2], (3, 4), strict=True):
-        assert rollout(watched, seed, actions, look) == history
-        assert rollout(looked_at_once, seed, actions[:5]) == history[:6]
-        assert np.array_equal(looked_at_once.render(), pictures[5 - len(history)])
+    assert rollout(watched, 4, actions[:30], look) == histories[1][:31]
+    assert rollout(looked_at_once, 4, actions[:5]) == histories[1][:6]
+    assert np.array_equal(looked_at_once.render(), pictures[min(5, len(pictures) - 1)])
+    assert rollout(looked_at_once, 3, actions) == histories[0]
     with pytest.raises(RuntimeError, match="render_mode='rgb_array'"):
         unwatched.render()
     watched.close()
@@ -105,6 +104,8 @@ def test_infos_and_types(environment):
     env = create(environment)
     observation, info = env.reset(seed=1)
     assert without_mask(info) == {}
+    if observation.ndim == 3:
+        assert observation.transpose(1, 2, 0).flags.c_contiguous  # channels first, a view of channels last
     rewards = []
     for action in random_actions(env, 600, seed=2):
         assert env.observation_space.contains(observation)
@@ -123,32 +124,19 @@ def test_infos_and_types(environment):
     assert {type(value) for key, value in info.items() if key != "length"} == {float}
 
 
-@pytest.mark.parametrize("name", ["Minigrid-Memory", "Minigrid-DoorKey", *MEMORY_GYM_TYPES])
-def test_pictures_are_channels_first_views_of_channels_last_memory(name):
-    env = create(CASES[name], render_mode="rgb_array")
-    observation = env.reset(seed=0)[0]
-    assert observation.shape == env.observation_space.shape
-    assert observation.transpose(1, 2, 0).flags.c_contiguous
-    assert np.array_equal(env.agent_view(), observation.transpose(1, 2, 0))
-
-
 @pytest.mark.parametrize(
     ("name", "changes", "expected"),
     [
         ("PocMemoryEnv", {}, 32),
-        ("CartPoleMasked", {}, 200),
         ("CartPole", {"max_episode_steps": 7}, 7),
         ("TMaze", {"corridor_length": 1}, 2),
         ("TMaze-active", {}, 6),
         ("KeyToDoor", {"episode_length": 500}, 500),
         ("Minigrid-Memory", {}, 96),
-        ("Minigrid-Memory", {"max_episode_steps": 20}, 20),
         ("Minigrid-DoorKey", {}, 64),
         ("Gymnasium", {}, 60),
-        ("MortarMayhem", {}, 275),
         ("MortarMayhem-Grid", {"reset_params": {"start-seed": 0, "num-seeds": 9, "command_count": [5]}}, 59),
         ("MysteryPath-Grid", {"reset_params": {"max_steps": 77}}, 77),
-        ("Endless-MysteryPath", {}, None),
         ("Endless-SearingSpotlights", {"reset_params": {"max_steps": 50}}, 50),
     ],
 )
@@ -170,10 +158,8 @@ def options(kind, **given):
         (CASES["Minigrid-Memory"] | {"tile_size": 64, "view_size": 99}, ["tile_size: 64", "Resize"]),
         (options("MortarMayhem", comand_count=[5]), ["comand_count: [5]", "nearest: command_count"]),
         (options("MortarMayhem", command_count=5), ["command_count: 5", "a valid list"]),
-        (options("MortarMayhem", command_count=[]), ["command_count: []"]),
         (options("MortarMayhem", reward_command_success="0.1"), ["reward_command_success: '0.1'", "a valid number"]),
         (options("MysteryPath", max_steps=0), ["max_steps: 0"]),
-        (options("MysteryPath", show_goal=1), ["show_goal: 1"]),
         (options("Endless-MysteryPath", stamina_level=-3), ["stamina_level: -3"]),
         (options("SearingSpotlights", use_exit=False), ["use_exit': False", "does not work"]),
     ],
@@ -234,27 +220,27 @@ def test_the_tutorial_s_environment_keeps_the_contract():
 # ----------------------------------------------------------------------------------------------------- tasks of our own
 
 
-@pytest.mark.parametrize("chosen_end", ["good", "bad"])
-def test_poc_memory_episode(chosen_end):
+@pytest.mark.parametrize("good", [True, False])
+def test_poc_memory_episode(good):
     env = create({"type": "PocMemoryEnv"})
     starts, good_sides = set(), set()
     for seed in range(40):
         shown, _ = env.reset(seed=seed)
-        starts.add(round(5 * float(shown[1])))
-        good_sides.add(shown[0])
-        assert {shown[0], shown[2]} == {-1, 1}
-        action = int((shown[2] == 1) == (chosen_end == "good"))
+        start, good_side = round(5 * float(shown[1])), int(shown[2])
+        starts.add(start)
+        good_sides.add(good_side)
+        action = int((good_side == 1) == good)
         for _ in range(2):
             observation, *rest = env.step(np.array([action]))
             assert np.array_equal(observation, shown) and rest == [0.0, False, False, {}]  # frozen
-        direction, start = 2 * action - 1, round(5 * float(shown[1]))
+        direction = 2 * action - 1
         moves = 5 - direction * start
         for move in range(1, moves + 1):
             observation, reward, terminated, truncated, info = env.step(np.array([action]))
             assert np.array_equal(observation, np.array([0, (start + direction * move) / 5, 0], dtype=np.float32))
             assert (terminated, truncated) == (move == moves, False)
-            assert reward == (-0.1 if not terminated else 1.6 if chosen_end == "good" else -1.6)
-        assert info["success"] == (chosen_end == "good") and info["length"] == moves + 2
+            assert reward == (-0.1 if not terminated else 1.6 if good else -1.6)
+        assert info["success"] == good and info["length"] == moves + 2
     assert starts == {-2, -1, 0, 1, 2} and good_sides == {-1, 1}
 
 
@@ -486,14 +472,6 @@ def test_endless_mortar_mayhem_is_that_of_the_pygame_it_was_made_with():
                 break
         histories.append(history)
     assert hashlib.md5(str(histories).encode()).hexdigest() == "7d85c4d2e983f3562a7214ecf2469905"
-
-
-def test_pixels_are_copied_as_surfarray_does():
-    surface = pygame.Surface((5, 3))
-    for x in range(5):
-        for y in range(3):
-            surface.set_at((x, y), (10 * x, 20 * y, 30 + x + y))
-    assert np.array_equal(copy_pixels(surface), pygame.surfarray.array3d(surface))
 
 
 def test_memory_gym_picture_is_upright():
