@@ -64,7 +64,8 @@ def rollout(env, seed, actions, look=lambda env: None):
     for action in actions:
         observation, reward, terminated, truncated, info = env.step(action)
         look(env)
-        history.append((digest(observation), reward, terminated, truncated, str(info)))
+        numbers = tuple(sorted(without_mask(info).items()))
+        history.append((digest(observation), reward, terminated, truncated, numbers))
         if terminated or truncated:
             break
     return history
@@ -462,25 +463,8 @@ def test_pixels_rewards_and_ends_are_those_of_memory_gym():
 def test_endless_mortar_mayhem_is_that_of_the_pygame_it_was_made_with():
     """The digest was made with plain Memory Gym's own versions, gymnasium 0.29.0 and pygame 2.4.0."""
     env = create({"type": "Endless-MortarMayhem"})
-    histories = []
-    for seed in range(12):
-        history = [digest(env.reset(seed=seed)[0])]
-        for action in random_actions(env, 100, seed):
-            observation, reward, terminated, truncated, info = env.step(action)
-            history.append((digest(observation), reward, terminated, truncated, tuple(sorted(info.items()))))
-            if terminated or truncated:
-                break
-        histories.append(history)
+    histories = [rollout(env, seed, random_actions(env, 100, seed)) for seed in range(12)]
     assert hashlib.md5(str(histories).encode()).hexdigest() == "7d85c4d2e983f3562a7214ecf2469905"
-
-
-def test_memory_gym_picture_is_upright():
-    env = create({"type": "SearingSpotlights"}, render_mode="rgb_array")
-    observation, _ = env.reset(seed=0)
-    health_bar = np.array([0, 255, 0])
-    assert (observation[:, :4, :40] == health_bar[:, None, None]).all()  # left half of the top rows
-    assert not (observation[:, 4:, :4] == health_bar[:, None, None]).all(axis=0).any()
-    assert env.render().shape == (336, 336, 3) and (env.render()[:16, :160] == health_bar).all()
 
 
 @pytest.mark.parametrize("task", MEMORY_GYM_TYPES)
