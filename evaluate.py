@@ -110,8 +110,8 @@ def load(arguments: Arguments, device) -> list[tuple]:
             continue
         model, config, task, run = load_for_play(path, device)
         evaluated = Evaluated(
-            str(path), task_name(config.environment), config.model_dump(), run, [], step_limit(arguments.max_steps, task),
-            fingerprint(model.state_dict()), label,
+            str(path), task_name(config.environment), config.model_dump(), run, [],
+            step_limit(arguments.max_steps, task), fingerprint(model.state_dict()), label,
         )  # fmt: skip
         models.append((evaluated, (model, config, task)))
     if not models:

@@ -2,12 +2,22 @@
 
 import math
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from environments import BrokenContract
+# The largest observations and actions. A vector's entry or an action costs a row of weights; a frame of 2²⁰ values is
+# one of 590×590 in colour.
+MOST_ENTRIES, MOST_PIXELS = 2**16, 2**20
+OLD_API = (
+    "that is the API of gym, which Gymnasium has replaced: https://gymnasium.farama.org/introduction/migration_guide"
+)
+
+
+class BrokenContract(ValueError):
+    """What an environment returned breaks the Gymnasium API or the spaces that it declares; one line says how."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +46,18 @@ class Task:
         return len(self.branches) or self.continuous
 
 
-def try_out(env: Any) -> tuple[Task, list[str]]:
+def shorten(value: Any, length: int = 60) -> str:
+    """Return a value, or an error with its kind, on one short line."""
+    text = " ".join((f"{type(value).__name__}: {value}" if isinstance(value, Exception) else repr(value)).split())
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def try_out(env: Any, seed: int = 0) -> tuple[Task, list[str]]:
     """Play one step of an environment; return what it is like, and what its user should know.
+
+    Args:
+        env: has just been made.
+        seed: of the episode, one that training may draw: some environments have few.
 
     Raises:
         BrokenContract: if it breaks the contract, naming how.
@@ -45,21 +65,22 @@ def try_out(env: Any) -> tuple[Task, list[str]]:
     name = type(env).__name__
     try:
         task = declared_task(env)
-        first = env.reset(seed=0)
-        if not isinstance(first, tuple) or len(first) != 2:
-            raise BrokenContract(f"{name}: reset returned {type(first).__name__}, should be a tuple: observation, info")
-        check_observation(env, first[0], task)
-        mask = (first[1] or {}).get("action_mask")
+        observation, info = reset_result(name, env.reset(seed=seed))
+        check_observation(env, observation, task)
+        mask = info.get("action_mask")
         action = np.zeros(task.continuous, np.float32) if task.continuous else first_allowed(task, mask)
         *_, info = checked_step(env, action, replace(task, masked=True))
         task = replace(task, masked=mask is not None or info.get("action_mask") is not None)
         return task, [f"environment: {notice}" for notice in getattr(env, "notices", list)()]
     except BrokenContract:
         raise
-    except Exception as error:
+    except Exception as error:  # whatever an environment does
         where = traceback.extract_tb(error.__traceback__)[-1]
-        what = " ".join(f"{type(error).__name__}: {error}".split())
-        raise BrokenContract(f"{name}: fails at its first step ({where.filename}:{where.lineno}): {what}") from error
+        is_old = any(words in str(error) for words in ("unexpected keyword argument 'seed'", "values to unpack"))
+        hint = f"; {OLD_API}" if is_old else ""
+        raise BrokenContract(
+            f"{name}: fails at its first step ({where.filename}:{where.lineno}): {shorten(error, 500)}{hint}"
+        ) from error
 
 
 def declared_task(env: Any) -> Task:
@@ -69,24 +90,32 @@ def declared_task(env: Any) -> Task:
     if limit is not None and (type(limit) is not int or limit < 1):
         raise BrokenContract(f"{name}: max_episode_steps is {limit}, should be a whole number above 0, None if endless")
     parts = dict(space.spaces) if hasattr(space, "spaces") else {"frame" if len(space.shape) == 3 else "vector": space}
+    kinds = {key: (len(part.shape), part.dtype) for key, part in parts.items()}
     frame, vector = parts.get("frame"), parts.get("vector")
-    fine = parts.keys() <= {"frame", "vector"} and bool(parts)
-    if frame is not None:
-        fine &= len(frame.shape) == 3 and frame.dtype == np.uint8 and min(frame.shape[1:]) >= 3
-    if vector is not None:
-        fine &= len(vector.shape) == 1 and vector.dtype == np.float32
-    if not fine:
+    allowed = {("frame", (3, np.dtype(np.uint8))), ("vector", (1, np.dtype(np.float32)))}
+    if not kinds or kinds.items() - allowed or (frame is not None and min(frame.shape[1:]) < 3):
         raise BrokenContract(
             f"{name}: observation_space is {space}, should be uint8 (C, H, W) of at least 3×3, float32 (n,), or "
             "both in a Dict as frame and vector"
         )
-    discrete = hasattr(actions, "n") or hasattr(actions, "nvec")
-    if not discrete and len(actions.shape or ()) != 1:
+    branches = tuple(np.ravel(getattr(actions, "nvec", getattr(actions, "n", ()))).astype(int).tolist())
+    if not branches and len(actions.shape or ()) != 1:
         raise BrokenContract(f"{name}: action_space is {actions}, should be discrete, or float32 (n,)")
-    continuous = 0 if discrete else actions.shape[0]
-    branches = () if continuous else tuple(np.ravel(getattr(actions, "nvec", getattr(actions, "n", None))).tolist())
-    shape = None if frame is None else tuple(frame.shape)
-    return Task(shape, 0 if vector is None else vector.shape[0], branches, continuous, limit)
+    continuous = 0 if branches else actions.shape[0]
+    shape, size = None if frame is None else tuple(frame.shape), 0 if vector is None else vector.shape[0]
+    check_sizes(shape, size, continuous or sum(branches), f"{name}: ")
+    return Task(shape, size, branches, continuous, limit)
+
+
+def check_sizes(frame: tuple[int, ...] | None = None, vector: int = 0, actions: int = 0, named: str = "") -> None:
+    """Raise BrokenContract if a frame (C, H, W), a vector or the actions are too many numbers to be worked with."""
+    for count, most, what, way_out in (
+        (math.prod(frame or (0,)), MOST_PIXELS, f"frames of {frame}", "ResizeObservation of gymnasium.wrappers helps"),
+        (vector, MOST_ENTRIES, "a vector", "leave parts out, or show numbers instead of one choice out of many"),
+        (actions, MOST_ENTRIES, "actions", "several smaller branches (MultiDiscrete) or numbers (Box) help"),
+    ):
+        if count > most:
+            raise BrokenContract(f"{named}{what} of {count:,} values, more than {most:,}: {way_out}")
 
 
 def first_allowed(task: Task, mask: np.ndarray | None) -> np.ndarray:
@@ -98,10 +127,8 @@ def first_allowed(task: Task, mask: np.ndarray | None) -> np.ndarray:
 
 def check_observation(env: object, observation: Any, task: Task) -> None:
     """Raise BrokenContract if an observation is not what the environment declares."""
-    both = task.frame is not None and task.vector
-    parts = (
-        observation if both and isinstance(observation, dict) else {"frame" if task.frame else "vector": observation}
-    )
+    both = task.frame is not None and task.vector and isinstance(observation, dict)
+    parts = observation if both else {"frame" if task.frame else "vector": observation}
     for name, shape, dtype in (("frame", task.frame, np.uint8), ("vector", (task.vector,), np.float32)):
         if shape is None or shape == (0,):
             continue
@@ -115,24 +142,42 @@ def check_observation(env: object, observation: Any, task: Task) -> None:
             raise BrokenContract(f"{type(env).__name__}: observation is not finite: {part}")
 
 
-def checked_step(env: Any, action: np.ndarray, task: Task) -> tuple[Any, float, bool, bool, dict]:
+def checked_step(env: Any, action: np.ndarray, task: Task) -> tuple[Any, float, bool, bool, Mapping]:
     """Step an environment and return what it returned; BrokenContract if that breaks the Gymnasium API."""
-    result = env.step(action)
     name = type(env).__name__
-    if not isinstance(result, tuple) or len(result) != 5:
-        size = len(result) if isinstance(result, tuple) else type(result).__name__
-        raise BrokenContract(
-            f"{name}: step returned {size} values, should be 5: observation, reward, terminated, truncated, info"
-        )
-    observation, reward, terminated, truncated, info = result
+    observation, reward, terminated, truncated, info = step_result(name, env.step(action))
     check_observation(env, observation, task)
-    size = np.size(reward) if isinstance(reward, (int, float, np.number, np.ndarray)) else 0
-    if size != 1 or np.asarray(reward).dtype.kind not in "biuf":
-        raise BrokenContract(f"{name}: reward is {type(reward).__name__}, should be a number")
-    reward = float(np.asarray(reward).item())
     if not math.isfinite(reward):
         raise BrokenContract(f"{name}: reward is not finite: {reward}")
-    info = info or {}
     if info.get("action_mask") is not None and not task.masked:
         raise BrokenContract(f"{name}: gives an action_mask, but gave none with its first observations")
-    return observation, reward, bool(terminated), bool(truncated), info
+    return observation, reward, terminated, truncated, info
+
+
+def reset_result(name: str, result: Any) -> tuple[Any, Mapping]:
+    """Return observation and info of what a reset returned; BrokenContract if they are not there."""
+    if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1] or {}, Mapping):
+        raise BrokenContract(
+            f"{name}: reset returned {shorten(result)}, should be a tuple of observation and info: {OLD_API}"
+        )
+    return result[0], result[1] or {}
+
+
+def step_result(name: str, result: Any) -> tuple[Any, float, bool, bool, Mapping]:
+    """Return what a step returned as observation, float, bool, bool and mapping; BrokenContract if it is not that."""
+    if not isinstance(result, tuple) or len(result) != 5:
+        raise BrokenContract(
+            f"{name}: step returned {len(result) if isinstance(result, tuple) else type(result).__name__} values, "
+            f"should be 5: observation, reward, terminated, truncated, info: {OLD_API}"
+        )
+    observation, reward, terminated, truncated, info = result
+    for flag, value in (("terminated", terminated), ("truncated", truncated)):
+        if not isinstance(value, bool) and (np.shape(value) != () or np.asarray(value).dtype != bool):
+            raise BrokenContract(f"{name}: {flag} is {shorten(value)}, should be True or False")
+    try:
+        number = float(reward.item() if hasattr(reward, "item") else reward + 0.0)
+    except (TypeError, ValueError, RuntimeError):
+        raise BrokenContract(f"{name}: reward is {shorten(reward)}, should be a number") from None
+    if not isinstance(info or {}, Mapping):
+        raise BrokenContract(f"{name}: the info is {shorten(info)}, should be a dict")
+    return observation, number, bool(terminated), bool(truncated), info or {}

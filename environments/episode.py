@@ -1,4 +1,4 @@
-"""What all environments share: counting an episode and rendering on request."""
+"""What all environments share: counting an episode, and pictures of it."""
 
 import difflib
 from collections.abc import Iterable
@@ -7,8 +7,8 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from environments.numbers import task_numbers as task_numbers
-from environments.spaces import SMALLEST_PICTURE, as_picture, frame_picture
+from environments.contract import BrokenContract, shorten
+from environments.section import Section
 
 Info = dict[str, Any]
 # A frame or a vector, an array; both are a dict of two arrays, "frame" and "vector"
@@ -16,9 +16,17 @@ Observation = Any
 # Observation, reward, terminated, truncated, info
 Step = tuple[Observation, float, bool, bool, Info]
 
+# The smallest picture that passes the encoder's three convolutions; smaller frames pass other ones.
+SMALLEST_PICTURE = 36
+# A drawn vector: cells side by side, and the shortest side in pixels.
+MOST_COLUMNS, SHORTEST_SIDE, SMALLEST_CELL = 16, 96, 12
+
 
 class EpisodeEnv(gymnasium.Env):
     """Base of all environments: counts reward and length of the episode and guards the rendering.
+
+    An action is int64 (branches,), or an int where there is one branch, or float32 (n,) where it is numbers. An episode
+    is determined by its seed and its actions. The info is empty before the end, but for an `action_mask`.
 
     Attributes:
         max_episode_steps: the longest episode, None where episodes have no limit.
@@ -33,16 +41,10 @@ class EpisodeEnv(gymnasium.Env):
     action_bounds: tuple[np.ndarray, np.ndarray] | None = None
     reward_scale: float = 1.0
 
-    def __init__(self, render_mode: str | None = None):
-        """
-        Args:
-            render_mode: "rgb_array", or None if nothing is to be looked at.
-
-        Raises:
-            ValueError: if the render mode is another one.
-        """
+    def __init__(self, section: Section, render_mode: str | None = None):
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"render_mode: {render_mode!r} is not known; allowed: None, 'rgb_array'")
+        self.section: Any = section
         self.render_mode = render_mode
         self._observation: Observation | None = None
         self._start_episode()
@@ -57,40 +59,18 @@ class EpisodeEnv(gymnasium.Env):
         return {"reward": self._episode_reward, "length": self._episode_length}
 
     def _count_step(self, reward: float, ended: bool, numbers: dict[str, float]) -> Info:
-        """Count one step and return its info, which is empty unless the episode has ended.
-
-        Args:
-            reward: the step's reward, in the environment's own unit.
-            ended: whether this was the episode's last step.
-            numbers: the task's own results, such as the success.
-        """
+        """Count a step by its reward in the environment's own unit; return its info, empty before the end."""
         self._episode_reward += reward
         self._episode_length += 1
-        if not ended:
-            return {}
-        return {**numbers, **self.numbers_so_far()}
+        return {**numbers, **self.numbers_so_far()} if ended else {}
 
     def render(self) -> np.ndarray:
-        """Return the global view of the current state as a picture.
-
-        Returns:
-            Picture of shape (height, width, 3), uint8.
-
-        Raises:
-            RuntimeError: if the environment was made without a render mode or has not been reset yet.
-        """
+        """Return the global view as a picture (height, width, 3), uint8; RuntimeError without render mode or reset."""
         self._check_rendering()
         return self._draw()
 
     def agent_view(self) -> np.ndarray | None:
-        """Return the frame that the agent sees as a picture, None where it sees numbers only.
-
-        Returns:
-            Picture of shape (height, width, 3), uint8, or None.
-
-        Raises:
-            RuntimeError: if the environment was made without a render mode or has not been reset yet.
-        """
+        """Return the frame that the agent sees as `render` does, None where it sees numbers only."""
         self._check_rendering()
         frame = self._observation["frame"] if isinstance(self._observation, dict) else self._observation
         return frame_picture(frame) if frame.ndim == 3 else None
@@ -100,10 +80,8 @@ class EpisodeEnv(gymnasium.Env):
         return []
 
     def _check_rendering(self) -> None:
-        if self.render_mode is None:
-            raise RuntimeError("there is nothing to look at: the environment was made without render_mode='rgb_array'")
-        if self._observation is None:
-            raise RuntimeError("there is nothing to look at before the first reset")
+        if self.render_mode is None or self._observation is None:
+            raise RuntimeError("there is nothing to look at before the first reset, or without render_mode='rgb_array'")
 
     def _draw(self) -> np.ndarray:
         raise NotImplementedError
@@ -124,19 +102,6 @@ class WrappedEnv(EpisodeEnv):
             environment.close()
 
 
-def check_picture_size(height: int, width: int, named: str) -> None:
-    """Raise a ValueError if pictures are too small for the encoder.
-
-    Args:
-        height: rows of the picture.
-        width: columns of the picture.
-        named: what the size comes from, the beginning of the message.
-    """
-    if min(height, width) < SMALLEST_PICTURE:
-        smallest = f"{SMALLEST_PICTURE}×{SMALLEST_PICTURE}"
-        raise ValueError(f"{named}: pictures of {height}×{width} are too small; expected at least {smallest}")
-
-
 def picture_space(channels: int, height: int, width: int) -> gymnasium.spaces.Box:
     """Return the space of uint8 pictures of shape (channels, height, width)."""
     return gymnasium.spaces.Box(0, 255, (channels, height, width), np.uint8)
@@ -148,15 +113,62 @@ def discrete(action: Any) -> int:
 
 
 def suggest(name: Any, known: Iterable[str]) -> str:
-    """Return the end of an error message: the known names that are nearest to the given one.
-
-    Args:
-        name: the name that is not known.
-        known: the names that are.
-    """
+    """Return the end of an error message: the known names that are nearest to the given one."""
     return "; the nearest: " + ", ".join(difflib.get_close_matches(str(name), known, n=3, cutoff=0.0))
 
 
-def one_line(error: Exception) -> str:
-    """Return kind and message of an error in one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
+def as_picture(rendered: Any, name: str) -> np.ndarray:
+    """Return what an environment's `render` returned as a picture (height, width, 3), uint8, a copy.
+
+    Args:
+        rendered: grey, RGB or RGBA, of bytes, bools or floats (0..1 or 0..255); of several pictures the last is taken.
+        name: what the environment is called in the error message.
+
+    Raises:
+        BrokenContract: if it is no picture.
+    """
+    is_list = isinstance(rendered, list | tuple) and rendered and getattr(rendered[-1], "ndim", 0) >= 2
+    try:
+        picture = np.asarray(rendered[-1] if is_list else rendered)
+    except ValueError:  # nested lists of different lengths
+        picture = np.empty(0)
+    picture = picture[:, :, None] if picture.ndim == 2 else picture
+    if picture.ndim != 3 or picture.size == 0 or picture.shape[2] not in (1, 3, 4) or picture.dtype.kind not in "biuf":
+        raise BrokenContract(f"{name}: render returned {shorten(rendered)}, should be a picture (height, width, 3)")
+    if not (picture.min() >= 0 and picture.max() <= 255):  # NaN included
+        raise BrokenContract(f"{name}: render returned values outside of 0..255")
+    if picture.dtype.kind in "bf" and picture.max() <= 1:
+        picture = picture * 255.0
+    channels = picture.repeat(3, axis=2) if picture.shape[2] == 1 else picture[:, :, :3]
+    return np.array(np.rint(channels), np.uint8, order="C")
+
+
+def frame_picture(frame: np.ndarray) -> np.ndarray:
+    """Return a frame (channels, height, width) as a picture (height, width, 3) that can be looked at, a copy.
+
+    Stacks show their newest picture: the last three channels where their number is a multiple of three, else the last
+    one. Small grids, whose numbers are rather kinds than brightness, are brought to the full range.
+    """
+    shown = frame[-3:] if len(frame) % 3 == 0 else frame[-1:].repeat(3, axis=0)
+    if min(frame.shape[1:]) < SMALLEST_PICTURE:
+        shown = shown * np.uint8(255 // max(int(shown.max()), 1))
+    return np.array(shown.transpose(1, 2, 0), order="C")
+
+
+def vector_picture(vector: np.ndarray) -> np.ndarray:
+    """Return a vector as a picture, where nothing is drawn: a cell for each entry, black over grey to white."""
+    columns = min(len(vector), MOST_COLUMNS)
+    rows = -(-len(vector) // columns)
+    cells = np.zeros(rows * columns)
+    cells[: len(vector)] = np.nan_to_num(vector)
+    # 0 is grey, ±1 is three quarters of the way to white and black, however large an entry gets.
+    grey = np.uint8(127.5 + 127.5 * np.tanh(cells)).reshape(rows, columns)
+    return cell_picture(grey[:, :, None].repeat(3, axis=2))
+
+
+def cell_picture(colours: np.ndarray) -> np.ndarray:
+    """Return a picture of a board whose cells have these colours, (rows, columns, 3), with white lines between them."""
+    cell = max(SMALLEST_CELL, -(-SHORTEST_SIDE // min(colours.shape[:2])))
+    picture = np.uint8(colours).repeat(cell, axis=0).repeat(cell, axis=1)
+    picture[cell - 1 :: cell], picture[:, cell - 1 :: cell] = 255, 255
+    return picture

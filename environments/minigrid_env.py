@@ -4,27 +4,16 @@ import contextlib
 import io
 import itertools
 import re
-from typing import Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import gymnasium
-import minigrid  # noqa: F401  (registers its environments)
 import numpy as np
-from minigrid.core.constants import COLOR_NAMES
-from minigrid.envs.babyai.core.roomgrid_level import BabyAIMissionSpace
-from minigrid.envs.babyai.core.verifier import LOC_NAMES, OBJ_TYPES
-from minigrid.minigrid_env import MiniGridEnv
+from pydantic import AfterValidator, Field
 
-from environments.episode import (
-    Info,
-    Observation,
-    Step,
-    WrappedEnv,
-    check_picture_size,
-    discrete,
-    picture_space,
-)
+from environments.contract import check_sizes
+from environments.episode import SMALLEST_PICTURE, Info, Observation, Step, WrappedEnv, discrete, picture_space
 from environments.registered import make_registered
-from environments.section import MinigridSection
+from environments.section import Flag, Nothing, Section, Steps, Text, Whole, Words
 
 # Grid worlds show the same few views over and over, and rendering one takes longer than the rest of a step. The
 # symbolic view determines its picture, so pictures are kept by (environment, tile size, bytes of the symbolic view),
@@ -39,39 +28,68 @@ MOST_MISSIONS = 100_000
 SAMPLED_MISSIONS = 8
 
 
-class MinigridEnv(WrappedEnv):
-    """A MiniGrid environment whose observation is a picture of the part of the grid in front of the agent.
+def odd(value: int) -> int:
+    """Return an odd number; ValueError where it is even."""
+    if value % 2 == 0:
+        raise ValueError("even")
+    return value
 
-    Memory tasks default to a view of 3×3 tiles of 28 pixels, the first 3 actions (the turns and forward) and 96 steps;
-    all others to 7×7 tiles of 8 pixels, all 7 actions and 64 steps.
+
+class MinigridSection(Section):
+    """Any environment of MiniGrid or BabyAI, seen as pictures."""
+
+    type: Literal["Minigrid"] = Field(description="Which environment.")
+    name: Annotated[Text, Words("the registered id of a Minigrid environment")] = Field(
+        min_length=1, description="Which of the registered environments."
+    )
+    max_episode_steps: Steps | Nothing = Field(
+        None, description="Episodes are truncated there: by default at 96 for Memory tasks, else at 64."
+    )
+    view_size: (
+        Annotated[Whole, Field(ge=3, le=99), AfterValidator(odd), Words("a whole number, odd, from 3 to 99")] | Nothing
+    ) = Field(None, description="Tiles along each side of the view: by default 3 for Memory tasks, else 7.")
+    tile_size: Annotated[Whole, Field(ge=1, le=64)] | Nothing = Field(
+        None, description="Pixels per tile: by default 28 for Memory tasks, else 8."
+    )
+    num_actions: Annotated[Whole, Field(ge=1, le=7)] | Nothing = Field(
+        None, description="The first so many of MiniGrid's actions: by default 3 for Memory tasks, else all."
+    )
+    mission: Flag = Field(False, description="The mission's words are observed as a vector beside the picture.")
+
+    def create(self, render_mode: str | None = None) -> "MinigridEnv":
+        """Return a new environment of this section."""
+        return MinigridEnv(self, render_mode)
+
+
+class MinigridEnv(WrappedEnv):
+    """A MiniGrid environment whose observation is a picture of the part of the grid before the agent.
+
+    With `mission` it is a dict of the picture (`frame`) and of the mission's words (`vector`).
     """
 
     def __init__(self, section: MinigridSection, render_mode: str | None = None):
-        """
-        Args:
-            section: of the config.
-            render_mode: "rgb_array", or None if nothing is to be looked at.
+        import minigrid  # noqa: F401  (registers its environments)
+        from minigrid.minigrid_env import MiniGridEnv
 
-        Raises:
-            ValueError: if there is no such MiniGrid environment, or if another entry is not allowed.
-        """
-        super().__init__(render_mode)
-        self._name = section.name
-        defaults = (3, 28, 3, 96) if "Memory" in self._name else (7, 8, 7, 64)
+        super().__init__(section, render_mode)
+        defaults = (3, 28, 3, 96) if "Memory" in section.name else (7, 8, 7, 64)
         given = (section.view_size, section.tile_size, section.num_actions, section.max_episode_steps)
         view_size, self._tile_size, num_actions, self.max_episode_steps = (
             default if value is None else value for value, default in zip(given, defaults, strict=True)
         )
         side = view_size * self._tile_size
-        check_picture_size(side, side, f"tile_size: {self._tile_size} with view_size: {view_size}")
+        sizes = f"tile_size: {self._tile_size} with view_size: {view_size}: "
+        if side < SMALLEST_PICTURE:
+            raise ValueError(f"{sizes}pictures of {side}×{side} are too small; expected at least 36×36")
+        check_sizes((3, side, side), named=sizes)
 
         # Gymnasium's time limit truncates episodes earlier than MiniGrid's own one, `max_steps`, which has to stay as
         # it is: the reward for success, 1 − 0.9·step/max_steps, depends on it.
         self._env = make_registered(
-            self._name, agent_view_size=view_size, max_episode_steps=self.max_episode_steps, render_mode=render_mode
+            section.name, agent_view_size=view_size, max_episode_steps=self.max_episode_steps, render_mode=render_mode
         )
         if not isinstance(self._env.unwrapped, MiniGridEnv):
-            raise ValueError(f"name: {self._name!r} is not a MiniGrid environment")
+            raise ValueError(f"name: {section.name!r} is not a MiniGrid environment")
         self._grid = cast(Any, self._env.unwrapped)
         available = int(self._grid.action_space.n)
         if (section.num_actions or 0) > available:
@@ -87,29 +105,13 @@ class MinigridEnv(WrappedEnv):
             self.observation_space = gymnasium.spaces.Dict(frame=self.observation_space, vector=vector)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, Info]:
-        """Start an episode.
-
-        Args:
-            seed: determines the episode.
-            options: passed on to MiniGrid.
-
-        Returns:
-            The observation, a read-only picture of shape (3, height, width) or, with `mission`, a dict of it (`frame`)
-            and of the words (`vector`), and an empty info.
-        """
+        """Start an episode; its pictures, of shape (3, height, width), cannot be written to."""
         observation, _ = self._env.reset(seed=seed, options=options)
         self._start_episode()
         return self._observe(observation), {}
 
     def step(self, action: np.ndarray | int) -> Step:
-        """Take one of MiniGrid's actions.
-
-        Args:
-            action: shape (1,), or an int.
-
-        Returns:
-            Observation as of `reset`, reward, terminated, truncated and info.
-        """
+        """Take one of MiniGrid's actions."""
         observation, reward, terminated, truncated, _ = self._env.step(discrete(action))
         reward = float(reward)
         info = self._count_step(reward, terminated or truncated, {"success": float(reward > 0)})
@@ -117,15 +119,15 @@ class MinigridEnv(WrappedEnv):
 
     def notices(self) -> list[str]:
         """Return a line if the mission changes from episode to episode and the agent is not told."""
-        if self._vocabulary is not None or not self._mission_changes():
+        if self.section.mission or not self._mission_changes():
             return []
         return [
-            f"{self._name}: the mission changes from episode to episode and the agent is never told its goal; "
+            f"{self.section.name}: the mission changes from episode to episode and the agent is never told its goal; "
             "environment.mission: True shows it the mission's words"
         ]
 
     def _mission_changes(self) -> bool:
-        env = make_registered(self._name)
+        env = make_registered(self.section.name)
         try:
             # BabyAI prints which missions it has rejected.
             with contextlib.redirect_stdout(io.StringIO()):
@@ -143,7 +145,7 @@ class MinigridEnv(WrappedEnv):
         return self._observation
 
     def _picture(self, symbols: np.ndarray) -> np.ndarray:
-        key = (self._name, self._tile_size, symbols.tobytes())
+        key = (self.section.name, self._tile_size, symbols.tobytes())
         if key not in _kept_pictures:
             if len(_kept_pictures) >= MAX_KEPT_PICTURES:
                 del _kept_pictures[next(iter(_kept_pictures))]
@@ -161,11 +163,11 @@ def words_of(mission: str) -> list[str]:
 
 
 def vocabulary_of(space: Any) -> dict[str, int]:
-    """Return the words that a task's missions may have, in alphabetical order, and their numbers.
+    """Return the words that a task's missions may have, by its mission space, in alphabetical order, numbered."""
+    from minigrid.core.constants import COLOR_NAMES
+    from minigrid.envs.babyai.core.roomgrid_level import BabyAIMissionSpace
+    from minigrid.envs.babyai.core.verifier import LOC_NAMES, OBJ_TYPES
 
-    Args:
-        space: the task's mission space.
-    """
     if isinstance(space, BabyAIMissionSpace):
         missions: Any = [BABY_PHRASES, *COLOR_NAMES, *OBJ_TYPES, *LOC_NAMES]
     else:
@@ -175,15 +177,7 @@ def vocabulary_of(space: Any) -> dict[str, int]:
 
 
 def bag_of_words(mission: str, vocabulary: dict[str, int]) -> np.ndarray:
-    """Return how often each word of the vocabulary is in a mission, and at last how many words are not in it.
-
-    Args:
-        mission: the sentence.
-        vocabulary: the words and their numbers.
-
-    Returns:
-        Shape (words + 1,), float32.
-    """
+    """Return how often each word of the vocabulary is in a mission, and how many others: (words + 1,), float32."""
     bag = np.zeros(len(vocabulary) + 1, dtype=np.float32)
     for word in words_of(mission):
         bag[vocabulary.get(word, len(vocabulary))] += 1

@@ -3,7 +3,7 @@
 import hashlib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,10 @@ NAME_LENGTH, DEPTH = 64, 8
 
 def task_numbers(info: Any) -> dict[str, float]:
     """Return the numbers in a task's own info, to which reward and length as counted here can be added."""
-    return _clean(info, COUNTED + PLAYED)
+    return episode_numbers(info, COUNTED + PLAYED)
 
 
-def episode_numbers(info: Any) -> dict[str, float]:
+def episode_numbers(info: Any, reserved: Sequence[str] = PLAYED) -> dict[str, float]:
     """Return the numbers in the info that an environment of this package gives at the end of an episode.
 
     Numbers are bools, NumPy scalars, arrays and tensors of one element, too. Those in nested dictionaries are named by
@@ -30,43 +30,30 @@ def episode_numbers(info: Any) -> dict[str, float]:
 
     Args:
         info: a dictionary, or anything else, which holds no numbers.
+        reserved: names that the program itself uses.
     """
-    return _clean(info, PLAYED)
-
-
-def _clean(info: Any, reserved: tuple[str, ...]) -> dict[str, float]:
     numbers: dict[str, float] = {}
-    for key, name, value in _leaves(info, (), DEPTH):
+    for path, value in _leaves(info, (), DEPTH):
         number = _number(value)
-        if number is None or key == ("action_mask",):  # that of one action looks like a number
+        if number is None or path == ("action_mask",):  # that of one action looks like a number
             continue
+        name = re.sub(r"[^\w./-]+", "_", "/".join(map(str, path)))
+        name = re.sub(r"/+", "/", name).strip("/") or "_"
         name = f"info_{name}" if name in reserved else name
-        numbers[_distinct(name, key) if name in numbers or len(name) > NAME_LENGTH else name] = number
+        if name in numbers or len(name) > NAME_LENGTH:  # no other path has its digest
+            digest = hashlib.sha256(repr(path).encode(errors="replace")).hexdigest()[:8]
+            name = f"{name[: NAME_LENGTH - 9]}_{digest}"
+        numbers[name] = number
     return numbers
 
 
-def _leaves(info: Any, path: tuple, depth: int) -> list[tuple[tuple, str, Any]]:
-    """Return (path, clean name, value) of all that lies in nested dictionaries, which may contain themselves."""
-    if not isinstance(info, Mapping) or depth == 0:
-        return []
-    found = []
-    for key, value in info.items():
-        inner = (*path, key)
-        if isinstance(value, Mapping):
-            found += _leaves(value, inner, depth - 1)
-        else:
-            found.append((inner, _clean_name("/".join(map(str, inner))), value))
-    return found
-
-
-def _clean_name(name: str) -> str:
-    return re.sub(r"/+", "/", re.sub(r"[^\w./-]+", "_", name)).strip("/") or "_"
-
-
-def _distinct(name: str, key: tuple) -> str:
-    """Return a name that is short enough and that no other key has: its beginning and a digest of the key."""
-    digest = hashlib.sha256(repr(key).encode(errors="replace")).hexdigest()[:8]
-    return f"{name[: NAME_LENGTH - 9]}_{digest}"
+def _leaves(info: Any, path: tuple, depth: int) -> Iterator[tuple[tuple, Any]]:
+    """Return path and value of all that lies in nested dictionaries, which may contain themselves."""
+    if isinstance(info, Mapping) and depth > 0:
+        for key, value in info.items():
+            yield from _leaves(value, (*path, key), depth - 1)
+    elif path and not isinstance(info, Mapping):
+        yield path, info
 
 
 def _number(value: Any) -> float | None:
@@ -82,14 +69,7 @@ def _number(value: Any) -> float | None:
 
 @dataclass(frozen=True)
 class EpisodeMean:
-    """What a number comes to over some episodes.
-
-    Attributes:
-        mean: over the episodes that report it.
-        std: their standard deviation.
-        reported: how many report it.
-        episodes: how many there are.
-    """
+    """Mean and standard deviation of a number over those of some episodes that report it."""
 
     mean: float
     std: float
@@ -103,12 +83,9 @@ class EpisodeMean:
 
 
 def count_missing_success(episodes: Sequence[dict[str, float]]) -> None:
-    """Set `success` to 0 where an episode lacks it, if any of them reports it: some tasks say only that it is there.
+    """Set `success` to 0 where an episode lacks it, if any of the task reports it: some tell only successes.
 
     Whoever forgets episodes should call this before, so that the successes that go by leave that knowledge behind.
-
-    Args:
-        episodes: of one task; changed in place.
     """
     if any("success" in episode for episode in episodes):
         for episode in episodes:
@@ -118,20 +95,14 @@ def count_missing_success(episodes: Sequence[dict[str, float]]) -> None:
 def metrics_of(episodes: Sequence[dict[str, float]]) -> list[str]:
     """Return the names of what any episode reports; reward, success and length come first."""
     names = {name: None for episode in episodes for name in episode if name not in PLAYED}
-    first = [name for name in ("reward", "success", "length") if name in names]
-    return first + [name for name in names if name not in first]
+    return [name for name in dict.fromkeys(("reward", "success", "length", *names)) if name in names]
 
 
 def episode_means(episodes: Sequence[dict[str, float]]) -> dict[str, EpisodeMean]:
-    """Return the mean of every number that any of the episodes reports; success counts as 0 where it is missing.
-
-    Args:
-        episodes: of one task, each with what `episode_numbers` found.
-    """
+    """Return the mean of every number that any of the episodes reports; success counts as 0 where it is missing."""
     means = {}
     for name in metrics_of(episodes):
-        values = [episode[name] for episode in episodes if name in episode]
-        values = [value for value in values if math.isfinite(value)]
+        values = [episode[name] for episode in episodes if math.isfinite(episode.get(name, math.nan))]
         if name == "success":
             values += [0.0] * (len(episodes) - len(values))
         if values:

@@ -10,16 +10,11 @@ from typing import Annotated, Any, get_args
 import yaml
 from pydantic import BaseModel, Field, JsonValue, TypeAdapter, ValidationError, model_validator
 
-from environments.section import Environment, Flag, Number, Schedule, Section, Whole
+from environments import SECTIONS, Environment
+from environments.section import Flag, Number, Schedule, Section, Whole
 from model import ModelConfig
 from run.cli import problems, shorten
 from utils import UserError, polynomial_decay
-
-SECTIONS: dict[str, type[Section]] = {
-    name: section
-    for section in get_args(get_args(Environment)[0])
-    for name in get_args(section.model_fields["type"].annotation)
-}
 
 # What models, checkpoints and summaries can hold. YAML reads more, such as dates.
 PLAIN = TypeAdapter(dict[str, JsonValue])

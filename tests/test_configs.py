@@ -18,7 +18,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from run.config import SECTIONS, Config, check_config, load_config
+from environments import SECTIONS
+from run.config import Config, check_config, load_config
 from run.start import Options, Run
 from tools.write_docs import FILES
 from trainer import PPOTrainer

@@ -172,7 +172,10 @@ class Masked(Toy):
         return np.array([self.age > 0, 1, self.age % 2, 0, 1, self.age % 3 == 0, self.age > 5], dtype=np.int8)
 
 
-TOYS = (Toy, Exit, ExitOnce, Raise, NotANumber, InfiniteReward, Random, Slow, Hangs, WrongShape, Often, Seldom, Acted, Masked)
+TOYS = (
+    Toy, Exit, ExitOnce, Raise, NotANumber, InfiniteReward, Random, Slow, Hangs, WrongShape, Often, Seldom, Acted,
+    Masked,
+)  # fmt: skip
 for toy in TOYS:
     if f"{toy.__name__}-v0" not in gymnasium.registry:
         gymnasium.register(f"{toy.__name__}-v0", entry_point=toy, max_episode_steps=LONGEST)

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from environments import MEMORY_GYM_TYPES
+from environments import MEMORY_GYM_TYPES, SECTIONS
 from environments.memory_gym_env import make_task
-from run.config import SECTIONS, Config
+from run.config import Config
 
 ROOT = Path(__file__).parents[1]
 INTRODUCTION = """# Configuration
