@@ -1,5 +1,7 @@
 """Observations and actions of any kind: what is shown arrives, what is allowed is done, both are learned from."""
 
+import math
+
 import gymnasium
 import numpy as np
 import pytest
@@ -14,7 +16,9 @@ from environments.gymnasium_env import GymnasiumEnv, GymnasiumSection
 from environments.spaces import Observer, hidden_entries
 from model import Normal, RunningMoments
 from run.config import Config, check_config
-from trainer import Options, PPOTrainer
+from run.start import Options
+from trainer import PPOTrainer
+from worker import inspect_environment
 
 PIXELS = {"low": 0, "high": 255, "dtype": np.uint8}
 
@@ -459,13 +463,13 @@ def tiny(environment: dict, **changes) -> Config:
 
 
 @pytest.fixture
-def trainer_of(tmp_path):
+def trainer_of():
     """Return a function that makes a trainer whose environments run in two processes."""
     trainers = []
 
     def make(config: Config) -> PPOTrainer:
-        options = Options(torch.device("cpu"), processes=2, folder=tmp_path)
-        trainers.append(PPOTrainer(config, "test", 3, options))
+        options = Options(torch.device("cpu"), processes=2)
+        trainers.append(PPOTrainer(config, inspect_environment(config.environment)[0], 3, options))
         trainers[-1].start_workers()
         return trainers[-1]
 
@@ -480,7 +484,7 @@ def recomputed(trainer: PPOTrainer) -> tuple:
     x = trainer.model.complete(
         F.embedding(batch.which, trainer.model.embed(batch.observations)), batch.vectors, batch.step
     )
-    return batch, trainer.model(x, trainer.buffer.timeline.view(batch.windows), batch.masks)
+    return batch, trainer.model(x, batch.past, batch.masks)
 
 
 @pytest.mark.parametrize("environment", [PENDULUM, MASKED, MISSIONS], ids=["Box", "masked", "frame and vector"])
@@ -490,11 +494,11 @@ def test_training_begins_where_sampling_ended(trainer_of, environment):
     trainer.train_update()
     assert trainer.model.moments.count >= trainer.samples  # vectors are normalised from here on
     trainer.sample()
-    batch, prediction = recomputed(trainer)
-    log_ratio = prediction.policy.log_prob(batch.actions) - batch.log_probs
+    batch, output = recomputed(trainer)
+    log_ratio = output.policy.log_prob(batch.actions) - batch.log_probs
     assert batch.log_probs.std() > 1e-3
     assert log_ratio.exp().sub(1).abs().max() < 1e-6
-    torch.testing.assert_close(prediction.value, batch.values, rtol=0, atol=1e-5)
+    torch.testing.assert_close(output.value, batch.values, rtol=0, atol=1e-5)
 
 
 def test_forbidden_actions_have_no_probability(trainer_of):
@@ -502,14 +506,14 @@ def test_forbidden_actions_have_no_probability(trainer_of):
     for _ in range(2):  # the environment breaks where a forbidden action is drawn
         trainer.train_update()
     trainer.sample()
-    batch, prediction = recomputed(trainer)
+    batch, output = recomputed(trainer)
     odd = (batch.step % 2).bool()
     expected = [batch.step > 0, odd | True, odd, odd & False, odd | True, batch.step % 3 == 0, batch.step > 5]
     assert torch.equal(batch.masks, torch.stack(expected, dim=1))
-    probabilities = torch.cat(prediction.policy.log_probs, dim=1).exp()
+    probabilities = torch.cat(output.policy.log_probs, dim=1).exp()
     assert torch.equal(probabilities > 0, batch.masks)
-    assert torch.isfinite(prediction.policy.entropy()).all()
-    gradient = torch.autograd.grad(prediction.policy.entropy().sum(), trainer.model.policy[0].weight)[0]
+    assert torch.isfinite(output.policy.entropy()).all()
+    gradient = torch.autograd.grad(output.policy.entropy().sum(), trainer.model.policy[0].weight)[0]
     assert torch.isfinite(gradient).all() and (gradient[3] == 0).all()  # the action that is never allowed
 
 
@@ -531,6 +535,9 @@ def test_normal_is_that_of_torch():
     reference = torch.distributions.Independent(torch.distributions.Normal(mean, log_std.exp()), 1)
     expected = torch.stack((reference.log_prob(actions), reference.entropy()), dim=1)
     torch.testing.assert_close(found, expected)
+    old = torch.distributions.Independent(torch.distributions.Normal(mean + 1, log_std.exp() * 2), 1)
+    kl = torch.distributions.kl_divergence(old, reference)
+    torch.testing.assert_close(own.kl(Normal(mean + 1, log_std + math.log(2)).parameters()), kl)
     gradients = [torch.autograd.grad((values * weights).sum(), (mean, log_std)) for values in (found, expected)]
     torch.testing.assert_close(*gradients)
     noise = torch.randn(7, 3)
