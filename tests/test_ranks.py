@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -28,7 +29,7 @@ def small(name: str, **changes) -> dict:
     """Return a shipped config scaled down to a fraction of a second; there are minibatches of one rank's samples."""
     config = load_config(ROOT / "configs" / f"{name}.yaml").model_dump()
     config["transformer"] |= {"embed_dim": 16, "num_blocks": 2, "memory_length": 16}
-    config |= {"n_workers": 4, "worker_steps": 32, "n_mini_batch": 32, "epochs": 1, "hidden_layer_size": 16}
+    config |= {"n_workers": 4, "worker_steps": 16, "n_mini_batch": 16, "epochs": 1, "hidden_layer_size": 16}
     # Little is learned, since Adam turns rounding into steps where a gradient is nearly zero.
     config["learning_rate_schedule"] = {"initial": 1e-5, "final": 1e-5, "max_decay_steps": 1, "power": 1.0}
     return config | {"updates": 3, "checkpoint_interval": 1} | changes
@@ -101,22 +102,35 @@ class Launch:
         return codes
 
 
-def run(folder: Path, count: int, *command: str, **environment: str) -> None:
-    """Run a command on so many ranks."""
-    launch = Launch(folder, count, *command, **environment)
-    assert launch.finish() == [0] * count, "\n".join(launch.lines())
-
-
 def write(folder: Path, config: dict) -> Path:
     """Write a config into a folder; return the folder."""
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     return folder
 
 
-def weights(folder: Path, run_id: str, update: int) -> torch.Tensor:
-    """Return the weights of a run after an update."""
-    state = load(folder / "checkpoints" / run_id / f"checkpoint-{update:09d}.pt", "checkpoint")
-    return torch.cat([weight.flatten() for weight in state["weights"].values()])
+def checkpoint(folder: Path, run_id: str, update: int) -> dict:
+    """Return what a run saved after an update."""
+    return load(folder / "checkpoints" / run_id / f"checkpoint-{update:09d}.pt", "checkpoint")
+
+
+def tensors(state: object) -> list[torch.Tensor]:
+    """Return all tensors of numbers in nested dicts and lists."""
+    if isinstance(state, torch.Tensor):
+        return [state] if state.is_floating_point() else []
+    inner = state.values() if isinstance(state, dict) else state if isinstance(state, list) else []
+    return [tensor for value in inner for tensor in tensors(value)]
+
+
+def assert_alike(one: dict, other: dict) -> None:
+    """Weights and the optimiser's moments, which have the scale of gradients, are equal but for rounding."""
+    for name, few in (("weights", 1e-7), ("optimizer", 1e-6)):
+        pairs = [*zip(tensors(one[name]), tensors(other[name]), strict=True)]
+        assert len(pairs) > 2 and all((a - b).abs().mean() <= few * max(1, a.abs().max()) for a, b in pairs), name
+
+
+def assert_equal(one: dict, other: dict) -> None:
+    """Weights are equal to the bit."""
+    assert all(map(torch.equal, tensors(one["weights"]), tensors(other["weights"])))
 
 
 def episodes(state: object) -> list:
@@ -128,49 +142,64 @@ def episodes(state: object) -> list:
 
 # ------------------------------------------------------------------------------------------------------- the same run
 
+# Several command lines, one after the other, in the same ranks: to start them takes the longest.
+SERIES = """
+import json, sys
+from contextlib import contextmanager
+import evaluate, run.distributed, train
+if __name__ == "__main__":
+    with run.distributed.together({"--cpu": True, "--device": None}) as (ranks, device):
+        run.distributed.together = contextmanager(lambda arguments: (yield ranks, device))
+        for command in json.loads(sys.argv[1]):
+            sys.argv = [*command, "--cpu", "--processes=1"]
+            {"train.py": train, "evaluate.py": evaluate}[command[0]].main()
+"""
 
-@pytest.fixture(scope="module", params=TASKS)
-def trained(request, tmp_path_factory) -> Path:
-    """Return the folder where one rank trained four updates, and two trained three."""
-    folder = write(tmp_path_factory.mktemp("ranks"), TASKS[request.param])
-    run(folder, 1, *TRAIN, "--run-id=one", "--updates=4")
-    run(folder, 2, *TRAIN, "--run-id=two")
+
+def series(folder: Path, count: int, commands: list[tuple]) -> None:
+    """Carry out commands in so many ranks."""
+    (folder / "series.py").write_text(SERIES)
+    launch = Launch(folder, count, "series.py", json.dumps(commands))
+    assert launch.finish() == [0] * count, "\n".join(launch.lines())
+
+
+def train_and_play(folder: Path, count: int) -> None:
+    """Let so many ranks train three updates of all tasks, go on with what two have left, and play its models."""
+    commands: list[tuple] = []
+    for name in TASKS:
+        train = ("train.py", f"--config={name}.yaml", "--seed=5", f"--run-id={name}-{count}")
+        commands.append((*train, "--updates=4") if count == 1 else train)
+        if count != 2:
+            shutil.copytree(folder / "checkpoints" / f"{name}-2", folder / "checkpoints" / f"{name}-2-{count}")
+            commands.append(("train.py", f"--resume={name}-2-{count}", "--updates=4"))
+        play = ("evaluate.py", f"models/{name}-2.nn", "--seeds=3", "--repetitions=2", "--max-steps=50")
+        commands.append((*play, f"--output={name}-{count}"))
+    series(folder, count, commands)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Return the folder where two ranks and then one have trained."""
+    folder = tmp_path_factory.mktemp("ranks")
+    for name, config in TASKS.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
+    for count in (2, 1):
+        train_and_play(folder, count)
     return folder
 
 
 @pytest.mark.parametrize("count", (2, pytest.param(4, marks=pytest.mark.slow)))
-def test_several_ranks_train_as_one(trained, count):
-    run_id = {2: "two", 4: "four"}[count]
+def test_several_ranks_do_as_one(folder, count):
+    """They train the same, go on from what another number of ranks has left, and evaluate the same."""
     if count == 4:
-        run(trained, 4, *TRAIN, "--run-id=four")
-    one, several = (load(trained / "checkpoints" / name / "checkpoint-000000003.pt", "checkpoint")
-                    for name in ("one", run_id))  # fmt: skip
-    assert episodes(one) == episodes(several) and sum(episodes(one)[0]) > 0
-    assert (weights(trained, "one", 3) - weights(trained, run_id, 3)).abs().max() < 1e-6
-
-
-@pytest.mark.parametrize("count", (1, pytest.param(4, marks=pytest.mark.slow)))
-def test_a_run_of_two_goes_on_with_any_number(trained, count):
-    before = weights(trained, "two", 3)
-    (trained / "checkpoints" / f"on-{count}").mkdir()
-    for name in ("checkpoint-000000003.pt",):
-        (trained / "checkpoints" / f"on-{count}" / name).write_bytes(
-            (trained / "checkpoints" / "two" / name).read_bytes()
-        )
-    run(trained, count, "train.py", "--cpu", "--processes=1", f"--resume=on-{count}", "--updates=4")
-    after = weights(trained, f"on-{count}", 4)
-    assert (weights(trained, "one", 4) - after).abs().max() < 1e-6
-    assert not torch.equal(before, after)
-
-
-def test_several_ranks_evaluate_as_one(trained):
-    found = []
-    for count in (1, 2):
-        command = ("evaluate.py", "models/two.nn", "--cpu", "--processes=1", "--seeds=5", "--repetitions=2")
-        run(trained, count, *command, f"--output=played-{count}")
-        found.append(json.loads((trained / f"played-{count}.json").read_text()))
-    assert len(found[0]["models"][0]["episodes"]) == 10
-    assert found[0]["models"][0]["episodes"] == found[1]["models"][0]["episodes"]
+        train_and_play(folder, 4)
+    for name in TASKS:
+        one, several = (checkpoint(folder, f"{name}-{ranks}", 3) for ranks in (1, count))
+        assert episodes(one) == episodes(several) and sum(episodes(one)[0]) > 0
+        assert_alike(one, several)
+        assert_alike(checkpoint(folder, f"{name}-1", 4), checkpoint(folder, f"{name}-2-{1 if count == 2 else 4}", 4))
+        played = [json.loads((folder / f"{name}-{ranks}.json").read_text())["models"][0] for ranks in (1, count)]
+        assert len(played[0]["episodes"]) == 6 and played[0]["episodes"] == played[1]["episodes"]
 
 
 COLLECTIVES = """
@@ -179,6 +208,7 @@ from run.distributed import Interrupted, together
 from utils import EnvironmentFailure
 if __name__ == "__main__":
     with together({"--cpu": True, "--device": None}) as (ranks, device):
+        assert not ranks.stopping
         own = torch.full((2,), ranks.rank + 1.0, requires_grad=True)
         total = ranks.sum_with_gradient(own)
         assert total.tolist() == [3.0, 3.0]
@@ -186,7 +216,7 @@ if __name__ == "__main__":
         assert own.grad.tolist() == [3.0, 3.0]  # 1 of the first and 2 of the second
         assert ranks.gather(ranks.rank) == [0, 1] and ranks.from_first(ranks.rank) == 0
         assert ranks.join_rows(torch.full((1, 2), ranks.rank)).tolist() == [[0, 0], [1, 1]]
-        assert ranks.any(ranks.rank == 1) and not ranks.any(False) and not ranks.stopping
+        assert ranks.any(ranks.rank == 1) and not ranks.any(False)
         try:
             with ranks.agree_on(Interrupted, EnvironmentFailure):
                 raise (Interrupted, EnvironmentFailure)[ranks.rank](str(ranks.rank))
@@ -270,10 +300,8 @@ def test_ranks_that_differ_do_not_start(monkeypatch):
         check_divisible(Ranks(0, 3), config)
 
 
-def test_torchrun_goes_on_by_itself(tmp_path):
+def test_torchrun_goes_on_by_itself(folder, tmp_path):
     """With the weights of an undisturbed run."""
-    write(tmp_path, TASKS["vector"])
-    run(tmp_path, 2, *TRAIN, "--run-id=undisturbed")
     write(tmp_path, TASKS["vector"] | {"environment": toy("KillTrainerOnce")})
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOY_FOLDER": str(tmp_path)}
@@ -282,14 +310,14 @@ def test_torchrun_goes_on_by_itself(tmp_path):
         cwd=tmp_path, env=os.environ | variables, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0 and done.stderr.count("continuing disturbed") == 1, done.stderr
-    assert torch.equal(weights(tmp_path, "disturbed", 3), weights(tmp_path, "undisturbed", 3))
+    assert_equal(checkpoint(tmp_path, "disturbed", 3), checkpoint(folder, "vector-2", 3))
 
 
 # --------------------------------------------------------------------------------------------------------- two machines
 
 
 @pytest.mark.slow
-def test_two_machines_train_as_one(tmp_path):
+def test_two_machines_train_as_one(folder, tmp_path):
     """Two network namespaces with an address each, and a cable between them."""
     own = os.getpid()
     names = [f"ranks{own}{side}" for side in "ab"]
@@ -305,10 +333,9 @@ def test_two_machines_train_as_one(tmp_path):
         for command in commands:
             if subprocess.run(command.split(), capture_output=True).returncode:
                 pytest.skip(f"no network namespaces here: {command}")
-        launch = Launch(tmp_path, 2, *TRAIN, "--run-id=machines", hosts=hosts, MASTER_ADDR="10.77.0.1")
+        launch = Launch(tmp_path, 2, *TRAIN, hosts=hosts, MASTER_ADDR="10.77.0.1")
         assert launch.finish() == [0, 0], "\n".join(launch.lines())
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
-    run(tmp_path, 2, *TRAIN, "--run-id=local")
-    assert torch.equal(weights(tmp_path, "machines", 3), weights(tmp_path, "local", 3))
+    assert_equal(checkpoint(tmp_path, "run", 3), checkpoint(folder, "vector-2", 3))

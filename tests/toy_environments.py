@@ -95,7 +95,7 @@ class KillTrainerOnce(Toy):
 
     def fault(self):
         KillTrainerOnce.steps += 1
-        if KillTrainerOnce.steps == 150 and once("killed"):
+        if KillTrainerOnce.steps == 70 and once("killed"):
             os.kill(multiprocessing.parent_process().pid, signal.SIGKILL)
 
 
