@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import chdir, suppress
 from dataclasses import astuple, dataclass, field
@@ -168,7 +169,7 @@ class Generators:
         self.index = -1
         self.seeds: dict[int, int] = {}
         self.python: dict[int, random.Random] = {}
-        self.numpy: dict[int, np.random.MT19937] = {}
+        self.numpy: dict[int, np.random.MT19937] = defaultdict(np.random.MT19937)
         self.torch: dict[int, Any] = {}
         for name in random.__all__:
             if name.islower():
@@ -186,8 +187,6 @@ class Generators:
             self.torch[self.index] = torch.default_generator.get_state()
             if index in self.torch:
                 torch.default_generator.set_state(self.torch[index])
-        if index not in self.numpy:
-            self.numpy[index] = np.random.MT19937()
         np.random.set_bit_generator(self.numpy[index])  # type: ignore[attr-defined]
         self.index = index
 
@@ -203,25 +202,15 @@ class Generators:
 
 @dataclass
 class EnvironmentRunner:
-    """The environments of one process: they step as told, and an episode that was lost is brought back.
-
-    Attributes:
-        section: the `environment` section of a config.
-        task: what the environment is like.
-        arrays: shared with the trainer.
-        episode_seed: (environment, episode) → reset seed.
-        first: number of the run's environment that has index 0 here.
-        max_steps: after how many steps an episode is cut and its report marked so, None where only its end ends it.
-        indices: of the environments that this process steps.
-    """
+    """The environments of one process: they step as told, and an episode that was lost is brought back."""
 
     section: Section
     task: Task
-    arrays: SharedArrays
-    episode_seed: Callable[[int, int], int]
-    first: int
-    max_steps: int | None
-    indices: range
+    arrays: SharedArrays  # shared with the trainer
+    episode_seed: Callable[[int, int], int]  # (environment, episode) → reset seed
+    first: int  # number of the run's environment that has index 0 here
+    max_steps: int | None  # after how many an episode is cut and its report marked so; None where only its end ends it
+    indices: range  # of the environments that this process steps
 
     def __post_init__(self) -> None:
         self.generators, self.current = Generators(), self.indices[0]
@@ -229,8 +218,16 @@ class EnvironmentRunner:
         self.envs: dict[int, Any] = {}
         for index in self.indices:
             self._turn_to(index)
-            self._seed(index)
-            self.envs[index] = create_env(self.section)
+            self.envs[index] = self._create(index)
+
+    def _create(self, index: int) -> Any:
+        known = "torch" in sys.modules
+        self._seed(index)
+        env = create_env(self.section)
+        if known == ("torch" in sys.modules):
+            return env
+        env.close()  # it has imported PyTorch, which was not there to be seeded
+        return self._create(index)
 
     def _turn_to(self, index: int) -> None:
         self.arrays.at_work[self.current] = False
@@ -353,9 +350,9 @@ def serve(connection: Any, make: Callable[[], EnvironmentRunner], folder: str) -
             except (UserError, BrokenContract) as error:
                 answer = "refused", str(error)
             except SystemExit as leaving:
-                answer = "failed", f" it called sys.exit({'' if leaving.code is None else repr(leaving.code)})"
+                answer = "failed", f"it called sys.exit({'' if leaving.code is None else repr(leaving.code)})"
             except BaseException:
-                answer = "failed", f"\n{traceback.format_exc().rstrip()}"
+                answer = "failed", f"it raised\n{traceback.format_exc().rstrip()}"
             connection.send(answer)
     except (EOFError, OSError):
         pass  # the trainer is gone
@@ -393,10 +390,6 @@ def kill_group(leader: int) -> None:
 # ------------------------------------------------------------------------------------------------------ in the trainer
 
 
-class Died(Exception):
-    """A process is gone, whoever ended it."""
-
-
 class Process:
     """One process, which starts at once.
 
@@ -413,6 +406,7 @@ class Process:
         start_server()
         self.indices = indices
         self.pending: list[range] = []  # groups that it was told to step and has not answered for
+        self.replays = False  # whether it has to answer first that it has replayed its episodes
         self.connection, theirs = CONTEXT.Pipe()
         self.handle = CONTEXT.Process(target=serve, args=(theirs, partial(make, indices), os.getcwd()), daemon=True)
         main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
@@ -431,18 +425,18 @@ class Process:
             self.connection.send((command, argument))
 
     def answers_within(self, seconds: float) -> bool:
-        """Return whether an answer can be read, or the process is found dead."""
+        """Return whether `read` would not have to wait for longer."""
         return bool(self.poll.poll(1000 * seconds))
 
     def read(self) -> tuple[str, Any]:
-        """Wait for the next answer; raise Died if there will be none."""
+        """Wait for the next answer of `serve`; or return ("died", how)."""
         try:
             return self.connection.recv()
-        except (EOFError, OSError) as error:
+        except (EOFError, OSError):
             self.end(time.monotonic() + CLOSE_SECONDS)
-            raise Died(f"its process died (exit code {self.handle.exitcode})") from error
+            return "died", f"its process died (exit code {self.handle.exitcode})"
 
-    def end(self, deadline: float = 0.0) -> None:
+    def end(self, deadline: float) -> None:
         """Let it end by itself until a time of `time.monotonic`, then kill it."""
         self.connection.close()
         self.handle.join(timeout=max(0.0, deadline - time.monotonic()))
@@ -468,21 +462,16 @@ def inspect_environment(section: Section) -> tuple[Task, list[str]]:
         UserError: if it cannot be created or breaks the contract, naming how.
         EnvironmentFailure: if it ends its process.
     """
-    unknown = Task(None, 1, (1,), 0, None)
-    seed = partial(training_seed, 0, section)
+    unknown, seed = Task(None, 1, (1,), 0, None), partial(training_seed, 0, section)
     make = partial(EnvironmentRunner, section, unknown, SharedArrays(1, unknown), seed, 0, None)
     process = Process(make, range(1), "inspect")
     try:
         kind, answer = process.read()
-    except Died as death:
-        kind, answer = "failed", f" {death}"
     finally:
         process.end(time.monotonic() + CLOSE_SECONDS)
-    if kind == "refused":
-        raise UserError(answer)
-    if kind == "failed":
-        raise EnvironmentFailure(f"environment:{answer}")
-    return Task(*answer[0]), answer[1]
+    if kind == "done":
+        return Task(*answer[0]), answer[1]
+    raise UserError(answer) if kind == "refused" else EnvironmentFailure(f"environment: {answer}")
 
 
 class Workers:
@@ -547,9 +536,8 @@ class Workers:
 
     def start(self) -> list[int]:
         """Start all processes and bring `episodes` back; return the environments that had to begin a fresh one."""
-        for share in self.shares:
-            self.processes.append(self._launched(share, []))
-        fresh = sorted(index for place in range(len(self.shares)) for index in self._replayed(place))
+        self.processes = [self._launched(share, []) for share in self.shares]
+        fresh = sorted(index for place in range(len(self.shares)) for index in self._answer(place))
         self._tell_of(fresh)
         for index in fresh:
             self.episodes[index] = Episode(self.episodes[index].number + 1)
@@ -595,7 +583,7 @@ class Workers:
             process.end(deadline)
 
     def _launched(self, indices: range, pending: list[range]) -> Process:
-        """Return a new process that replays its episodes without the step that is still pending."""
+        """Return a new process that replays its episodes without the step that is still pending, and then steps."""
         episodes = {}
         self.arrays.at_work[indices] = False
         for index in indices:
@@ -603,56 +591,51 @@ class Workers:
             size = len(episode.actions) - steps * self.packed.itemsize * self.arrays.actions.shape[1]
             episodes[index] = episode.number, bytes(episode.actions[:size]), episode.digest, bool(pending)
         process = Process(self.make, indices, "replay", episodes)
-        process.pending = pending
+        process.pending, process.replays = pending, bool(pending)
+        for group in pending:
+            process.tell("step", group)
         return process
 
-    def _replayed(self, place: int) -> list[int]:
-        """Wait until a process has replayed its episodes; return the environments where that failed."""
+    def _answer(self, place: int) -> list:
+        """Return a process's next answer; where it died, its successor replays and is told all it was told."""
         while True:
-            try:
-                return self._read(self.processes[place])
-            except Died as death:
-                self._replace(place, death)
+            process = self.processes[place]
+            self._wait_for(process)
+            kind, answer = process.read()
+            if kind in ("failed", "refused"):
+                raise EnvironmentFailure(f"{self._where(process)}: {answer}")
+            if kind == "died":
+                self._replace(place, answer)
+            elif process.replays:
+                self._tell_of(answer)
+                process.replays = False
+            else:
+                return answer
 
-    def _answer(self, place: int) -> list[tuple[int, dict]]:
-        """Return a process's answer to a step; where it died, its successor replays and is told all it was told."""
-        while True:
-            try:
-                return self._read(self.processes[place])
-            except Died as death:
-                self._replace(place, death)
-                self._tell_of(self._replayed(place))
-                for group in self.processes[place].pending:
-                    self.processes[place].tell("step", group)
+    def _replace(self, place: int, death: str) -> None:
+        """Put a new process in the place of one that died, unless that goes on and on."""
+        process, self.restarts = self.processes[place], self.restarts + 1
+        what = f"{self._where(process)}: {death}"
+        if self.restarts > MAX_RESTARTS:
+            raise EnvironmentFailure(f"{what} {self.restarts} times at the same step")
+        print(f"\n{what}; replaying its episodes", file=sys.stderr)
+        self.processes[place] = self._launched(process.indices, process.pending)
+
+    def _wait_for(self, process: Process) -> None:
+        """Wait for a process; raise EnvironmentFailure where it takes too long after a stop was asked for."""
+        while not process.answers_within(LOOK_SECONDS):
+            if self.stop():
+                self.deadline = min(self.deadline, time.monotonic() + STOP_SECONDS)
+            if time.monotonic() > self.deadline:
+                for late in self.processes:
+                    late.end(0.0)
+                raise EnvironmentFailure(f"{self._where(process)}: hangs, {STOP_SECONDS} s after a stop was asked for")
 
     def _tell_of(self, fresh: list[int]) -> None:
         """Say which environments could not be brought back."""
         if fresh:
             numbers = [self.first + index for index in fresh]
             print(f"environments {numbers} are not deterministic and began fresh episodes", file=sys.stderr)
-
-    def _replace(self, place: int, death: Died) -> None:
-        """Put a new process in the place of one that died, unless that goes on and on."""
-        process = self.processes[place]
-        self.restarts += 1
-        if self.restarts > MAX_RESTARTS:
-            raise EnvironmentFailure(f"{self._where(process)}: {death} {self.restarts} times at the same step")
-        print(f"\n{self._where(process)}: {death}; replaying its episodes", file=sys.stderr)
-        self.processes[place] = self._launched(process.indices, process.pending)
-
-    def _read(self, process: Process) -> list:
-        """Return a process's next answer; raise Died, or EnvironmentFailure."""
-        while not process.answers_within(LOOK_SECONDS):
-            if self.stop():
-                self.deadline = min(self.deadline, time.monotonic() + STOP_SECONDS)
-            if time.monotonic() > self.deadline:
-                for late in self.processes:
-                    late.end()
-                raise EnvironmentFailure(f"{self._where(process)}: hangs, {STOP_SECONDS} s after a stop was asked for")
-        kind, answer = process.read()
-        if kind != "done":
-            raise EnvironmentFailure(f"{self._where(process)}:{' ' * (kind == 'refused')}{answer}")
-        return answer
 
     def _where(self, process: Process) -> str:
         """Name the environment that a process is busy with, its episode and its step."""

@@ -1,4 +1,4 @@
-"""Environments in processes of their own: the same episodes however they are spread, and faults that stay where they are."""
+"""Environments in processes of their own: the same episodes however they are spread, and faults that stay there."""
 
 import contextlib
 import multiprocessing
@@ -32,7 +32,8 @@ HERE = r"^environment \d, reset seed \d+, step 9: "
 
 def section(name: str) -> GymnasiumSection:
     """Return the section of a toy, or of a registered environment that is named with its module."""
-    return GymnasiumSection(type="Gymnasium", name=name if ":" in name else f"tests.toy_environments:{name}-v0")
+    name = name if ":" in name else f"tests.toy_environments:{name}-v0"
+    return GymnasiumSection.model_validate({"type": "Gymnasium", "name": name})
 
 
 @contextlib.contextmanager
@@ -112,7 +113,7 @@ def test_episodes_do_not_depend_on_who_steps_them(name, module):
     """Nor do those whose environments draw from global generators, which differ by environment and episode."""
     name = name if name == "Toy" else module(GLOBAL)
     one = played(name, count=4, processes=1)
-    assert played(name, count=4, processes=4) == one == played(name, count=4, processes=3, groups=2)
+    assert one == played(name, count=4, processes=2, groups=2)
     assert one[2:] == played(name, count=2, processes=1, first=2)
     starts = [rows[t + 1][0][0][0] for rows in one for t in range(39) if rows[t][1]]  # as they are first seen
     assert len(starts) >= 4 and len({*starts}) == len(starts)
@@ -127,7 +128,9 @@ def test_a_process_that_is_killed_is_replaced(victim, capfd):
         for t in range(40):
             if t % 7 == 3:
                 if victim == "server":
-                    os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
+                    server = forkserver._forkserver._forkserver_pid
+                    os.kill(server, signal.SIGKILL)
+                    os.waitid(os.P_PID, server, os.WEXITED | os.WNOWAIT)
                 os.kill(workers.processes[t % 2].handle.pid, signal.SIGKILL)
             seen.append(step(workers, t))
     assert [list(rows) for rows in zip(*seen, strict=True)] == expected
@@ -176,7 +179,7 @@ def test_an_environment_that_is_not_deterministic_begins_afresh(module, capfd):
 
 FAILURES = {
     "Exit": r"its process died \(exit code 7\) 4 times at the same step$",
-    "Raise": r"\nTraceback(.|\n)*toy_environments.py(.|\n)*ArithmeticError: the toy is broken$",
+    "Raise": r"it raised\nTraceback(.|\n)*toy_environments.py(.|\n)*ArithmeticError: the toy is broken$",
     "NotANumber": r".*observation is not finite.*$",
     "InfiniteReward": r".*reward is not finite: inf$",
     "WrongShape": r".*observation has the shape \(5,\), its space says \(3,\)$",
@@ -187,7 +190,7 @@ FAILURES = {
 def test_a_failure_says_where(name, toys):
     with pytest.raises(EnvironmentFailure) as failure:
         played(name)
-    assert re.search(HERE.rstrip() + r" ?" + FAILURES[name], str(failure.value)), failure.value
+    assert re.search(HERE + FAILURES[name], str(failure.value)), failure.value
     environment, seed = re.search(r"environment (\d), reset seed (\d+)", str(failure.value)).groups()
     assert int(seed) == training_seed(5, section(name), int(environment), 0)
 
@@ -217,7 +220,7 @@ UNTIDY = {
     "floats of 64 bits": "import torch\ntorch.set_default_dtype(torch.float64)\nclass Mine(Toy): pass",
     "another folder": "class Mine(Toy):\n    def __init__(self, render_mode=None): os.chdir('/')",
     "no output": "sys.stdout = sys.stderr = None\nclass Mine(Toy): pass",
-    "own utils": "from utils import clamp\nclass Mine(Toy):\n    def step(self, action): return super().step(clamp(action))",
+    "own utils": "from utils import clamp\nclass Mine(Toy):\n    def step(self, a): return super().step(clamp(a))",
     "own worker, own model": "import worker, model\nclass Mine(Toy): pass",
     "close() fails": "class Mine(Toy):\n    def close(self): raise RuntimeError('not connected')",
 }
