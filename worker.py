@@ -15,7 +15,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable
 from contextlib import chdir, suppress
 from dataclasses import astuple, dataclass, field
 from functools import cache, partial
@@ -32,17 +33,17 @@ from environments import BrokenContract
 from environments.contract import Task, check_observation, checked_step, try_out
 from environments.numbers import episode_numbers
 from environments.section import Section
-from utils import EnvironmentFailure, UserError, create_env, derived_seed, reason_of
+from utils import EnvironmentFailure, UserError, create_env, reason_of, training_seed
 
 # A frame, a vector, or both by these names.
 Observation = np.ndarray | dict[str, np.ndarray]
 DIGEST_SIZE = 16
 # How often the processes may be restarted at the same step before the run gives up.
 MAX_RESTARTS = 3
-# Seconds: between two looks whether the run is to stop, and that a step may still take then; that closing may take.
-LOOK_SECONDS, STOP_SECONDS, CLOSE_SECONDS = 0.5, 10.0, 5.0
+# Seconds: between two looks whether the run is to stop; that a step may still take then; that closing may take.
+LOOK_SECONDS, STOP_SECONDS, CLOSE_SECONDS = 0.5, 10, 5
 ROOT = Path(__file__).resolve().parent
-# Processes are forked from a server that has imported our modules once, and neither our threads nor a CUDA context.
+# Processes are forked from a server that has imported our modules once, and has neither our threads nor a CUDA context.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["worker", "gymnasium"])
 
@@ -51,8 +52,7 @@ class SharedArrays:
     """What W environments and the trainer tell each other, in anonymous shared memory.
 
     The memory has no name: it disappears with the last process that maps it, however that process ends. What a task
-    does not have is None. `final_…` are what an episode that was truncated showed at its end. Digests are of whole
-    observations; frames beside vectors have their own.
+    does not have is None. Digests are of whole observations; frames beside vectors have their own.
 
     Args:
         n_workers: W.
@@ -64,48 +64,47 @@ class SharedArrays:
     vectors: np.ndarray | None  # (W, n)
     digests: np.ndarray
     frame_digests: np.ndarray
-    final_frames: np.ndarray | None
+    final_frames: np.ndarray | None  # this and the next: at the end of an episode that was truncated
     final_vectors: np.ndarray | None
     final_digests: np.ndarray
     final_frame_digests: np.ndarray
-    masks: np.ndarray | None  # (W, sum of branches), which actions are allowed
+    masks: np.ndarray | None  # (W, sum of branches): which actions are allowed
     actions: np.ndarray
     rewards: np.ndarray
     terminated: np.ndarray
     truncated: np.ndarray
     episode: np.ndarray  # number of the running one
-    steps: np.ndarray  # of it
-    at_work: np.ndarray  # whether its process is busy with this environment
+    steps: np.ndarray  # that it has had
+    at_work: np.ndarray  # whether it is this environment that its process is busy with
 
     def __init__(self, n_workers: int, task: Task, context: Any = CONTEXT) -> None:
-        shown: dict[str, tuple[tuple[int, ...], Any]] = {"digests": ((DIGEST_SIZE,), np.uint8)}
+        digest: tuple[tuple[int, ...], Any] = (DIGEST_SIZE,), np.uint8
+        shown = {"digests": digest}
         if task.frame is not None:
             shown["frames"] = (*task.frame[1:], task.frame[0]), np.uint8
         if task.vector:
             shown["vectors"] = (task.vector,), np.float32
         if task.frame is not None and task.vector:
-            shown["frame_digests"] = shown["digests"]
-        kinds: dict[str, Any] = {"rewards": np.float64, "episode": np.int64, "steps": np.int64}
-        kinds |= dict.fromkeys(("terminated", "truncated", "at_work"), np.bool_)
+            shown["frame_digests"] = digest
         layout = shown | {f"final_{name}": entry for name, entry in shown.items()}
-        layout |= {name: ((), kind) for name, kind in kinds.items()}
+        layout |= {"rewards": ((), np.float64), "episode": ((), np.int64), "steps": ((), np.int64)}
+        layout |= dict.fromkeys(("terminated", "truncated", "at_work"), ((), np.bool_))
         layout["actions"] = (task.action_size,), np.float32 if task.continuous else np.int64
         if task.masked:
             layout["masks"] = (sum(task.branches),), np.bool_
         memory = {}
         for name, (shape, dtype) in layout.items():
             size = n_workers * int(np.prod(shape)) * np.dtype(dtype).itemsize
-            memory[name] = (n_workers, *shape), dtype, context.RawArray("b", size)
+            memory[name] = context.RawArray("b", size), dtype, (n_workers, *shape)
         self.__setstate__(memory)
 
     def __getstate__(self) -> dict:
         return self.memory
 
     def __setstate__(self, memory: dict) -> None:
-        """Make each array an attribute."""
         self.memory = memory
         self.frames = self.vectors = self.final_frames = self.final_vectors = self.masks = None
-        for name, (shape, dtype, block) in memory.items():
+        for name, (block, dtype, shape) in memory.items():
             setattr(self, name, np.frombuffer(block, dtype).reshape(shape))
         if "frame_digests" not in memory:
             self.frame_digests, self.final_frame_digests = self.digests, self.final_digests
@@ -159,26 +158,27 @@ def packed_type(task: Task) -> np.dtype:
 
 
 class Generators:
-    """The global generators of a worker process, `random`'s, NumPy's and PyTorch's: each environment has its own state.
+    """The global generators of a worker process, `random`'s, NumPy's and PyTorch's, with a state for each environment.
 
     So what an environment draws depends on its episode alone, not on who else is in its process. To save and restore
-    states would take 22 µs (`random`) and 165 µs (NumPy) a step; to point to another takes 1 µs, and PyTorch's, which
-    are restored where an environment has imported it, 2 µs.
-
-    Args:
-        indices: of the environments.
+    their states would take 22 µs (`random`) and 165 µs (NumPy) a step. Pointing to another generator takes less than 1;
+    only PyTorch's, where an environment has imported it, is restored, in 2.
     """
 
-    def __init__(self, indices: Iterable[int]) -> None:
-        self.python = {index: random.Random() for index in indices}
-        self.numpy = {index: np.random.MT19937() for index in indices}
+    def __init__(self) -> None:
+        self.index = -1
+        self.seeds: dict[int, int] = {}
+        self.python: dict[int, random.Random] = {}
+        self.numpy: dict[int, np.random.MT19937] = defaultdict(np.random.MT19937)
         self.torch: dict[int, Any] = {}
-        self.index = next(iter(self.python))
         for name in random.__all__:
             if name.islower():
                 setattr(random, name, partial(self._draw, name))
 
     def _draw(self, name: str, *arguments: Any, **options: Any) -> Any:
+        """Call a function of `random`; its generator is seeded at its first use, for few environments use it."""
+        if self.index not in self.python:
+            self.python[self.index] = random.Random(self.seeds[self.index])
         return getattr(self.python[self.index], name)(*arguments, **options)
 
     def use(self, index: int) -> None:
@@ -187,49 +187,47 @@ class Generators:
             self.torch[self.index] = torch.default_generator.get_state()
             if index in self.torch:
                 torch.default_generator.set_state(self.torch[index])
-        self.index = index
         np.random.set_bit_generator(self.numpy[index])  # type: ignore[attr-defined]
+        self.index = index
 
-    def seed(self, seed: int) -> None:
-        """Seed those that are in use."""
-        random.seed(seed)
+    def seed(self, *numbers: int) -> None:
+        """Seed those that are in use, by all of the numbers."""
+        seed = xxhash.xxh3_64_intdigest(repr(numbers).encode())
+        self.seeds[self.index] = seed
+        self.python.pop(self.index, None)
         np.random.seed(seed % 2**32)
         if torch := sys.modules.get("torch"):
             torch.default_generator.manual_seed(seed)
 
 
+@dataclass
 class EnvironmentRunner:
-    """The environments of one process: they step as told, and an episode that was lost is brought back.
+    """The environments of one process: they step as told, and an episode that was lost is brought back."""
 
-    Args:
-        section: the `environment` section of a config.
-        task: what the environment is like.
-        arrays: shared with the trainer.
-        episode_seed: (environment, episode) → reset seed.
-        first: number of the run's environment that has index 0 here.
-        max_steps: after how many steps an episode is cut and its report marked so, None where only its end ends it.
-        indices: of the environments that this process steps.
-    """
+    section: Section
+    task: Task
+    arrays: SharedArrays  # shared with the trainer
+    episode_seed: Callable[[int, int], int]  # (environment, episode) → reset seed
+    first: int  # number of the run's environment that has index 0 here
+    max_steps: int | None  # after how many an episode is cut and its report marked so; None where only its end ends it
+    indices: range  # of the environments that this process steps
 
-    def __init__(
-        self,
-        section: Section,
-        task: Task,
-        arrays: SharedArrays,
-        episode_seed: Callable[[int, int], int],
-        first: int,
-        max_steps: int | None,
-        indices: range,
-    ) -> None:
-        self.task, self.arrays, self.episode_seed, self.first = task, arrays, episode_seed, first
-        self.max_steps = max_steps
+    def __post_init__(self) -> None:
+        self.generators, self.current = Generators(), self.indices[0]
         self.cut: set[int] = set()  # environments whose next step was lost with an episode that cannot be repeated
-        self.generators, self.current = Generators(indices), indices[0]
         self.envs: dict[int, Any] = {}
-        for index in indices:
+        for index in self.indices:
             self._turn_to(index)
-            self._seed_generators(index)
-            self.envs[index] = create_env(section)
+            self.envs[index] = self._create(index)
+
+    def _create(self, index: int) -> Any:
+        known = "torch" in sys.modules
+        self._seed(index)
+        env = create_env(self.section)
+        if known == ("torch" in sys.modules):
+            return env
+        env.close()  # it has imported PyTorch, which was not there to be seeded
+        return self._create(index)
 
     def _turn_to(self, index: int) -> None:
         self.arrays.at_work[self.current] = False
@@ -237,19 +235,28 @@ class EnvironmentRunner:
         self.current = index
         self.generators.use(index)
 
-    def _seed_generators(self, index: int) -> int:
+    def _seed(self, index: int) -> int:
         """Seed the global generators for an environment's episode; return its reset seed."""
         number, episode = self.first + index, int(self.arrays.episode[index])
         seed = self.episode_seed(number, episode)
-        self.generators.seed(derived_seed(seed, number, episode))
+        self.generators.seed(seed, number, episode)
         return seed
 
     def _reset(self, index: int, episode: int) -> None:
-        """Begin an episode of the environment whose turn it is."""
         self.arrays.episode[index], self.arrays.steps[index] = episode, 0
-        observation, info = self.envs[index].reset(seed=self._seed_generators(index))
+        observation, info = self.envs[index].reset(seed=self._seed(index))
         check_observation(self.envs[index], observation, self.task)
         self.arrays.show(index, observation, info.get("action_mask"))
+
+    def inspect(self, _: None) -> tuple[tuple, list[str]]:
+        """Play a step of the first environment and close it; return the entries of its `Task`, and notices."""
+        env = self.envs.pop(self.indices[0])
+        task, notices = try_out(env, self.episode_seed(0, 0))
+        try:
+            env.close()
+        except Exception as error:
+            notices.append(f"environment: close() fails, which is ignored: {type(error).__name__}: {reason_of(error)}")
+        return astuple(task), notices
 
     def replay(self, episodes: dict[int, tuple[int, bytes, bytes, bool]]) -> list[int]:
         """Bring running episodes back; return the environments where that failed and a fresh episode began.
@@ -311,48 +318,18 @@ class EnvironmentRunner:
         return [(index, report)]
 
     def close(self) -> None:
-        """Close the environments; that some cannot is told when they are inspected."""
+        """Close the environments; where that fails, it was told when one was inspected."""
         for env in self.envs.values():
             with suppress(Exception):
                 env.close()
 
 
-class Inspection:
-    """An environment that is only looked at.
+def serve(connection: Any, make: Callable[[], EnvironmentRunner], folder: str) -> None:
+    """Run in a process of its own: let a runner do what is told until the trainer is gone.
 
     Args:
-        section: the `environment` section of a config.
-    """
-
-    def __init__(self, section: Section) -> None:
-        self.section = section
-
-    def inspect(self, _: None) -> tuple[tuple, list[str]] | str:
-        """Return the entries of its `Task` and what its user should know; or, as a text, what is wrong with it."""
-        generators = Generators([0])
-        generators.use(0)
-        generators.seed(0)
-        try:
-            env = create_env(self.section)
-            task, notices = try_out(env)
-        except (UserError, BrokenContract) as error:
-            return str(error)
-        try:
-            env.close()
-        except Exception as error:
-            notices.append(f"environment: close() fails, which is ignored: {type(error).__name__}: {reason_of(error)}")
-        return astuple(task), notices
-
-    def close(self) -> None:
-        """Do nothing: it is closed already."""
-
-
-def serve(connection: Any, make: Callable[[], Any], folder: str) -> None:
-    """Run in a process of its own: carry out commands until the trainer is gone.
-
-    Args:
-        connection: receives (name of a method, its argument); answers ("done", its result) or ("failed", the reason).
-        make: creates the object whose methods they are.
+        connection: receives (method, argument); answers ("done", result), or ("refused" or "failed", the reason).
+        make: creates the runner.
         folder: that the trainer runs in.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's
@@ -363,30 +340,30 @@ def serve(connection: Any, make: Callable[[], Any], folder: str) -> None:
     os.chdir(folder)
     sys.argv = ["worker"]  # for modules that parse their command line when they are imported
     put_first([folder, *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
-    served = None
+    runner = None
     try:
         while True:
             command, argument = connection.recv()
             try:
-                served = served or make()
-                answer = "done", getattr(served, command)(argument)
+                runner = runner or make()
+                answer = "done", getattr(runner, command)(argument)
             except (UserError, BrokenContract) as error:
-                answer = "failed", f" {error}"
+                answer = "refused", str(error)
             except SystemExit as leaving:
-                answer = "failed", f" it called sys.exit({'' if leaving.code is None else repr(leaving.code)})"
+                answer = "failed", f"it called sys.exit({'' if leaving.code is None else repr(leaving.code)})"
             except BaseException:
-                answer = "failed", f"\n{traceback.format_exc().rstrip()}"
+                answer = "failed", f"it raised\n{traceback.format_exc().rstrip()}"
             connection.send(answer)
     except (EOFError, OSError):
         pass  # the trainer is gone
     finally:
-        if served is not None:
-            served.close()
+        if runner is not None:
+            runner.close()
         kill_group(os.getpid())
 
 
 def outlive(trainer: Any) -> None:
-    """Wait for the trainer's end and end this process some time later, although an environment may hang."""
+    """Wait for the trainer's end, and end this process some time later if an environment hangs."""
     trainer.join()
     time.sleep(CLOSE_SECONDS)
     kill_group(os.getpid())
@@ -399,9 +376,9 @@ def put_first(folders: list[str]) -> None:
     files = {name: Path(getattr(module, "__file__", None) or "/") for name, module in sys.modules.items()}
     for ours in [name for name, path in files.items() if path in (ROOT / f"{name}.py", ROOT / name / "__init__.py")]:
         found = PathFinder.find_spec(ours, theirs)
-        if found is not None and found.origin is not None:  # a folder without Python is none
+        if found is not None and found.origin is not None:  # not a folder without Python
             for name in [name for name in files if name.split(".")[0] == ours]:
-                del sys.modules[name]  # who has imported it, keeps it
+                del sys.modules[name]  # those who have imported it keep it
 
 
 def kill_group(leader: int) -> None:
@@ -413,45 +390,32 @@ def kill_group(leader: int) -> None:
 # ------------------------------------------------------------------------------------------------------ in the trainer
 
 
-@cache
-def start_server() -> None:
-    """Start what processes are forked from, where it finds our modules and not others of their names.
-
-    Once, and before any thread may want to write to the current folder.
-    """
-    with chdir(ROOT):
-        forkserver.ensure_running()
-
-
-class Died(Exception):
-    """A process is gone, whoever ended it."""
-
-
 class Process:
-    """One process and what it owes.
+    """One process, which starts at once.
 
     Args:
-        make: creates what it serves; picklable.
+        make: creates its runner; picklable.
         indices: of the environments that it steps.
+        command: a method of the runner, the first that it is told.
+        argument: of the method.
     """
 
-    def __init__(self, make: Callable[[], Any], indices: range = range(0)) -> None:
+    def __init__(
+        self, make: Callable[[range], EnvironmentRunner], indices: range, command: str, argument: Any = None
+    ) -> None:
         start_server()
-        self.make, self.indices = make, indices
+        self.indices = indices
         self.pending: list[range] = []  # groups that it was told to step and has not answered for
-        self.handle: Any = None
-
-    def start(self, command: str, argument: Any) -> None:
-        """Start it with a first command, whose answer is to be read."""
+        self.replays = False  # whether it has to answer first that it has replayed its episodes
         self.connection, theirs = CONTEXT.Pipe()
-        self.handle = CONTEXT.Process(target=serve, args=(theirs, self.make, os.getcwd()), daemon=True)
+        self.handle = CONTEXT.Process(target=serve, args=(theirs, partial(make, indices), os.getcwd()), daemon=True)
         main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
-        try:  # the process would import it, PyTorch and all
+        try:  # otherwise the process would import it, PyTorch and all
             self.handle.start()
         finally:
             sys.modules["__main__"] = main
         theirs.close()
-        self.poll = select.poll()  # ten times faster than the connection's own
+        self.poll = select.poll()  # ten times as fast as the connection's own
         self.poll.register(self.connection.fileno(), select.POLLIN)
         self.tell(command, argument)
 
@@ -461,32 +425,34 @@ class Process:
             self.connection.send((command, argument))
 
     def answers_within(self, seconds: float) -> bool:
-        """Return whether there is something to read, or it has died."""
+        """Return whether `read` would not have to wait for longer."""
         return bool(self.poll.poll(1000 * seconds))
 
     def read(self) -> tuple[str, Any]:
-        """Wait for the next answer; raise Died if there will be none."""
+        """Wait for the next answer of `serve`; or return ("died", how)."""
         try:
             return self.connection.recv()
-        except (EOFError, OSError) as error:
-            self.handle.join(timeout=CLOSE_SECONDS)
-            kill_group(self.handle.pid)
-            self.connection.close()
-            raise Died(f"its process died (exit code {self.handle.exitcode})") from error
+        except (EOFError, OSError):
+            self.end(time.monotonic() + CLOSE_SECONDS)
+            return "died", f"its process died (exit code {self.handle.exitcode})"
 
-    def let_go(self) -> None:
-        """Let it end by itself."""
-        if self.handle is not None:
-            self.connection.close()
+    def end(self, deadline: float) -> None:
+        """Let it end by itself until a time of `time.monotonic`, then kill it."""
+        self.connection.close()
+        self.handle.join(timeout=max(0.0, deadline - time.monotonic()))
+        self.handle.kill()
+        self.handle.join()
+        kill_group(self.handle.pid)
 
-    def end(self, deadline: float = 0.0) -> None:
-        """Wait for its end until a time of `time.monotonic`, then end it."""
-        if self.handle is not None:
-            self.handle.join(timeout=max(0.0, deadline - time.monotonic()))
-            self.handle.kill()
-            self.handle.join()
-            kill_group(self.handle.pid)
-            self.handle = None
+
+@cache
+def start_server() -> None:
+    """Start what processes are forked from, where it finds our modules and not others of their names.
+
+    Once, before there are threads that might open a file in the current folder.
+    """
+    with chdir(ROOT):
+        forkserver.ensure_running()
 
 
 def inspect_environment(section: Section) -> tuple[Task, list[str]]:
@@ -496,20 +462,16 @@ def inspect_environment(section: Section) -> tuple[Task, list[str]]:
         UserError: if it cannot be created or breaks the contract, naming how.
         EnvironmentFailure: if it ends its process.
     """
-    process = Process(partial(Inspection, section))
+    unknown, seed = Task(None, 1, (1,), 0, None), partial(training_seed, 0, section)
+    make = partial(EnvironmentRunner, section, unknown, SharedArrays(1, unknown), seed, 0, None)
+    process = Process(make, range(1), "inspect")
     try:
-        process.start("inspect", None)
         kind, answer = process.read()
-    except Died as death:
-        kind, answer = "failed", f" {death}"
     finally:
-        process.let_go()
         process.end(time.monotonic() + CLOSE_SECONDS)
-    if kind == "failed":
-        raise EnvironmentFailure(f"environment:{answer}")
-    if isinstance(answer, str):
-        raise UserError(answer)
-    return Task(*answer[0]), answer[1]
+    if kind == "done":
+        return Task(*answer[0]), answer[1]
+    raise UserError(answer) if kind == "refused" else EnvironmentFailure(f"environment: {answer}")
 
 
 class Workers:
@@ -526,8 +488,8 @@ class Workers:
         groups: number of groups of neighbouring environments that are stepped independently.
         first: number of the run's environment that has index 0 here.
         max_steps: after how many steps an episode is cut, None where only its end ends it.
-        stop: says whether the run was asked to stop; then environments have `STOP_SECONDS`. Asked only while they are
-            waited for, a few times a second.
+        stop: says whether the run was asked to stop, so that environments have `STOP_SECONDS` left. It is asked only
+            while they are waited for, twice a second.
     """
 
     def __init__(
@@ -540,7 +502,7 @@ class Workers:
         groups: int = 1,
         first: int = 0,
         max_steps: int | None = None,
-        stop: Callable[[], bool] = bool,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.arrays = SharedArrays(n_workers, task)
         edges = [n_workers * group // groups for group in range(groups + 1)]
@@ -548,10 +510,11 @@ class Workers:
         self.episodes = [Episode() for _ in range(n_workers)]
         self.episode_seed, self.first, self.stop = episode_seed, first, stop
         self.restarts, self.packed = 0, packed_type(task)
-        self.deadline: float | None = None  # of the environments, once a stop was asked
-        make = partial(EnvironmentRunner, section, task, self.arrays, episode_seed, first, max_steps)
-        shares = [range(own, n_workers, min(processes, n_workers)) for own in range(min(processes, n_workers))]
-        self.processes = [Process(partial(make, share), share) for share in shares]
+        self.deadline = np.inf  # of the environments, once a stop was asked
+        self.make = partial(EnvironmentRunner, section, task, self.arrays, episode_seed, first, max_steps)
+        count = min(processes, n_workers)
+        self.shares = [range(own, n_workers, count) for own in range(count)]
+        self.processes: list[Process] = []
 
     def state_dict(self) -> dict[str, list]:
         """Return the running episodes: number, actions and digest, each a list with an entry per environment."""
@@ -564,7 +527,7 @@ class Workers:
         }
 
     def load_state_dict(self, state: dict[str, list]) -> None:
-        """Take the running episodes from what `state_dict` returned; `start` brings them back."""
+        """Take running episodes from what `state_dict` returned; `start` brings them back."""
         entries = zip(self.episodes, state["number"], state["actions"], state["digest"], strict=True)
         self.episodes = [
             Episode(number, bytearray(actions.numpy().tobytes()), bytes.fromhex(digest))
@@ -573,9 +536,8 @@ class Workers:
 
     def start(self) -> list[int]:
         """Start all processes and bring `episodes` back; return the environments that had to begin a fresh one."""
-        for process in self.processes:
-            self._launch(process)
-        fresh = sorted(index for process in self.processes for index in self._replayed(process))
+        self.processes = [self._launched(share, []) for share in self.shares]
+        fresh = sorted(index for place in range(len(self.shares)) for index in self._answer(place))
         self._tell_of(fresh)
         for index in fresh:
             self.episodes[index] = Episode(self.episodes[index].number + 1)
@@ -600,87 +562,80 @@ class Workers:
             EnvironmentFailure: if an environment fails, or hangs when the run is to stop; the message says which, its
                 seed and its step.
         """
-        ended = []
-        for process in self.processes:
+        ended, arrays = [], self.arrays
+        for place, process in enumerate(self.processes):
             if group in process.pending:
-                ended += self._answer(process)
-                process.pending.remove(group)
-        arrays = self.arrays
+                ended += self._answer(place)
+                self.processes[place].pending.remove(group)
         for index in group:
-            episode = self.episodes[index]
             if arrays.terminated[index] or arrays.truncated[index]:
-                self.episodes[index] = episode = Episode(episode.number + 1)
-            episode.digest = arrays.digests[index].tobytes()
+                self.episodes[index] = Episode(self.episodes[index].number + 1)
+            self.episodes[index].digest = arrays.digests[index].tobytes()
         self.restarts = 0
         return sorted(ended, key=lambda pair: pair[0])
 
     def close(self) -> None:
         """End all processes."""
         for process in self.processes:
-            process.let_go()
+            process.connection.close()
         deadline = time.monotonic() + CLOSE_SECONDS
         for process in self.processes:
             process.end(deadline)
 
-    def _launch(self, process: Process) -> None:
-        """Start a process and let it replay its episodes without the step that is still pending."""
-        episodes, entries = {}, self.arrays.actions.shape[1]
-        self.arrays.at_work[process.indices] = False
-        for index in process.indices:
-            episode = self.episodes[index]
-            pending = any(index in group for group in process.pending)
-            done = bytes(episode.actions[: len(episode.actions) - pending * self.packed.itemsize * entries])
-            episodes[index] = episode.number, done, episode.digest, bool(process.pending)
-        process.start("replay", episodes)
+    def _launched(self, indices: range, pending: list[range]) -> Process:
+        """Return a new process that replays its episodes without the step that is still pending, and then steps."""
+        episodes = {}
+        self.arrays.at_work[indices] = False
+        for index in indices:
+            episode, steps = self.episodes[index], sum(index in group for group in pending)
+            size = len(episode.actions) - steps * self.packed.itemsize * self.arrays.actions.shape[1]
+            episodes[index] = episode.number, bytes(episode.actions[:size]), episode.digest, bool(pending)
+        process = Process(self.make, indices, "replay", episodes)
+        process.pending, process.replays = pending, bool(pending)
+        for group in pending:
+            process.tell("step", group)
+        return process
 
-    def _replayed(self, process: Process) -> list[int]:
-        """Wait until a process has replayed its episodes; return the environments where that failed."""
+    def _answer(self, place: int) -> list:
+        """Return a process's next answer; where it died, its successor replays and is told all it was told."""
         while True:
-            try:
-                return self._read(process)
-            except Died as death:
-                self._replace(process, death)
+            process = self.processes[place]
+            self._wait_for(process)
+            kind, answer = process.read()
+            if kind in ("failed", "refused"):
+                raise EnvironmentFailure(f"{self._where(process)}: {answer}")
+            if kind == "died":
+                self._replace(place, answer)
+            elif process.replays:
+                self._tell_of(answer)
+                process.replays = False
+            else:
+                return answer
+
+    def _replace(self, place: int, death: str) -> None:
+        """Put a new process in the place of one that died, unless that goes on and on."""
+        process, self.restarts = self.processes[place], self.restarts + 1
+        what = f"{self._where(process)}: {death}"
+        if self.restarts > MAX_RESTARTS:
+            raise EnvironmentFailure(f"{what} {self.restarts} times at the same step")
+        print(f"\n{what}; replaying its episodes", file=sys.stderr)
+        self.processes[place] = self._launched(process.indices, process.pending)
+
+    def _wait_for(self, process: Process) -> None:
+        """Wait for a process; raise EnvironmentFailure where it takes too long after a stop was asked for."""
+        while not process.answers_within(LOOK_SECONDS):
+            if self.stop():
+                self.deadline = min(self.deadline, time.monotonic() + STOP_SECONDS)
+            if time.monotonic() > self.deadline:
+                for late in self.processes:
+                    late.end(0.0)
+                raise EnvironmentFailure(f"{self._where(process)}: hangs, {STOP_SECONDS} s after a stop was asked for")
 
     def _tell_of(self, fresh: list[int]) -> None:
         """Say which environments could not be brought back."""
         if fresh:
             numbers = [self.first + index for index in fresh]
             print(f"environments {numbers} are not deterministic and began fresh episodes", file=sys.stderr)
-
-    def _answer(self, process: Process) -> list[tuple[int, dict]]:
-        """Return a process's answer to a step; where it died, its successor replays and is told all it was told."""
-        while True:
-            try:
-                return self._read(process)
-            except Died as death:
-                self._replace(process, death)
-                self._tell_of(self._replayed(process))
-                for group in process.pending:
-                    process.tell("step", group)
-
-    def _replace(self, process: Process, death: Died) -> None:
-        """Start a process anew that died, unless that goes on and on."""
-        self.restarts += 1
-        if self.restarts > MAX_RESTARTS:
-            raise EnvironmentFailure(f"{self._where(process)}: {death} {self.restarts} times at the same step")
-        print(f"\n{self._where(process)}: {death}; replaying its episodes", file=sys.stderr)
-        self._launch(process)
-
-    def _read(self, process: Process) -> list:
-        """Return a process's next answer; raise Died, or EnvironmentFailure."""
-        while not process.answers_within(LOOK_SECONDS):
-            if self.deadline is None and self.stop():
-                self.deadline = time.monotonic() + STOP_SECONDS
-            if self.deadline is not None and time.monotonic() > self.deadline:
-                for late in self.processes:
-                    if late.pending or late is process:
-                        late.end()
-                asked = f"the run was asked to stop {STOP_SECONDS:.0f} s ago"
-                raise EnvironmentFailure(f"{self._where(process)}: hangs; {asked}")
-        kind, answer = process.read()
-        if kind == "failed":
-            raise EnvironmentFailure(f"{self._where(process)}:{answer}")
-        return answer
 
     def _where(self, process: Process) -> str:
         """Name the environment that a process is busy with, its episode and its step."""

@@ -34,6 +34,22 @@ class Interrupted(Exception):
     """Somebody asked the run to stop."""
 
 
+class Sum(torch.autograd.Function):
+    """The sum of a tensor over all ranks; its gradient is the sum of what all of them do with it."""
+
+    @staticmethod
+    def forward(context: Any, tensor: Tensor) -> Tensor:
+        """Return the sum of a tensor over all ranks."""
+        total = tensor.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        """Return the sum of the gradients of all ranks."""
+        return Sum.forward(context, gradient)
+
+
 class Ranks:
     """The processes that train together; one that is alone is the first of one, without a process group.
 
@@ -92,8 +108,8 @@ class Ranks:
             torch.distributed.all_reduce(tensor)
 
     def sum_with_gradient(self, tensor: Tensor) -> Tensor:
-        """Return the sum of a tensor over all ranks; its gradient is the sum of what all do with it."""
-        return tensor if self.size == 1 else torch.distributed.nn.functional.all_reduce(tensor)
+        """Return the sum of a tensor over all ranks; its gradient is the sum of what all of them do with it."""
+        return tensor if self.size == 1 else Sum.apply(tensor)
 
     def any(self, flag: bool) -> bool:
         """Return whether a flag is set on any rank."""

@@ -4,8 +4,10 @@ They are quick, and all but `Random` are determined by their reset seed and thei
 behind the first step, because the trainer plays one step itself before it starts any process.
 """
 
+import multiprocessing
 import os
 import random
+import signal
 import time
 from pathlib import Path
 
@@ -76,6 +78,25 @@ class Raise(Toy):
     def fault(self):
         if self.age == FAULT_STEP and not (Path(os.environ["TOY_FOLDER"]) / "well").exists():
             raise ArithmeticError("the toy is broken")
+
+
+class Hang(Toy):
+    """Hangs once there is the file TOY_FOLDER/hang."""
+
+    def fault(self):
+        while (Path(os.environ["TOY_FOLDER"]) / "hang").exists():
+            time.sleep(1)
+
+
+class KillTrainerOnce(Toy):
+    """Kills the trainer in its third rollout, where it has two environments in one process."""
+
+    steps = 0
+
+    def fault(self):
+        KillTrainerOnce.steps += 1
+        if KillTrainerOnce.steps == 70 and once("killed"):
+            os.kill(multiprocessing.parent_process().pid, signal.SIGKILL)
 
 
 class NotANumber(Toy):
@@ -173,8 +194,8 @@ class Masked(Toy):
 
 
 TOYS = (
-    Toy, Exit, ExitOnce, Raise, NotANumber, InfiniteReward, Random, Slow, Hangs, WrongShape, Often, Seldom, Acted,
-    Masked,
+    Toy, Exit, ExitOnce, Raise, Hang, Hangs, KillTrainerOnce, NotANumber, InfiniteReward, Random, Slow, WrongShape, Often,
+    Seldom, Acted, Masked,
 )  # fmt: skip
 for toy in TOYS:
     if f"{toy.__name__}-v0" not in gymnasium.registry:

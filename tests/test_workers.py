@@ -1,0 +1,353 @@
+"""Environments in processes of their own: the same episodes however they are spread, and faults that stay there."""
+
+import contextlib
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from multiprocessing import forkserver
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+import yaml
+
+import worker
+from environments import BrokenContract
+from environments.contract import Task, try_out
+from environments.section import GymnasiumSection
+from run.config import load_config
+from utils import EnvironmentFailure, UserError, training_seed
+from worker import Workers, inspect_environment
+
+ROOT = Path(__file__).parents[1]
+TOY = Task(None, 3, (3,), 0, 24)
+HERE = r"^environment \d, reset seed \d+, step 9: "
+
+
+def section(name: str) -> GymnasiumSection:
+    """Return the section of a toy, or of a registered environment that is named with its module."""
+    name = name if ":" in name else f"tests.toy_environments:{name}-v0"
+    return GymnasiumSection.model_validate({"type": "Gymnasium", "name": name})
+
+
+@contextlib.contextmanager
+def started(name: str, count: int = 3, processes: int = 2, state: dict | None = None, **options):
+    """Yield the started workers of an environment."""
+    seed = partial(training_seed, 5, section(name))
+    workers = Workers(section(name), TOY, count, seed, processes, **options)
+    if state is not None:
+        workers.load_state_dict(state)
+    with contextlib.closing(workers):
+        workers.start()
+        yield workers
+
+
+def step(workers: Workers, t: int) -> list:
+    """Step all environments once, by actions that depend on number and step; return all that is seen."""
+    for group in workers.groups:
+        actions = [[(workers.first + index + t * t) % 3] for index in group]
+        workers.send(group, np.array(actions, dtype=np.int64))
+    ended = [report for group in workers.groups for report in workers.receive(group)]
+    arrays = workers.arrays
+    seen = [arrays.vectors, arrays.rewards, arrays.terminated, arrays.truncated, arrays.digests]
+    rows = [[array[index].tolist() for array in seen] for index in range(len(workers.episodes))]
+    return [[row, [report for index, report in ended if index == number]] for number, row in enumerate(rows)]
+
+
+def played(name: str, steps: int = 40, **options) -> list:
+    """Return what is seen in so many steps, by environment."""
+    with started(name, **options) as workers:
+        return [list(rows) for rows in zip(*(step(workers, t) for t in range(steps)), strict=True)]
+
+
+@pytest.fixture
+def toys():
+    """An empty folder for what toys want to remember beyond the end of their process."""
+    folder = Path(os.environ["TOY_FOLDER"])
+    for file in folder.iterdir():
+        file.unlink()
+    return folder
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """Return a function that writes a module of the user's into the current folder, with an environment Mine-v0."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(text: str, name: str = "mine") -> str:
+        (tmp_path / f"{name}.py").write_text(
+            f"import os, random, sys, gymnasium\nimport numpy as np\nfrom tests.toy_environments import Toy\n{text}\n"
+            "gymnasium.register('Mine-v0', entry_point=Mine, max_episode_steps=24)\n"
+        )
+        return f"{name}:Mine-v0"
+
+    return write
+
+
+# --------------------------------------------------------------------------------------------------- the same episodes
+
+# Draws from all generators, before any other in its process and in between.
+GLOBAL = """
+import torch
+class Mine(Toy):
+    def draw(self):
+        return random.random() + random.gauss(0, 1) + np.random.rand() + np.random.randn() + torch.rand(()).item()
+    def __init__(self, render_mode=None): self.offset = self.draw()
+    def reset(self, **options):
+        super().reset(**options)
+        self.place = self.draw() + self.offset
+        return self.observe(), {}
+    def fault(self):
+        if random.random() < .5: self.place += self.draw()
+"""
+
+
+@pytest.mark.parametrize("name", ("Toy", "global"))
+def test_episodes_do_not_depend_on_who_steps_them(name, module):
+    """Nor do those whose environments draw from global generators, which differ by environment and episode."""
+    name = name if name == "Toy" else module(GLOBAL)
+    one = played(name, count=4, processes=1)
+    assert one == played(name, count=4, processes=2, groups=2)
+    assert one[2:] == played(name, count=2, processes=1, first=2)
+    starts = [rows[t + 1][0][0][0] for rows in one for t in range(39) if rows[t][1]]  # as they are first seen
+    assert len(starts) >= 4 and len({*starts}) == len(starts)
+
+
+@pytest.mark.parametrize("victim", ("worker", "server"))
+def test_a_process_that_is_killed_is_replaced(victim, capfd):
+    """Whoever kills it, and when; the fork server is needed only to replace workers."""
+    expected = played("Toy")
+    with started("Toy", groups=2) as workers:
+        seen = []
+        for t in range(40):
+            if t % 7 == 3:
+                if victim == "server":
+                    server = forkserver._forkserver._forkserver_pid
+                    os.kill(server, signal.SIGKILL)
+                    os.waitid(os.P_PID, server, os.WEXITED | os.WNOWAIT)
+                os.kill(workers.processes[t % 2].handle.pid, signal.SIGKILL)
+            seen.append(step(workers, t))
+    assert [list(rows) for rows in zip(*seen, strict=True)] == expected
+    assert "its process died" in capfd.readouterr().err
+
+
+def test_an_environment_takes_its_process_along(toys, capfd):
+    assert played("ExitOnce") == played("Toy")
+    said = capfd.readouterr().err
+    assert said.count("its process died (exit code 7); replaying its episodes") == 2 and re.search(HERE, said, re.M)
+
+
+def test_state_goes_on_elsewhere(module):
+    """Running episodes are brought back, by other processes and in other shares."""
+    expected = played("Toy", steps=30, count=4)
+    with started("Toy", count=4, groups=2) as workers:
+        for t in range(17):
+            step(workers, t)
+        state = workers.state_dict()
+    halves = [{name: entries[place : place + 2] for name, entries in state.items()} for place in (0, 2)]
+    for place, half in zip((0, 2), halves, strict=True):
+        with started("Toy", count=2, processes=1, first=place, state=half) as workers:
+            after = {name: [*map(str, entries)] for name, entries in workers.state_dict().items()}
+            assert after == {name: [*map(str, entries)] for name, entries in half.items()}
+            seen = [list(rows) for rows in zip(*(step(workers, t) for t in range(17, 30)), strict=True)]
+            assert seen == [rows[17:] for rows in expected[place : place + 2]]
+
+
+def test_an_environment_that_is_not_deterministic_begins_afresh(module, capfd):
+    """It is told; within a rollout the episode counts as truncated at the step that was lost."""
+    name = module("class Mine(Toy):\n    def fault(self): self.place += int.from_bytes(os.urandom(1))")
+    with started(name, processes=1) as workers:
+        for t in range(5):
+            step(workers, t)
+        state = workers.state_dict()
+        os.kill(workers.processes[0].handle.pid, signal.SIGKILL)
+        assert all(row[1:4] == [0.0, False, True] for row, _ in step(workers, 5))
+        assert [episode.number for episode in workers.episodes] == [1, 1, 1]
+    with started(name, state=state) as workers:
+        assert [episode.number for episode in workers.episodes] == [1, 1, 1]
+        step(workers, 0)
+    assert capfd.readouterr().err.count("environments [0, 1, 2] are not deterministic and began fresh episodes") == 2
+
+
+# -------------------------------------------------------------------------------------------------------------- faults
+
+FAILURES = {
+    "Exit": r"its process died \(exit code 7\) 4 times at the same step$",
+    "Raise": r"it raised\nTraceback(.|\n)*toy_environments.py(.|\n)*ArithmeticError: the toy is broken$",
+    "NotANumber": r".*observation is not finite.*$",
+    "InfiniteReward": r".*reward is not finite: inf$",
+    "WrongShape": r".*observation has the shape \(5,\), its space says \(3,\)$",
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_failure_says_where(name, toys):
+    with pytest.raises(EnvironmentFailure) as failure:
+        played(name)
+    assert re.search(HERE + FAILURES[name], str(failure.value)), failure.value
+    environment, seed = re.search(r"environment (\d), reset seed (\d+)", str(failure.value)).groups()
+    assert int(seed) == training_seed(5, section(name), int(environment), 0)
+
+
+LEAVING = {
+    "import": ("class Mine(Toy): pass\nsys.exit(0)", r"^environment: it called sys.exit\(0\)$"),
+    "creation": ("class Mine(Toy):\n    def __init__(self, render_mode=None): sys.exit()", r"sys.exit\(\)$"),
+    "reset": ("class Mine(Toy):\n    def reset(self, **_): sys.exit('closed')", r"sys.exit\('closed'\)$"),
+    "crash": ("class Mine(Toy):\n    def reset(self, **_): os.abort()", r"^environment: its process died .*-6\)$"),
+}
+
+
+@pytest.mark.parametrize("text, message", LEAVING.values(), ids=LEAVING)
+def test_an_environment_that_leaves_is_no_success(text, message, module):
+    with pytest.raises(EnvironmentFailure, match=message):
+        inspect_environment(section(module(text)))
+
+
+def test_an_environment_that_leaves_later(module):
+    name = module("class Mine(Toy):\n    def fault(self):\n        if self.age == 9: sys.exit('window closed')")
+    with pytest.raises(EnvironmentFailure, match=HERE + r"it called sys.exit\('window closed'\)$"):
+        played(name)
+
+
+UNTIDY = {
+    "parses the command line": "import argparse\nargparse.ArgumentParser().parse_args()\nclass Mine(Toy): pass",
+    "floats of 64 bits": "import torch\ntorch.set_default_dtype(torch.float64)\nclass Mine(Toy): pass",
+    "another folder": "class Mine(Toy):\n    def __init__(self, render_mode=None): os.chdir('/')",
+    "no output": "sys.stdout = sys.stderr = None\nclass Mine(Toy): pass",
+    "own utils": "from utils import clamp\nclass Mine(Toy):\n    def step(self, a): return super().step(clamp(a))",
+    "own worker, own model": "import worker, model\nclass Mine(Toy): pass",
+    "close() fails": "class Mine(Toy):\n    def close(self): raise RuntimeError('not connected')",
+}
+
+
+@pytest.mark.parametrize("name", UNTIDY)
+def test_what_an_environment_does_to_its_process_stays_there(name, module, tmp_path, capfd):
+    """It is found in the current folder, plays as any, and the trainer never sees its module."""
+    for own in ("utils", "worker", "model"):
+        (tmp_path / f"{own}.py").write_text("def clamp(action): return action\n")
+    arguments, path, modules = [*sys.argv], [*sys.path], {*sys.modules}
+    mine = module(UNTIDY[name])
+    task, notices = inspect_environment(section(mine))
+    assert task == TOY and notices == ["environment: close() fails, which is ignored: RuntimeError: not connected"] * (
+        name == "close() fails"
+    )
+    assert played(mine) == played("Toy")
+    assert (sys.argv, sys.path, Path.cwd()) == (arguments, path, tmp_path) and "mine" not in sys.modules
+    assert {*sys.modules} - modules <= {"torch"} and not capfd.readouterr().err
+
+
+def test_one_that_hangs_when_a_stop_is_asked_for_is_named_and_killed(toys, monkeypatch):
+    monkeypatch.setattr(worker, "STOP_SECONDS", 0.3)
+    asked = []
+    with started("Hang", stop=lambda: bool(asked)) as workers:
+        step(workers, 0)
+        (toys / "hang").touch()
+        asked.append(True)
+        with pytest.raises(
+            EnvironmentFailure, match=r"^environment 0, reset seed \d+, step 2: hangs, 0.3 s after a stop"
+        ):
+            step(workers, 1)
+        assert not any(process.handle.is_alive() for process in workers.processes)
+
+
+ORPHAN = """
+import time
+from tests.test_workers import *
+with started("Hang") as workers:
+    print(*(process.handle.pid for process in workers.processes), flush=True)
+    step(workers, 0)
+"""
+
+
+def test_nothing_outlives_a_trainer_that_is_killed(tmp_path):
+    """Not even an environment that hangs."""
+    (tmp_path / "hang").touch()
+    place = {"TOY_FOLDER": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", ORPHAN], env=os.environ | place, stdout=subprocess.PIPE, text=True
+    )
+    pids = [int(pid) for pid in trainer.stdout.readline().split()]
+    time.sleep(0.5)
+    trainer.kill()
+    trainer.wait()
+    until = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("text, code", [(UNTIDY["own utils"], 0), (LEAVING["import"][0], 1)], ids=("fine", "exits"))
+def test_a_run(text, code, module, tmp_path):
+    """As a user starts it, in the folder of the module."""
+    config = load_config(ROOT / "configs" / "poc_memory_env.yaml").model_dump()
+    config |= {"environment": {"type": "Gymnasium", "name": module(text)}, "updates": 1, "n_workers": 2}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config | {"worker_steps": 16, "n_mini_batch": 2, "epochs": 1}))
+    (tmp_path / "utils.py").write_text("def clamp(action): return action\n")
+    command = [sys.executable, str(ROOT / "train.py"), "--config=run.yaml", "--cpu", "--processes=2"]
+    without = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, env=without | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+    assert code == 0 or done.stderr.splitlines() == ["environment: it called sys.exit(0)"]
+
+
+# ------------------------------------------------------------------------------------------------------------ contract
+
+
+class Contract:
+    """Keeps the contract, unless something is replaced."""
+
+    observation_space = gymnasium.spaces.Box(-1, 1, (3,), np.float32)
+    action_space = gymnasium.spaces.Discrete(2)
+    max_episode_steps = 10
+    observation = np.zeros(3, dtype=np.float32)
+    reward: object = 0.0
+
+    def reset(self, *, seed=None, options=None):
+        return self.observation, {}
+
+    def step(self, action):
+        return self.observation, self.reward, False, False, {}
+
+
+BOX = gymnasium.spaces.Box
+BREACHES = {
+    "shape": ({"observation": np.zeros(4, dtype=np.float32)}, r"observation is \(4,\) float32, declared are \(3,\)"),
+    "type": ({"observation": np.zeros(3)}, r"observation is \(3,\) float64, declared are \(3,\) float32"),
+    "no array": ({"observation": [0.0, 0.0, 0.0]}, "observation is None list"),
+    "not finite": ({"observation": np.full(3, np.nan, dtype=np.float32)}, "observation is not finite"),
+    "reward": ({"reward": float("nan")}, "reward is not finite: nan"),
+    "no reward": ({"reward": None}, "(reward is None|fails at its first step.* TypeError: must be real number)"),
+    "four-tuple": ({"step": lambda self, action: (self.observation, 0.0, False, {})}, "step returned 4 values.* 5"),
+    "no tuple": ({"step": lambda self, action: None}, "step returned NoneType"),
+    "old reset": ({"reset": lambda self, seed: self.observation}, "reset returned"),
+    "limit 0": ({"max_episode_steps": 0}, "max_episode_steps is 0, should be a whole number above 0"),
+    "limit 2.5": ({"max_episode_steps": 2.5}, "max_episode_steps is 2.5, should be a whole number above 0"),
+    "observation space": ({"observation_space": Contract.action_space}, "observation_space is Discrete"),
+    "action space": ({"action_space": BOX(-1, 1, (3, 2), np.float32)}, "action_space is Box"),
+    "small frames": ({"observation_space": BOX(0, 255, (3, 2, 20), np.uint8)}, "observation_space .* at least 3×3"),
+}
+
+
+@pytest.mark.parametrize("changes, message", BREACHES.values(), ids=BREACHES)
+def test_a_broken_contract_is_named(changes, message):
+    with pytest.raises(BrokenContract, match=f"^Broken: {message}"):
+        try_out(type("Broken", (Contract,), changes)())
+
+
+def test_a_contract_that_is_kept_is_accepted():
+    for limit in (10, None):
+        env = type("Kept", (Contract,), {"max_episode_steps": limit})()
+        assert try_out(env) == (Task(None, 3, (2,), 0, limit), [])
+
+
+def test_what_is_wrong_from_the_start_is_the_users_to_mend(module):
+    name = module("class Mine(Toy):\n    def observe(self): return np.zeros(5, np.float32)")
+    with pytest.raises(UserError, match=r"^[^\n]*\(5,\)[^\n]*\(3,\)[^\n]*$"):
+        inspect_environment(section(name))
+    assert not multiprocessing.active_children()
