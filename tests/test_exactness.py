@@ -18,12 +18,9 @@ from canonical import BASE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn import functional
 
-from auxiliary import Reconstruction, auxiliary_tasks
 from buffer import generalised_advantages
 from kernels import gating, products
-from kernels.frames import FrameCrossEntropy
 from kernels.groups import shift_rows
 from kernels.store import FrameStore
 from memory import STRETCH, ObservationStore, Timeline, make_memory, policy_step
@@ -31,7 +28,7 @@ from model import Categorical, Output
 from run.config import check_config
 from run.start import Options
 from trainer import PPOTrainer
-from utils import UserError, create_env, training_seed
+from utils import create_env, training_seed
 from worker import SharedArrays, inspect_environment
 
 CPU = torch.device("cpu")
@@ -691,36 +688,3 @@ def test_frame_store(monkeypatch):
             assert len(distinct) == (-(-count // 16) * 16 if filled_up else count)
         encoded.clear()
         store.clear()
-
-
-@pytest.mark.parametrize("size", ((84, 84), (36, 36), (40, 64), (37, 51)))
-def test_reconstruction_is_that_of_transposed_convolutions(size):
-    """The decoder and its loss, both rearranged, against PyTorch's own: loss and gradients."""
-    model = canonical.build(BASE | {"visual": True}, (3, *size))
-    decoder = Reconstruction(model)
-    unsettle(decoder, 0)
-    frames = torch.randint(0, 256, (7, 3, *size), dtype=torch.uint8)
-    which = torch.randint(0, 7, (35,))  # more than are taken at once
-    output = torch.randn(35, model.transformer.embed_dim)
-    plain = copy.deepcopy(decoder).double()
-    x = functional.relu(plain.hidden(output.double())).view(-1, 64, *plain.sizes[3])
-    x = functional.relu(plain.deconv3(x, output_size=plain.sizes[2]))
-    x = functional.relu(plain.deconv2(x, output_size=plain.sizes[1]))
-    logits = plain.deconv1(x, output_size=plain.sizes[0])
-    expected = functional.binary_cross_entropy_with_logits(logits, frames[which].double() / 255)
-    loss = FrameCrossEntropy.apply(decoder(output), frames, which) / logits.numel()
-    (3 * expected).backward()
-    (3 * loss).backward()
-    assert canonical.excess(loss, expected, relative=1e-5, floor=TOLERANCE) <= 1
-    for (name, parameter), other in zip(decoder.named_parameters(), plain.parameters(), strict=True):
-        assert canonical.excess(parameter.grad, other.grad, **GRADIENT_TOLERANCE) <= 1, name
-
-
-def test_reconstruction_can_be_left_out():
-    """There is no decoder where its loss has no weight; for vectors there is none, and it says so."""
-    given = BASE | {"visual": True}
-    for coefficient, tasks in ((0.0, set()), (0.1, {"reconstruction"})):
-        config = canonical.product_config(given | {"reconstruction_coefficient": coefficient})
-        assert set(auxiliary_tasks(config, canonical.build(given, (3, 36, 36)))) == tasks
-    with pytest.raises(UserError, match="needs frames"):
-        auxiliary_tasks(config, canonical.build(BASE, (5,)))

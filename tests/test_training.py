@@ -1,4 +1,4 @@
-"""What training adds to PPO (prediction, recall, novelty, bf16), against plain formulations, and what is learned."""
+"""What training adds to PPO against plain formulations: prediction, reconstruction, recall, novelty, bf16."""
 
 import copy
 import json
@@ -7,20 +7,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+import canonical
 import numpy as np
 import pytest
 import textbook
 import torch
-from canonical import excess
-from test_exactness import GRADIENT_TOLERANCE, assert_close, unsettle
+from canonical import BASE, excess
+from test_exactness import GRADIENT_TOLERANCE, TOLERANCE, assert_close, unsettle
 from torch import Tensor
+from torch.nn import functional
 from walk import ACTIONS, SHOWN, walk
 
-from auxiliary import Novelty, embedded_candidates
+from auxiliary import Novelty, Reconstruction, auxiliary_tasks, embedded_candidates
 from environments.section import Schedule
+from kernels.frames import FrameCrossEntropy
 from model import Output
 from run.config import check_config
 from trainer import PPOTrainer
+from utils import UserError
 
 ROOT = Path(__file__).parent.parent
 STATED = {
@@ -169,6 +173,39 @@ def test_bf16_computes_the_same_but_for_rounding(sampled, encoding, length):
         found.append(trainer._train_minibatch(samples))
     assert (found[0] != found[1]).any()
     torch.testing.assert_close(*found, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("size", ((84, 84), (36, 36), (40, 64), (37, 51)))
+def test_reconstruction_is_that_of_transposed_convolutions(size):
+    """The decoder and its loss, both rearranged, against PyTorch's own: loss and gradients."""
+    model = canonical.build(BASE | {"visual": True}, (3, *size))
+    decoder = Reconstruction(model)
+    unsettle(decoder, 0)
+    frames = torch.randint(0, 256, (7, 3, *size), dtype=torch.uint8)
+    which = torch.randint(0, 7, (35,))  # more than are taken at once
+    output = torch.randn(35, model.transformer.embed_dim)
+    plain = copy.deepcopy(decoder).double()
+    x = functional.relu(plain.hidden(output.double())).view(-1, 64, *plain.sizes[3])
+    x = functional.relu(plain.deconv3(x, output_size=plain.sizes[2]))
+    x = functional.relu(plain.deconv2(x, output_size=plain.sizes[1]))
+    logits = plain.deconv1(x, output_size=plain.sizes[0])
+    expected = functional.binary_cross_entropy_with_logits(logits, frames[which].double() / 255)
+    loss = FrameCrossEntropy.apply(decoder(output), frames, which) / logits.numel()
+    (3 * expected).backward()
+    (3 * loss).backward()
+    assert excess(loss, expected, relative=1e-5, floor=TOLERANCE) <= 1
+    for (name, parameter), other in zip(decoder.named_parameters(), plain.parameters(), strict=True):
+        assert excess(parameter.grad, other.grad, **GRADIENT_TOLERANCE) <= 1, name
+
+
+def test_reconstruction_can_be_left_out():
+    """There is no decoder where its loss has no weight; for vectors there is none, and it says so."""
+    given = BASE | {"visual": True}
+    for coefficient, tasks in ((0.0, set()), (0.1, {"reconstruction"})):
+        config = canonical.product_config(given | {"reconstruction_coefficient": coefficient})
+        assert set(auxiliary_tasks(config, canonical.build(given, (3, 36, 36)))) == tasks
+    with pytest.raises(UserError, match="needs frames"):
+        auxiliary_tasks(config, canonical.build(BASE, (5,)))
 
 
 # -------------------------------------------------------------------------------------------------- recall and novelty
