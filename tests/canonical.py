@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from environments.contract import Task
 from model import ActorCriticModel
+from recurrence import MemorylessConfig, RecurrenceConfig
 from run.config import Config
 from transformer import TransformerConfig
 
@@ -39,7 +40,7 @@ TRANSFORMER = ("num_blocks", "embed_dim", "num_heads", "positional_encoding", "l
 RENAMES = (
     (r"^encoder\.", ""),
     (r"^transformer\.blocks\.(\d+)", r"block\1"),
-    (r"^transformer\.", ""),
+    (r"^(transformer|recurrence)\.", ""),
     (r"^policy\.(\d+)", r"policy_branch\1"),
 )
 # Matrices that a gate stacks for one product, in the order of their rows
@@ -55,16 +56,21 @@ LOSS_PARTS = {
 
 
 def product_config(config: dict[str, Any]) -> Config:
-    """Returns what model and loss read of a product config; `memory_slots` become the memory length."""
+    """Returns what model and loss read of a product config; `memory_slots` become the memory length.
+
+    With a `layer_type`, "gru", "lstm" or "" for none, there is no transformer.
+    """
     transformer = {name: config[name] for name in TRANSFORMER} | {"memory_length": config["memory_slots"]}
     transformer["query_position"] = config.get("query_position", False)
+    kind, width = config.get("layer_type"), config["embed_dim"]
+    recurrence = {"layer_type": kind, "embed_dim": width, "num_layers": config.get("num_layers")}
     return Config.model_construct(  # not validated: there is no environment
-        transformer=TransformerConfig.model_construct(**transformer),
+        transformer=TransformerConfig.model_construct(**transformer) if kind is None else None,
+        recurrence=RecurrenceConfig(**recurrence, hidden_state_size=config["hidden_state_size"]) if kind else None,
+        memoryless=MemorylessConfig(embed_dim=width) if kind == "" else None,
         hidden_layer_size=config["hidden_layer_size"],
         value_loss_coefficient=config["value_loss_coefficient"],
         reconstruction_coefficient=config.get("reconstruction_coefficient", 0.0),
-        recurrence=None,
-        memoryless=None,
     )
 
 

@@ -7,39 +7,45 @@ import numpy as np
 import pytest
 import test_parity
 import torch
-from run.lifecycle import state_of
-from run.options import Options
+from test_memories import MEMORIES, recomputed
 from test_ranks import Ranks, small, write
+from walk import walk
 
 from run.checkpoint import load
 from run.config import check_config
+from run.start import Options
 from trainer import PPOTrainer
+from worker import inspect_environment
 
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here"),
 ]
 ROOT = Path(__file__).parent.parent
+TASKS = {f"{task}_coefficient": 0.1 for task in ("prediction", "recall", "reconstruction")}
 CONFIGS = {
-    "vector": small("poc_memory_env", normalize_observations=True, prediction_coefficient=0.1),
-    "visual": small("minigrid", reconstruction_coefficient=0.1),
     "grid": small("mortar_mayhem_grid", prediction_coefficient=0.1, recall_coefficient=0.2),
-    "learned": small("mystery_path_grid"),
+    "vectors": walk("vectors", "continuous", transformer={"positional_encoding": "learned"}, segment_length=4),
+    **{
+        memory: walk("both", "branches", {"scale": 8}, segment_length=4, kl_limit=1e-3, **TASKS, **core)
+        for memory, core in MEMORIES.items()
+    },
 }
-CONFIGS["learned"]["transformer"]["positional_encoding"] = "learned"
 every_config = pytest.mark.parametrize("name", CONFIGS)
 
 
 @pytest.fixture
 def train(tmp_path):
-    """Return a function that makes a trainer with its environments started; all are closed behind the test."""
+    """Return a function that makes a trainer with its environments started; all are closed after the test."""
     trainers = []
 
-    def make(name: str, device: str, checkpoint: dict | None = None, **options) -> PPOTrainer:
+    def make(name: str, device: str, state: dict | None = None, **options) -> PPOTrainer:
         config = check_config(CONFIGS[name], name)
-        chosen = Options(torch.device(device), folder=tmp_path, **options)
-        trainer = PPOTrainer(config, "run", 5, chosen, checkpoint)
+        task, _ = inspect_environment(config.environment)
+        trainer = PPOTrainer(config, task, 5, Options(torch.device(device), folder=tmp_path, **options))
         trainers.append(trainer)
+        if state is not None:
+            trainer.load_state_dict(state)
         trainer.start_workers()
         return trainer
 
@@ -69,45 +75,39 @@ def test_parity_with_the_reference(path, monkeypatch):
 
 
 @every_config
-def test_ratios_are_one_before_the_first_step(train, name):
-    """What is recomputed for a minibatch is what was predicted while sampling."""
+def test_before_the_first_step(train, name):
+    """What is recomputed for a minibatch is what was sampled, and so is what acts again."""
     trainer = train(name, "cuda")
     trainer.train_update()
     trainer.sample()
-    samples = np.arange(trainer.samples)
-    batch = trainer.buffer.minibatch(samples)
-    with torch.no_grad():
-        embedded = trainer.model.embed(batch.observations)
-        x = trainer.model.complete(embedded[batch.which], batch.vectors, batch.step)
-        prediction = trainer.model(x, trainer.buffer.timeline.view(batch.windows), batch.masks)
-    ratio = (prediction.policy.log_prob(batch.actions) - batch.log_probs).exp()
-    torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=0, atol=1e-4)
-    torch.testing.assert_close(prediction.value, batch.values, rtol=1e-4, atol=1e-4)
+    batch, output, _ = recomputed(trainer, np.arange(trainer.samples))
+    torch.testing.assert_close(output.policy.log_prob(batch.actions), batch.log_probs, rtol=0, atol=1e-4)
+    torch.testing.assert_close(output.value, batch.values, rtol=1e-4, atol=1e-4)
+    assert trainer.acting_kl() < 1e-6
 
 
 @every_config
 def test_losses_and_gradients_are_those_of_the_cpu(train, name):
     """From the same weights and the same rollout, which the CPU has played."""
-    found = []
-    checkpoint = state_of(train(name, "cpu"))
+    state, done, found = train(name, "cpu").state_dict(), [], []
+    samples = np.arange(0, CONFIGS[name]["worker_steps"] * 2)
     for device in ("cpu", "cuda"):
-        trainer = train(name, device, checkpoint)
+        trainer = train(name, device, state)
         trainer.optimizer.max_grad_norm = np.inf
-        if found:  # the same actions: a rounding difference must not decide on another one
-            actions = iter(found[0][2])
-            send = trainer.workers.send
-            trainer.workers.send = lambda group, _, send=send, actions=actions: send(group, next(actions))
-        done, true = [], trainer.workers.send
-        trainer.workers.send = lambda group, chosen, done=done, true=true: (
-            done.append(chosen.copy()),
-            true(group, chosen),
-        )
+        send, actions = trainer.workers.send, iter(list(done))
+
+        def same(group: range, chosen: np.ndarray, send=send, actions=actions, first=device == "cpu") -> None:
+            """A rounding difference must not decide on another action."""
+            done.append(chosen.copy())
+            send(group, chosen if first else next(actions))
+
+        trainer.workers.send = same
         trainer.sample()
         if found:
-            trainer.buffer.actions.copy_(found[0][3])
-            trainer.buffer.log_probs.copy_(found[0][4])
-        statistics = trainer._train_minibatch(np.arange(0, trainer.samples, 2), 0.1, 0.001)
-        rest = (done, trainer.buffer.actions.clone(), trainer.buffer.log_probs.clone())
+            trainer.buffer.actions.copy_(found[0][2])
+            trainer.buffer.log_probs.copy_(found[0][3])
+        rest = (trainer.buffer.actions.clone(), trainer.buffer.log_probs.clone())
+        statistics = trainer._train_minibatch(samples)
         found.append((statistics.cpu(), trainer.optimizer.gradient.cpu(), *rest))
     (losses, gradient, *_), (other_losses, other_gradient, *_) = found
     torch.testing.assert_close(other_losses, losses, rtol=1e-3, atol=1e-4)
@@ -116,7 +116,7 @@ def test_losses_and_gradients_are_those_of_the_cpu(train, name):
 
 @every_config
 def test_nothing_waits_inside_the_minibatch_loop(train, name):
-    """The host runs ahead: behind what it copies, it asks the GPU for nothing."""
+    """The host runs ahead: after it has copied something, it asks the GPU for nothing."""
     trainer = train(name, "cuda")
     trainer.train_update()  # warm: kernels are chosen, memory is there
     trainer.sample()
@@ -129,27 +129,25 @@ def test_nothing_waits_inside_the_minibatch_loop(train, name):
 
 
 @pytest.mark.parametrize("options", [{}, {"precision": "bf16"}, {"compile": True}], ids=("float32", "bf16", "compile"))
-@pytest.mark.parametrize("name", ("vector", "grid"))
+@pytest.mark.parametrize("name", ("vectors", "grid", "TrXL", "GRU"))
 def test_updates_are_finite(train, name, options):
     trainer = train(name, "cuda", **options)
     for _ in range(2):
         scalars = trainer.train_update()
     assert np.isfinite([*scalars.values()]).all()
-    assert trainer.model.policy_hidden.weight.is_cuda and trainer.buffer.timeline.items.is_cuda
+    assert trainer.model.policy_hidden.weight.is_cuda and trainer.optimizer.weights.is_cuda
 
 
-def test_a_run_goes_on(train):
+@pytest.mark.parametrize("name", ("grid", "LSTM"))
+def test_a_run_goes_on(train, name):
     """With the weights of one that was not interrupted, but for rounding, which a GPU does not repeat."""
-    whole = train("grid", "cuda")
+    whole = train(name, "cuda")
     whole.train_update()
-    checkpoint = state_of(whole)
+    state = whole.state_dict()
     whole.train_update()
-    resumed = train("grid", "cuda", checkpoint)
-    assert torch.equal(
-        resumed.buffer.timeline.items[:, :, : whole.buffer.timeline.length].cpu(), checkpoint["memory"].cpu()
-    )
+    resumed = train(name, "cuda", state)
     resumed.train_update()
-    assert resumed.finished == whole.finished
+    assert resumed.update == whole.update
     assert (resumed.optimizer.weights - whole.optimizer.weights).abs().max() < 1e-3
 
 

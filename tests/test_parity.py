@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from buffer import Minibatch, generalised_advantages, normalised
-from kernels.groups import MemoryView
 from trainer import LOSS_PARTS, ppo_loss
+from transformer import MemoryView
 
 FOLDER = Path(os.environ.get("PARITY_FIXTURES") or Path(__file__).parent / "parity")
 TOLERANCE = 1e-5  # of outputs and losses, absolute
@@ -39,7 +39,7 @@ class Computed:
         data: the fixture's arrays as tensors.
         names: the parameters that the fixture lists.
         model: with the fixture's weights and, after the backward pass, its gradients.
-        prediction, loss, parts: what the product makes of the fixture's inputs.
+        output, loss, parts: what the product makes of the fixture's inputs.
     """
 
     def __init__(self, path):
@@ -50,42 +50,43 @@ class Computed:
         self.model = canonical.build(config, tuple(observations.shape[1:]))
         canonical.load(self.model, {name: self.data[f"param/{name}"] for name in self.names})
         which = self.data.get("in/frame_index", torch.arange(len(observations)))
-        self.prediction = self.model(canonical.embed(self.model, observations, which), self.memory())
+        self.output = self.model(canonical.embed(self.model, observations, which), self.memory())
         actions, log_probs, values, advantages = (
             self.data[f"in/{name}"] for name in ("actions", "log_probs", "values", "advantages")
         )
-        returns, advantages = values + advantages, normalised(advantages)
         batch = Minibatch(
             samples=np.arange(len(which)),
+            size=len(which),
             observations=observations,
-            distinct=len(observations),
             which=which,
             vectors=None,
-            windows=None,
-            step=self.data["in/positions"][:, 0],  # of no consequence: the current step's position is not added
+            past=None,  # given to the model above
+            step=None,  # not read: the current step's position is not added
             actions=actions,
             masks=None,
             log_probs=log_probs,
             values=values,
-            returns=returns,
-            advantages=advantages,
+            returns=values + advantages,
+            advantages=normalised(advantages),
         )
         coefficients = (config[name] for name in ("value_loss_coefficient", "clip_range", "beta"))
-        loss, parts = ppo_loss(self.prediction, batch, *coefficients)
+        loss, parts = ppo_loss(self.output, batch, *coefficients)
         self.parts = dict(zip(LOSS_PARTS, parts, strict=True))
         loss.backward()
         self.loss = loss.item()
 
     def memory(self):
-        """Returns the fixture's windows as a view with one query per group."""
+        """Returns the fixture's windows as a view with one query per group, which stands after its valid items."""
         windows, mask = self.data["in/memory"], self.data["in/mask"]
         samples, slots, blocks, width = windows.shape
-        step = self.data["in/positions"].masked_fill(~mask, 0)
+        step, valid = self.data["in/positions"].masked_fill(~mask, 0), mask.sum(dim=1, keepdim=True)
+        assert (mask == (torch.arange(slots, device=mask.device) < valid)).all()
         inputs = windows.permute(2, 0, 1, 3).reshape(blocks, samples * slots, width)
         return MemoryView(
             items=self.model.transformer.to_items(inputs, step.flatten()).view(blocks, samples, slots, width),
-            mask=mask[:, None],
-            nonempty=mask.any(dim=1, keepdim=True).float(),
+            distance=valid,
+            valid=valid,
+            nonempty=(valid > 0).float(),
             item_step=step,
         )
 
@@ -111,13 +112,13 @@ def test_parameters_are_the_same(minibatch):
 
 
 def test_outputs(minibatch):
-    data, prediction = minibatch.data, minibatch.prediction
+    data, output = minibatch.data, minibatch.output
     branches = [name for name in data if name.startswith("out/log_softmax")]
-    assert len(branches) == len(prediction.policy.log_probs)
-    for index, found in enumerate(prediction.policy.log_probs):
+    assert len(branches) == len(output.policy.log_probs)
+    for index, found in enumerate(output.policy.log_probs):
         assert_close(found, data[f"out/log_softmax{index}"], f"branch {index}")
-    assert_close(prediction.value, data["out/value"], "value")
-    assert_close(prediction.inputs.transpose(0, 1), data["out/memory"], "memory")
+    assert_close(output.value, data["out/value"], "value")
+    assert_close(output.kept.transpose(0, 1), data["out/memory"], "memory")
 
 
 def test_losses(minibatch):

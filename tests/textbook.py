@@ -1,4 +1,4 @@
-"""A plain textbook formulation of PPO with an episodic Transformer-XL memory: the oracle of the tests.
+"""A plain textbook formulation of PPO with episodic memory: the oracle of the tests.
 
 Pure functions, independent of the product code and written to be obviously correct, never to be fast: every sample
 has its own memory window, whose items are projected to keys and values explicitly. `parameters` maps the canonical
@@ -188,16 +188,55 @@ def forward(
         items = add_positions(parameters, config, windows[:, :, index], mask, positions)  # (N, S, D)
         hidden, weights = block(parameters, f"block{index}", config, hidden, items, mask, distances)
         attention.append(weights)
-    policy = torch.relu(linear(parameters, "policy_hidden", hidden))
-    logits = [linear(parameters, f"policy_branch{index}", policy) for index in range(len(config["branches"]))]
-    value = linear(parameters, "value", torch.relu(linear(parameters, "value_hidden", hidden)))  # (N, 1)
     return Step(
-        log_softmaxes=[torch.log_softmax(branch, dim=-1) for branch in logits],
-        value=value.squeeze(1),  # (N, 1) -> (N,)
+        *heads(parameters, config, hidden),
         memory=torch.stack(memory, dim=1),  # blocks times (N, D) -> (N, blocks, D)
         output=hidden,
         attention=torch.stack(attention, dim=1),  # blocks times (N, H, S) -> (N, blocks, H, S)
     )
+
+
+def heads(parameters: Parameters, config: Config, hidden: Tensor) -> tuple[list[Tensor], Tensor]:
+    """The log-probabilities (N, number of actions) of each action branch, and the values (N,)."""
+    policy = torch.relu(linear(parameters, "policy_hidden", hidden))
+    logits = [linear(parameters, f"policy_branch{index}", policy) for index in range(len(config["branches"]))]
+    value = linear(parameters, "value", torch.relu(linear(parameters, "value_hidden", hidden)))  # (N, 1)
+    return [torch.log_softmax(branch, dim=-1) for branch in logits], value.squeeze(1)  # (N, 1) -> (N,)
+
+
+def gru_cell(parameters: Parameters, layer: int, inputs: Tensor, state: Tensor) -> Tensor:
+    """The state (N, H) of a layer of Cho et al. (2014), with a bias in the product that the reset gate scales."""
+    of_input = functional.linear(inputs, parameters[f"cell.weight_ih_l{layer}"], parameters[f"cell.bias_ih_l{layer}"])
+    of_state = functional.linear(state, parameters[f"cell.weight_hh_l{layer}"], parameters[f"cell.bias_hh_l{layer}"])
+    (reset, update, new), (old_reset, old_update, old_new) = of_input.chunk(3, dim=1), of_state.chunk(3, dim=1)
+    keep = torch.sigmoid(update + old_update)
+    candidate = torch.tanh(new + torch.sigmoid(reset + old_reset) * old_new)
+    return keep * state + (1 - keep) * candidate
+
+
+def lstm_cell(parameters: Parameters, layer: int, inputs: Tensor, state: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+    """The hidden and the cell state (N, H) of a layer of Hochreiter & Schmidhuber (1997), with forget gates."""
+    of_input = functional.linear(inputs, parameters[f"cell.weight_ih_l{layer}"], parameters[f"cell.bias_ih_l{layer}"])
+    of_state = functional.linear(state, parameters[f"cell.weight_hh_l{layer}"], parameters[f"cell.bias_hh_l{layer}"])
+    entering, forgotten, candidate, shown = (of_input + of_state).chunk(4, dim=1)
+    cell = torch.sigmoid(forgotten) * cell + torch.sigmoid(entering) * torch.tanh(candidate)
+    return torch.sigmoid(shown) * torch.tanh(cell), cell
+
+
+def recur(parameters: Parameters, config: Config, inputs: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """One step of a recurrent cell, or of none: outputs (N, H) of inputs (N, D), and the state after it.
+
+    The state (N, states, H) has the hidden states of all layers and then, of an LSTM, their cell states.
+    """
+    kind, layers = config["layer_type"], config["num_layers"]
+    states, hidden = list(state.unbind(dim=1)), inputs
+    for layer in range(layers):
+        if kind == "gru":
+            hidden = states[layer] = gru_cell(parameters, layer, hidden, states[layer])
+        else:
+            hidden, states[layers + layer] = lstm_cell(parameters, layer, hidden, states[layer], states[layers + layer])
+            states[layer] = hidden
+    return hidden, torch.stack(states, dim=1) if states else state
 
 
 # ----------------------------------------------------------------------------------------------------------- loss

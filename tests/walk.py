@@ -1,0 +1,75 @@
+"""A walk that the tests train on: quick, of every kind of observation and action, with both kinds of ends."""
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+
+SIDE, LONGEST = 5, 12
+VECTOR = spaces.Box(-np.inf, np.inf, (3,), np.float32)
+SHOWN = ("frames", "vectors", "both")
+ACTIONS = {
+    "one branch": spaces.Discrete(4),
+    "branches": spaces.MultiDiscrete([3, 2]),
+    "continuous": spaces.Box(-2, 2, (2,), np.float32),
+}
+
+
+class Walk(gymnasium.Env):
+    """Walks about a small torus; shows where that is, as a frame, and numbers of very different sizes.
+
+    An episode ends after 1 to 23 steps, drawn at its start; after `longest` it is cut off. A frame has `scale` pixels
+    to a place.
+    """
+
+    def __init__(self, shown, actions, longest=LONGEST, scale=1):
+        self.shown, self.action_space, self.longest, self.scale = shown, ACTIONS[actions], longest, scale
+        frame = spaces.Box(0, 255, (SIDE * scale, SIDE * scale, 1), np.uint8)
+        self.observation_space = {"frames": frame, "vectors": VECTOR, "both": spaces.Dict(frame=frame, vector=VECTOR)}[
+            shown
+        ]
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.place, self.age = self.np_random.integers(SIDE, size=2), 0
+        self.end = int(self.np_random.integers(1, 2 * LONGEST))
+        return self.observe(), {}
+
+    def step(self, action):
+        way = np.floor(np.resize(action, 2)).astype(int)
+        self.place, self.age = (self.place + way + self.np_random.integers(2, size=2)) % SIDE, self.age + 1
+        reward = float(self.place.sum() == SIDE)
+        return self.observe(), reward, self.age >= self.end, self.age >= self.longest, {}
+
+    def observe(self):
+        frame = np.zeros((SIDE, SIDE, 1), dtype=np.uint8)
+        frame[(*self.place, 0)] = 200
+        frame = frame.repeat(self.scale, axis=0).repeat(self.scale, axis=1)
+        vector = np.array([self.place[0], 100 + 30 * self.place[1], self.age / 100], dtype=np.float32)
+        return {"frames": frame, "vectors": vector, "both": {"frame": frame, "vector": vector}}[self.shown]
+
+
+gymnasium.register("Walk-v0", Walk)
+
+
+def walk(shown, actions, arguments=None, **changes):
+    """Return a config of the walk that trains in moments, with a transformer unless `changes` name another memory."""
+    schedule = {"initial": 1e-3, "final": 1e-3, "max_decay_steps": 10}
+    arguments = {"shown": shown, "actions": actions} | (arguments or {})
+    environment = {"type": "Gymnasium", "name": "tests.walk:Walk-v0", "arguments": arguments}
+    transformer = {"num_blocks": 2, "embed_dim": 16, "num_heads": 2, "memory_length": 8, "positional_encoding": ""}
+    if not {"recurrence", "memoryless"} & changes.keys():
+        changes["transformer"] = transformer | changes.get("transformer", {})
+    return {
+        "environment": environment | {"max_episode_steps": arguments.get("longest", LONGEST)},
+        "updates": 4,
+        "epochs": 1,
+        "n_workers": 4,
+        "worker_steps": 16,
+        "n_mini_batch": 4,
+        "hidden_layer_size": 8,
+        "prediction_coefficient": 0.5,
+        "normalize_observations": shown != "frames",
+        "learning_rate_schedule": schedule,
+        "beta_schedule": schedule,
+        "clip_range_schedule": schedule,
+    } | changes
