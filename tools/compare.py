@@ -212,9 +212,8 @@ def new_figure(panels: int = 1):
 
 
 def save(axes, path: Path) -> None:
-    """Write the figure that axes belong to, with a legend."""
-    if axes.lines:
-        axes.legend()
+    """Write the figure that axes belong to; its legend is theirs, below it."""
+    axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     stream = io.BytesIO()
     axes.figure.savefig(stream, dpi=150)
     write_file(path, stream.getvalue())
