@@ -1,0 +1,94 @@
+"""How far back can it remember? Train every memory on longer and longer tasks.
+
+Usage:
+    ladder [options]
+
+What there is already is not done again, so it may be interrupted at any time. Of each run
+<output>.csv has a row; <output>.png shows success against the length of what is remembered.
+
+Options:
+    --seeds=<n>         Runs of each length and memory, with the seeds 1 to n; 0 draws only [default: 3].
+    --tasks=<names>     Only these, with commas between: tmaze, key_to_door.
+    --lengths=<n>       Only these, with commas between.
+    --memories=<names>  Only these: trxl, segments, gru, lstm, none.
+    --updates=<n>       Updates of each run; by default the config's.
+    --parallel=<n>      Runs at a time, a core each; by default one per core.
+    --output=<file>     [default: docs/results/ladder].
+    -h --help           Show this.
+
+Example: python -m tools.ladder --tasks=tmaze --lengths=20,50 --seeds=1
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from run.cli import arguments_of, command_line
+from run.config import load_config
+from tools.compare import CONFIGS, MEMORIES, Given, Trial, chosen, done_all, grouped, new_figure, save
+
+# Task → what its length is called, how much longer an episode is at most, the lengths.
+LADDERS = {
+    "tmaze": ("corridor_length", 2, (20, 50, 100, 250, 500, 1000, 1500)),
+    "key_to_door": ("episode_length", 0, (60, 120, 250, 500)),
+}
+RUNGS = ("trxl", "segments", "gru", "lstm", "none")
+
+
+class Arguments(Given):
+    """What the docstring says."""
+
+    lengths: str | None
+
+
+def main() -> None:
+    """Parse the command line, carry out the runs that are missing, shortest first, and draw."""
+    arguments = arguments_of(__doc__, Arguments)
+    trials = []
+    memories = chosen(arguments.memories, RUNGS, "--memories")
+    for task in chosen(arguments.tasks, LADDERS, "--tasks"):
+        lengths = [str(length) for length in LADDERS[task][2]]
+        for length in chosen(arguments.lengths, lengths, "--lengths"):
+            for seed in range(1, arguments.seeds + 1):
+                trials += [trial(task, int(length), memory, seed) for memory in memories]
+    done_all(sorted(trials, key=lambda trial: int(trial.length)), arguments, draw)
+
+
+def trial(task: str, length: int, memory: str, seed: int) -> Trial:
+    """Return a training of the ladder: memory holds a whole episode, recurrent cells are as wide as the transformer."""
+    key, more, _ = LADDERS[task]
+    path = CONFIGS / f"{task}.yaml"
+    config = load_config(path)
+    width, changes = config.core.embed_dim, [f"environment.{key}={length}"]
+    if memory in ("trxl", "segments"):
+        changes.append(f"transformer.memory_length={length + more}")
+    elif memory == "none":
+        changes += ["transformer=null", f"memoryless={{embed_dim: {width}}}"]
+    else:
+        cell = f"{{layer_type: {memory}, embed_dim: {width}, hidden_state_size: {width}}}"
+        changes += ["transformer=null", f"recurrence={cell}"]
+    if memory in ("segments", "gru", "lstm"):  # gradients through the whole rollout
+        changes.append(f"segment_length={config.worker_steps}")
+    return Trial(task, str(length), memory, seed, path, tuple(changes))
+
+
+def draw(rows: list[dict[str, str]], output: Path) -> None:
+    """Write a panel for each task: success against length, a line of means and the single runs of each memory."""
+    panels, by_task = new_figure(len(LADDERS)), grouped(rows, "task")
+    for axes, task in zip(panels, LADDERS, strict=True):
+        for memory, own in grouped(by_task.get(task, []), "memory").items():
+            found: dict[int, list[float]] = {}
+            for row in sorted(own, key=lambda row: int(row["length"])):
+                found.setdefault(int(row["length"]), []).append(float(row["success"]))
+            (line,) = axes.plot([*found], [np.mean(values) for values in found.values()], label=MEMORIES[memory])
+            singles = [(length, value) for length, values in found.items() for value in values]
+            axes.scatter(*zip(*singles, strict=True), s=12, color=line.get_color())
+        ticks = LADDERS[task][2]
+        axes.set(title=task, xlabel=LADDERS[task][0].replace("_", " "), ylabel="success", ylim=(0, 1.05), xscale="log")
+        axes.set_xticks(ticks, map(str, ticks))
+        axes.minorticks_off()
+    save(panels[-1], output.with_name(f"{output.name}.png"))
+
+
+if __name__ == "__main__":
+    command_line(main)
