@@ -29,7 +29,7 @@ class ModelConfig(Declared):
     """What of a config decides what the model is like."""
 
     hidden_layer_size: Whole = Field(
-        384, ge=1, le=10**5, description="Width of the hidden layers in front of the policy and of the value."
+        384, ge=1, le=10**5, description="Width of the hidden layers before the policy and before the value."
     )
     value_gain: Number = Field(
         1.0,

@@ -94,7 +94,9 @@ class PPOTrainer:
         self.buffer = Buffer(config, self.model, self.device, self.ranks)
         self.generator = torch.Generator(self.device)
         self.threads = torch.get_num_threads()
-        self.reports = (*LOSS_PARTS, *(name for task in self.tasks.values() for name in task.reports), "total")
+        losses = (*LOSS_PARTS, *(name for task in self.tasks.values() for name in task.reports), "total")
+        self.tags = [f"losses/{name}" for name in losses]
+        self.tags += [f"gradients/{module}" for module in (*self.optimizer.modules, "all")]
         self.compares = any(task.compares for task in self.tasks.values())
         own = self.ranks.share(config.n_workers)
         groups = 2 if options.overlaps(task, config.n_workers) and len(own) > 1 else 1
@@ -228,7 +230,7 @@ class PPOTrainer:
             for samples in self.buffer.minibatches(np.random.default_rng((self.seed, self.update, epoch))):
                 self.options.stop.check_together()
                 statistics.append(self._train_minibatch(samples))
-        losses, norms = torch.stack(statistics).split((len(self.reports), len(self.optimizer.modules) + 1), dim=1)
+        losses, norms = torch.stack(statistics).tensor_split([-len(self.optimizer.modules) - 1], dim=1)
         losses = losses.contiguous()
         self.ranks.add(losses)
         return torch.cat((losses, norms), dim=1)
@@ -317,20 +319,17 @@ class PPOTrainer:
         Args:
             statistics: (minibatches, names) of `optimise`.
         """
+        update = f"update {self.update + 1}"
         for name in ("values", "log_probs", "advantages"):
             if not torch.isfinite(getattr(self.buffer, name)).all():
-                raise NonFinite(f"update {self.update + 1}, sampling: not all {name} are finite")
-        bad = (~torch.isfinite(statistics)).cpu().numpy()
-        if bad.any():
-            step = int(bad.any(axis=1).argmax())
-            names = [f"{name} loss" for name in self.reports]
-            names += [f"gradient of {name}" for name in self.optimizer.modules]
-            name = [*names, "gradient norm"][bad[step].argmax()]
-            epoch, minibatch = divmod(step, self.config.n_mini_batch)
+                raise NonFinite(f"{update}, sampling: not all {name} are finite")
+        bad = (~torch.isfinite(statistics)).nonzero().tolist()
+        if bad:
+            epoch, minibatch = divmod(bad[0][0], self.config.n_mini_batch)
             where = f"epoch {epoch + 1}, minibatch {minibatch + 1}"
-            raise NonFinite(f"update {self.update + 1}, {where}: the {name} is not finite")
+            raise NonFinite(f"{update}, {where}: {self.tags[bad[0][1]]} is not finite")
         if not torch.isfinite(self.optimizer.weights).all():
-            raise NonFinite(f"update {self.update + 1}, last optimiser step: a weight is not finite")
+            raise NonFinite(f"{update}, last optimiser step: a weight is not finite")
 
     def _scalars(self, statistics: Tensor, seconds: np.ndarray) -> dict[str, float]:
         """Return what is logged of the update just finished, by tag.
@@ -340,9 +339,7 @@ class PPOTrainer:
             seconds: that sampling and optimisation took.
         """
         buffer, config = self.buffer, self.config
-        names = [f"losses/{name}" for name in self.reports]
-        names += [f"gradients/{module}" for module in (*self.optimizer.modules, "all")]
-        scalars = dict(zip(names, statistics.mean(dim=0).tolist(), strict=True))
+        scalars = dict(zip(self.tags, statistics.mean(dim=0).tolist(), strict=True))
         for name in ("kl", "clip_fraction"):
             scalars[f"training/{name}"] = scalars.pop(f"losses/{name}")
         if "losses/predictable" in scalars:

@@ -85,7 +85,7 @@ class EpisodeMean:
 def count_missing_success(episodes: Sequence[dict[str, float]]) -> None:
     """Set `success` to 0 where an episode lacks it, if any of the task reports it: some tell only successes.
 
-    Whoever forgets episodes should call this before, so that the successes that go by leave that knowledge behind.
+    Whoever forgets episodes should call this before, so that what they knew of successes stays.
     """
     if any("success" in episode for episode in episodes):
         for episode in episodes:

@@ -557,7 +557,8 @@ class CheckedTrainer(PPOTrainer):
         weighted = [getattr(self.config, f"{name}_coefficient") * expected[name] for name in self.auxiliary]
         expected["total"] = expected["loss"] + sum(weighted)
         expected["total"].backward()
-        for name, found in zip(self.reports, statistics, strict=False):
+        losses = [tag.removeprefix("losses/") for tag in self.tags if tag.startswith("losses/")]
+        for name, found in zip(losses, statistics, strict=False):
             plain = expected[canonical.LOSS_PARTS.get(name, name)]
             assert_close(found, torch.as_tensor(plain).detach(), name)
         leaves = self.parameters | dict(self.auxiliary_before.named_parameters())

@@ -124,7 +124,7 @@ def make():
 
 
 @torch.no_grad()
-def recomputed(trainer: PPOTrainer, samples: np.ndarray) -> tuple[SimpleNamespace, Output, Tensor]:
+def recomputed(trainer: PPOTrainer, samples: np.ndarray) -> tuple[Minibatch, Output, Tensor]:
     """Return a minibatch, what training computes for it, and KL(sampled ‖ recomputed) of its samples."""
     with trainer._precision():
         batch = trainer.buffer.minibatch(samples)

@@ -120,10 +120,9 @@ def test_accuracy(sampled, monkeypatch, target, told, possible, accuracy):
     assert [round(4 * float(share)) for share in reported[1:]] == [told, possible]
     assert all(torch.isfinite(gradient).all() for gradient in gradients) and (possible or not loss)
     assert any(gradient.any() for gradient in gradients) == (possible > 0)
-    names = [*trainer.reports, *trainer.optimizer.modules, "all"]
-    statistics = torch.zeros(2, len(names))  # of another minibatch in which nothing could be told, too
+    statistics = torch.zeros(2, len(trainer.tags))  # of another minibatch in which nothing could be told, too
     for name, share in zip(("predicted", "predictable"), reported[1:], strict=True):
-        statistics[0, names.index(name)] = share
+        statistics[0, trainer.tags.index(f"losses/{name}")] = share
     scalars = trainer._scalars(statistics, np.ones(2))
     assert scalars["training/prediction_accuracy"] == pytest.approx(accuracy)
     tags = {tag for tag in scalars if "predict" in tag}

@@ -194,8 +194,8 @@ class Masked(Toy):
 
 
 TOYS = (
-    Toy, Exit, ExitOnce, Raise, Hang, Hangs, KillTrainerOnce, NotANumber, InfiniteReward, Random, Slow, WrongShape, Often,
-    Seldom, Acted, Masked,
+    Toy, Exit, ExitOnce, Raise, Hang, Hangs, KillTrainerOnce, NotANumber, InfiniteReward, Random, Slow, WrongShape,
+    Often, Seldom, Acted, Masked,
 )  # fmt: skip
 for toy in TOYS:
     if f"{toy.__name__}-v0" not in gymnasium.registry:

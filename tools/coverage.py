@@ -15,7 +15,7 @@ from scipy.stats import bootstrap, t
 from tqdm import tqdm
 
 from evaluation.statistics import summarise
-from run.cli import arguments_of, command_line, whole_number
+from run.cli import Arguments, Count, arguments_of, command_line
 
 RESAMPLES = 999
 # What is drawn, as (runs, seeds, 1), and its true mean.
@@ -48,9 +48,15 @@ def intervals(scores: np.ndarray) -> Iterator[tuple[str, float, float]]:
     yield "BCa", *bca
 
 
+class Given(Arguments):
+    """What the docstring says."""
+
+    samples: Count
+
+
 def main() -> None:
     """Print a Markdown table: of each interval how often it holds the mean, and its median width over that of t."""
-    samples, rows = whole_number(arguments_of(__doc__), "--samples", 10), []
+    samples, rows = arguments_of(__doc__, Given).samples, []
     for n, name in tqdm([(n, name) for name in CASES for n in (3, 5, 10)]):
         draw, mean = CASES[name]
         generator = np.random.default_rng(n)
