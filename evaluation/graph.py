@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+import onnxscript  # noqa: F401  (PyTorch needs it to write graphs: it is missed here, not there)
 import torch
 from torch import Tensor, nn
 
