@@ -48,10 +48,10 @@ class Step(nn.Module):
     def __init__(self, model: ActorCriticModel) -> None:
         super().__init__()
         self.model, self.core, task = model, model.core, model.task
-        deep = isinstance(self.core, Transformer)
-        shape = (
-            (len(self.core.blocks), self.core.memory_length, self.core.embed_dim) if deep else (self.core.state_size,)
-        )
+        if isinstance(self.core, Transformer):
+            shape: tuple[int, ...] = len(self.core.blocks), self.core.memory_length, self.core.embed_dim
+        else:
+            shape = (self.core.state_size,)
         memory, remembers = ("float32", shape), shape != (0,)
         known: dict[str, tuple[Any, str, tuple]] = {
             "frame": (task.frame, "uint8", task.frame),

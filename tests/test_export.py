@@ -89,7 +89,7 @@ def written(small, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_graph_acts_as_the_model_does(case):
-    """onnxruntime and PyTorch agree over whole episodes, and after one has followed another."""
+    """PyTorch and onnxruntime agree over whole episodes, and after one has followed another."""
     model, config = make(*CASES[case])
     assert max(graphs.play_beside(graphs.to_graph(model), model, config, None).values()) <= graphs.TOLERANCE
 
