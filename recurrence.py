@@ -81,16 +81,20 @@ class Recurrence(nn.Module):
         Returns:
             output (N, hidden_state_size), the state after each fragment (F, state_size), detached, and no attention.
         """
-        state = past.state.view(len(past.state), -1, self.output_dim).transpose(0, 1)  # (states·layers, F, H)
+        state = past.state.unflatten(1, (-1, self.output_dim)).transpose(0, 1)  # (states·layers, F, H)
+        single = len(past.sizes) == 1  # a step of each fragment: there is nothing to pack, which ONNX does not know
         with torch.autocast(x.device.type, enabled=False):  # as precise while sampling as while training
-            packed = PackedSequence(x.float()[past.order], past.sizes)
+            steps = x.float()[None] if single else PackedSequence(x.float()[past.order], past.sizes)
             if self.states == 1:
-                output, after = self.cell(packed, state.contiguous())
+                output, after = self.cell(steps, state.contiguous())
             else:
-                output, both = self.cell(packed, tuple(part.contiguous() for part in state.chunk(2)))
+                output, both = self.cell(steps, tuple(part.contiguous() for part in state.chunk(2)))
                 after = torch.cat(both)  # (2·layers, F, H)
-        steps = torch.empty_like(past.order).scatter_(0, past.order, torch.arange(len(x), device=x.device))
-        return output.data[steps], after.detach().transpose(0, 1).flatten(1), []
+        kept = after.detach().transpose(0, 1).flatten(1)
+        if single:
+            return output[0], kept, []
+        place = torch.empty_like(past.order).scatter_(0, past.order, torch.arange(len(x), device=x.device))
+        return output.data[place], kept, []
 
 
 class Memoryless(nn.Module):

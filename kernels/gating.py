@@ -34,7 +34,8 @@ class Gating(torch.autograd.Function):
         gates.sigmoid_()
         kept = reset * x
         add_product(new, kept, candidate)
-        if new.numel() >= TANH_WORTH and new.device.type == "cpu":
+        # In an export the batch has no size.
+        if new.device.type == "cpu" and not torch.compiler.is_exporting() and new.numel() >= TANH_WORTH:
             new.mul_(2).sigmoid_().mul_(2).sub_(1)  # tanh(c) = 2σ(2c) − 1
         else:
             new.tanh_()

@@ -27,7 +27,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 
     if groups == 1:
         return F.linear(x, weight, bias)
     y = torch.bmm(blocks_of(x, groups), weight.view(groups, -1, weight.shape[1]).transpose(1, 2))  # (groups, N, out)
-    y = y.transpose(0, 1).reshape(len(x), -1)
+    y = y.transpose(0, 1).reshape(x.shape[0], -1)  # `len` is no symbol in an export
     return y if bias is None else y + bias
 
 
@@ -37,9 +37,9 @@ def by_onednn(x: Tensor, weight: Tensor) -> bool:
     PyTorch binds matrix products on the CPU to MKL, which leaves half of some AMD processors unused. Its convolutions
     and products for its compiler run in oneDNN, which does not. A compiler chooses for itself.
     """
-    if x.device.type != "cpu" or len(x) * weight.numel() < PRODUCT_WORTH or x.dtype != torch.float32:
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32:
         return False
-    return ONEDNN and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+    return len(x) * weight.numel() >= PRODUCT_WORTH and ONEDNN and not torch.is_autocast_enabled("cpu")
 
 
 def blocks_of(x: Tensor, groups: int) -> Tensor:

@@ -1,0 +1,197 @@
+"""One step of a model, memory included, as an ONNX graph, and the proof that it acts as the model does."""
+
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import closing
+from functools import partial
+from itertools import cycle
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import onnxscript  # noqa: F401  (PyTorch needs it to write graphs: it is missed here, not there)
+import torch
+from torch import Tensor, nn
+
+from memory import ObservationStore, States, Timeline, make_memory, policy_step
+from model import ActorCriticModel, Normal, Output, action_noise
+from recurrence import Fragments
+from run.config import Config
+from transformer import MemoryView, Transformer
+from utils import UserError, seed_range
+from worker import Workers
+
+# How far results may lie apart, and in how many environments that is looked at.
+TOLERANCE, ENVIRONMENTS = 1e-4, 3
+# Steps between two moves of PyTorch's memory to the front.
+ROLLOUT = 64
+ABOUT_MEMORY = (
+    "Start with zeros, and give the next step as memory what this one returns as next_memory. step counts from 0 in "
+    "each episode; at 0 the graph looks at nothing that memory holds, so that it need not be cleared."
+)
+
+
+class Step(nn.Module):
+    """One step of a model as a function of tensors.
+
+    Args:
+        model: the actor-critic.
+
+    Attributes:
+        inputs: type and shape of each, by name; before the shape comes the batch.
+        outputs: likewise.
+    """
+
+    def __init__(self, model: ActorCriticModel) -> None:
+        super().__init__()
+        self.model, self.core, task = model, model.core, model.task
+        if isinstance(self.core, Transformer):
+            shape: tuple[int, ...] = len(self.core.blocks), self.core.memory_length, self.core.embed_dim
+        else:
+            shape = (self.core.state_size,)
+        memory, remembers = ("float32", shape), shape != (0,)
+        known: dict[str, tuple[Any, str, tuple]] = {
+            "frame": (task.frame, "uint8", task.frame),
+            "vector": (task.vector, "float32", (task.vector,)),
+            "memory": (remembers, *memory),
+            "step": (remembers, "int64", ()),
+            "mask": (task.masked, "bool", (sum(task.branches),)),
+        }
+        self.inputs = {name: kind for name, (there, *kind) in known.items() if there}
+        self.outputs = {f"logits_{branch}": ("float32", (actions,)) for branch, actions in enumerate(task.branches)}
+        if task.continuous:
+            self.outputs = dict.fromkeys(("mean", "log_std"), ("float32", (task.continuous,)))
+        self.outputs |= {"value": ("float32", ())} | ({"next_memory": memory} if remembers else {})
+
+    def forward(self, *given: Tensor) -> list[Tensor]:
+        """Return `outputs` for `inputs`."""
+        named = dict(zip(self.inputs, given, strict=True))
+        frame, vector, memory, step = map(named.get, ("frame", "vector", "memory", "step"))
+        x = self.model.complete(self.model.embed(vector if frame is None else frame), vector, step)
+        output = self.model(x, self.past(x if memory is None else memory, step), named.get("mask"))
+        if memory is None:
+            return results_of(output)
+        if not isinstance(self.core, Transformer):
+            return [*results_of(output), output.kept]
+        item = self.core.to_items(output.kept, step).transpose(0, 1)  # (N, blocks, D)
+        return [*results_of(output), torch.cat((memory[:, :, 1:], item[:, :, None]), dim=2)]
+
+    def past(self, memory: Tensor, step: Tensor | None) -> MemoryView | Fragments:
+        """Return what the core may look at, as `Timeline.past` and `States.past` do."""
+        if not isinstance(self.core, Transformer):
+            state, count = memory if step is None else memory * (step > 0)[:, None], memory.shape[0]
+            return Fragments(state, torch.arange(count), torch.full((1,), count))
+        length = self.core.memory_length
+        valid = step.clamp(max=length)[:, None]
+        return MemoryView(
+            items=memory.transpose(0, 1),
+            distance=torch.full_like(valid, length),
+            valid=valid,
+            nonempty=(valid > 0).float(),
+            item_step=(step[:, None] - torch.arange(length, 0, -1)).clamp(min=0),
+        )
+
+
+def results_of(output: Output) -> list[Tensor]:
+    """Return policy and value of a model's output as the graph returns them."""
+    policy = output.policy
+    if isinstance(policy, Normal):
+        return [policy.mean, policy.log_std.expand_as(policy.mean), output.value]
+    return [*policy.log_probs, output.value]
+
+
+def to_graph(model: ActorCriticModel) -> onnx.ModelProto:
+    """Return one step of a model on the CPU as a graph for any batch, which says itself how it is used."""
+    step, batch = Step(model).eval(), torch.export.Dim("batch")
+    given = tuple(torch.zeros(2, *shape, dtype=getattr(torch, kind)) for kind, shape in step.inputs.values())
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses a package that has nothing to do with this
+    with warnings.catch_warnings(), model.core.constant_weights():
+        warnings.simplefilter("ignore")  # what PyTorch says to itself
+        program = torch.export.export(step, given, dynamic_shapes={"given": tuple({0: batch} for _ in given)})
+        names = {"input_names": [*step.inputs], "output_names": [*step.outputs]}
+        graph = torch.onnx.export(program, dynamo=True, verbose=False, **names).model_proto
+    for node in graph.graph.node:
+        node.ClearField("metadata_props")  # which line of which file it comes from
+    about = ABOUT_MEMORY if "memory" in step.inputs else "There is none."
+    describe(graph, format="ppo-transformer-xl step 1", inputs=step.inputs, outputs=step.outputs, memory=about)
+    return graph
+
+
+def describe(graph: onnx.ModelProto, **entries: Any) -> None:
+    """Add to a graph's metadata, as JSON what is not text."""
+    for name, entry in entries.items():
+        graph.metadata_props.add(key=name, value=entry if isinstance(entry, str) else json.dumps(entry))
+
+
+def play_beside(graph: onnx.ModelProto, model: ActorCriticModel, config: Config, cut: int | None) -> dict[str, float]:
+    """Let onnxruntime and PyTorch see the same episodes, which training has not, each with its own memory.
+
+    Args:
+        graph: of `to_graph`.
+        model: what it was made of, with its `config`.
+        cut: after how many steps an episode is cut, if at all.
+
+    Returns:
+        The largest difference of each output.
+
+    Raises:
+        UserError: if one is larger than `TOLERANCE`, saying where.
+        EnvironmentFailure: if the environment fails.
+    """
+    step, session = Step(model), onnxruntime.InferenceSession(graph.SerializeToString())
+    memory = np.zeros((ENVIRONMENTS, *step.inputs.get("memory", ("", ()))[1]), np.float32)
+    largest = dict.fromkeys(step.outputs, 0.0)
+    for seen, expected in played(model, config, cut):
+        known = seen | {"memory": memory}
+        *_, memory = found = session.run(None, {name: known[name] for name in step.inputs})
+        for name, ours, theirs in zip(largest, found, expected, strict=True):
+            difference = np.abs(ours - theirs.numpy()).reshape(ENVIRONMENTS, -1).max(axis=1)
+            largest[name] = max(largest[name], float(difference.max()))
+            if not difference.max() <= TOLERANCE:  # nor is what is not a number
+                worst = int(difference.argmax())
+                where = f"environment {worst + 1}, step {seen['step'][worst]}"
+                raise UserError(f"{name} is {difference[worst]:.1e} from PyTorch's, {where}; allowed: {TOLERANCE}")
+    return largest
+
+
+def episode_seed(first: int, environment: int, episode: int) -> int:
+    """Return the reset seed of an environment's episode: from `first` on, each once."""
+    return first + environment + ENVIRONMENTS * episode
+
+
+def played(
+    model: ActorCriticModel, config: Config, cut: int | None
+) -> Iterator[tuple[dict[str, np.ndarray], list[Tensor]]]:
+    """Let a model act until each environment has ended an episode; yield what it sees and returns at each step."""
+    task, device, rows = model.task, torch.device("cpu"), slice(0, ENVIRONMENTS)
+    seeds = partial(episode_seed, sum(seed_range(config.environment)))
+    workers = Workers(config.environment, task, ENVIRONMENTS, seeds, processes=1, max_steps=cut)
+    arrays, group = workers.arrays, workers.groups[0]
+    memory = make_memory(model, ENVIRONMENTS, ROLLOUT, device)
+    store = ObservationStore(task, config.core.embed_dim, ENVIRONMENTS, device)
+    generator = torch.Generator().manual_seed(0)
+    with closing(workers):
+        workers.start()
+        for t in cycle(range(ROLLOUT)):
+            if all(episode.number for episode in workers.episodes):
+                return
+            store.clear()
+            step = arrays.steps.copy()
+            output, _, _ = policy_step(model, model, memory, store, arrays, rows, t, step)
+            frames = None if arrays.frames is None else np.ascontiguousarray(arrays.frames.transpose(0, 3, 1, 2))
+            seen = {"frame": frames, "vector": arrays.vectors, "step": step, "mask": arrays.masks}
+            yield seen, [*results_of(output), *remembered(memory, t)]
+            workers.send(group, output.policy.sample(action_noise(task, (ENVIRONMENTS,), generator)).numpy())
+            workers.receive(group)
+            if t == ROLLOUT - 1:
+                memory.roll(ROLLOUT)
+
+
+def remembered(memory: Timeline | States, t: int) -> list[Tensor]:
+    """Return what memory holds after step t of a rollout as the graph returns it; nothing without memory."""
+    if isinstance(memory, Timeline):
+        return [memory.items[:, :, t + 1 : t + 1 + memory.length].transpose(0, 1)]
+    return [memory.states[:, t + 1]] if memory.core.state_size else []

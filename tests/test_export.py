@@ -1,0 +1,139 @@
+"""Exported agents: the graph acts as the model does for every memory, and a file that does not is not written."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("onnxscript", reason="needs requirements-export.txt")
+
+import onnx
+
+import export
+from evaluation import graph as graphs
+from model import ActorCriticModel
+from run.checkpoint import encode
+from run.config import Config, check_config
+from utils import UserError
+from worker import inspect_environment
+
+GRU = {"recurrence": {"layer_type": "gru", "embed_dim": 12, "hidden_state_size": 16, "num_layers": 2}}
+LSTM = {"recurrence": {"layer_type": "lstm", "embed_dim": 12, "hidden_state_size": 16}}
+
+
+def transformer(**changes) -> dict:
+    """The section of a small transformer."""
+    return {"transformer": {"embed_dim": 16, "num_heads": 2, "num_blocks": 2, "memory_length": 7} | changes}
+
+
+POC = {"type": "PocMemoryEnv"}
+MASKED = {"type": "Gymnasium", "name": "tests.toy_environments:Masked-v0"}
+ACTED = {"type": "Gymnasium", "name": "tests.toy_environments:Acted-v0"}
+BOTH = {"type": "Minigrid", "name": "MiniGrid-GoToDoor-5x5-v0", "mission": True, "max_episode_steps": 20}
+RELATIVE = transformer(positional_encoding="relative", query_position=True)
+ABSOLUTE = transformer(positional_encoding="absolute", layer_norm="post", memory_length=40)
+CASES = {
+    "absolute, longer than the episode": (POC, ABSOLUTE),
+    "learned, gates, masks": (MASKED, transformer(positional_encoding="learned", gtrxl=True)),
+    "relative, numbers as actions": (ACTED, RELATIVE | {"normalize_observations": True}),
+    "gru, frames beside vectors": (BOTH, GRU),
+    "lstm": (POC, LSTM),
+    "none": (POC, {"memoryless": {"embed_dim": 12}}),
+}
+
+
+def make(environment: dict, changes: dict) -> tuple[ActorCriticModel, Config]:
+    """A small model with random weights, biases and gates included."""
+    schedules = ("learning_rate_schedule", "beta_schedule", "clip_range_schedule")
+    given = dict.fromkeys(schedules, {"initial": 1e-3, "final": 0, "max_decay_steps": 10})
+    given |= {"updates": 1, "n_workers": 2, "worker_steps": 8, "hidden_layer_size": 16}
+    config = check_config({"environment": environment} | given | changes, "test")
+    torch.manual_seed(1)
+    model = ActorCriticModel(config, inspect_environment(config.environment)[0]).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model, config
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A model file and its graph."""
+    model, config = make(POC, RELATIVE)
+    content = {"config": config.model_dump(), "task": vars(model.task), "weights": model.state_dict(), "run": {}}
+    path = tmp_path_factory.mktemp("models") / "small.nn"
+    path.write_bytes(encode("model", content))
+    return path, graphs.to_graph(model)
+
+
+@pytest.fixture
+def written(small, tmp_path, monkeypatch):
+    """A function that exports the model, with another graph in place of its own, and returns the file."""
+
+    def write(graph=small[1], model=small[0]):
+        output = tmp_path / "agent.onnx"
+        monkeypatch.setattr(graphs, "to_graph", lambda _: graph)
+        monkeypatch.setattr(sys, "argv", ["export.py", f"--model={model}", f"--output={output}"])
+        try:
+            export.main()
+        except UserError as error:
+            assert not list(tmp_path.glob("*.onnx")) and "\n" not in str(error)
+            raise
+        return output
+
+    return write
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_graph_acts_as_the_model_does(case):
+    """PyTorch and onnxruntime agree over whole episodes, and after one has followed another."""
+    model, config = make(*CASES[case])
+    assert max(graphs.play_beside(graphs.to_graph(model), model, config, None).values()) <= graphs.TOLERANCE
+
+
+def test_the_file_plays_without_pytorch(written):
+    """The example plays an episode, and acts where there is no PyTorch; the file says what it takes and returns."""
+    path = written()
+    about = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+    assert json.loads(about["inputs"]) == {
+        "vector": ["float32", [3]], "memory": ["float32", [2, 7, 16]], "step": ["int64", []]
+    }  # fmt: skip
+    alone = (
+        "import sys; sys.modules['torch'] = None; from tools.play_onnx import Player; player = Player(sys.argv[1]); "
+    )
+    alone += "player.reset(); print(*[player.act([0, 0, 1]).item() in (0, 1) for _ in range(3)])"
+    command = [sys.executable, "-c", alone, path], [sys.executable, "-m", "tools.play_onnx", path, "100000"]
+    found = [subprocess.run(line, capture_output=True, text=True, check=True).stdout for line in command]
+    assert found[0] == "True True True\n" and "reward" in found[1]
+
+
+@pytest.mark.parametrize("change", [0.01, float("nan")])
+def test_a_graph_that_acts_otherwise_is_not_written(written, small, change):
+    """The error says which output is wrong and where."""
+    graph = onnx.ModelProto()
+    graph.CopyFrom(small[1])
+    (bias,) = (entry for entry in graph.graph.initializer if entry.name.endswith("value.bias"))
+    bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + np.float32(change), bias.name))
+    with pytest.raises(UserError, match=r"agent.onnx: not written: value is .* environment \d, step 0"):
+        written(graph)
+
+
+@pytest.mark.parametrize("content", [b"", b"foreign", None])
+def test_what_is_no_model_is_one_line(written, small, tmp_path, content):
+    """Files that are empty, foreign or damaged, each by its name."""
+    path = tmp_path / "wrong.nn"
+    data = small[0].read_bytes()
+    path.write_bytes(data[:-100] + bytes(100) if content is None else content)
+    with pytest.raises(UserError, match="wrong.nn"):
+        written(model=path)
+
+
+def test_missing_packages_are_one_line(written, monkeypatch):
+    """It names the command that installs them."""
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    monkeypatch.delitem(sys.modules, "evaluation.graph")
+    with pytest.raises(UserError, match="pip install -r requirements-export.txt"):
+        written()
