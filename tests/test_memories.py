@@ -1,7 +1,5 @@
 """Memory is a choice: every core against a plain loop, in whole training runs, and the trust region of what acts."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import textbook
@@ -11,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 from walk import walk
 
+from buffer import Minibatch
 from model import Output
 from run.config import check_config
 from run.start import Options
