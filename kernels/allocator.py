@@ -23,7 +23,7 @@ HEAP = 2**32  # bytes
 def keep_memory() -> None:
     """Let this process keep the memory that it frees, in huge pages, where the C library is glibc.
 
-    It would map every large tensor anew and unmap it behind its last use. The page faults of a minibatch can take as
+    It would map every large tensor anew and unmap it after its last use. The page faults of a minibatch can take as
     long as its arithmetic, most of all on virtual machines. All threads share the one heap.
     """
     if platform.libc_ver()[0] != "glibc":

@@ -48,7 +48,7 @@ class Gating(torch.autograd.Function):
         x, y, values, kept, from_update, from_state, candidate = context.saved_tensors
         width = x.shape[1]
         reset, update, new = values.split(width, dim=1)
-        slopes = torch.empty_like(values)  # in front of the nonlinearities
+        slopes = torch.empty_like(values)  # before the nonlinearities
         of_gates, (of_reset, of_update, of_new) = slopes[:, : 2 * width], slopes.split(width, dim=1)
         tanh_gradient = torch.ops.aten.tanh_backward.grad_input
         sigmoid_gradient = torch.ops.aten.sigmoid_backward.grad_input
