@@ -29,7 +29,7 @@ from worker import Workers
 
 # What PPO reports of a minibatch, in this order; then come the auxiliary tasks, the total loss and gradient norms.
 LOSS_PARTS = ("policy", "value", "entropy", "kl", "clip_fraction")
-# How often the way from the old weights to the new ones is halved before an update is taken back.
+# How often the way from the old weights to the new ones is halved; the last time, the update is taken back.
 MOST_HALVINGS = 8
 # So many samples at once act again with the new weights, which bounds the memory that it takes.
 REPLAYED_AT_ONCE = 2048
@@ -282,7 +282,7 @@ class PPOTrainer:
         # Not a number counts as too far.
         while not kl <= self.config.kl_limit and halvings < MOST_HALVINGS:
             halvings += 1
-            weights.copy_(before + step * 0.5**halvings)
+            weights.copy_(before + step * (0.5**halvings if halvings < MOST_HALVINGS else 0))
             kl = self.acting_kl()
         return {"training/acting_kl": kl, "training/halvings": halvings}
 

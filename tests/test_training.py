@@ -229,8 +229,7 @@ def test_recall_targets(sampled):
 def test_recall_teaches_the_encoder_about_the_past(sampled):
     """The loss of a step reaches the encoding of a frame that only an earlier step saw; PPO's does not."""
     trainer = sampled(check_config(walk("frames", "one branch", recall_coefficient=0.5), "test"))
-    frames = trainer.buffer.observations.frames.frames[:2].permute(0, 3, 1, 2)
-    embedded = trainer.model.embed(frames)
+    embedded = trainer.model.embed(trainer.buffer.observations.frames.frames[:2].permute(0, 3, 1, 2))
     embedded.retain_grad()
     trainer.tasks["recall"](torch.randn(1, embedded.shape[1]), embedded)[0, 1].backward()
     assert embedded.grad[0].abs().sum() == 0 and embedded.grad[1].abs().sum() > 0
