@@ -111,6 +111,20 @@ class GymnasiumEnv(WrappedEnv):
         self._last = action, reward * self.reward_scale
         return self._observe(observation), reward * self.reward_scale, terminated, truncated, info
 
+    @property
+    def own_spaces(self) -> tuple[gymnasium.Space, gymnasium.Space]:
+        """The observation and the action space of the registered environment itself."""
+        return self._env.observation_space, self._env.action_space
+
+    def observed(self, observation: Any, last: tuple[Any, float]) -> Observation:
+        """Return what the agent sees of an observation of the registered environment, after an action and its reward.
+
+        Raises:
+            BrokenContract: if it is not of the observation space.
+        """
+        self._last = last
+        return self._observe(observation)
+
     def _make(self, section: GymnasiumSection) -> gymnasium.Env:
         env = make_registered(
             self._name,
