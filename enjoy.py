@@ -1,25 +1,25 @@
 """Watch a trained agent play unseen episodes, together with what it attends to.
 
 Usage:
-    enjoy.py --model=<file> [options]
+    enjoy.py (<model> | --model=<file>) [options]
     enjoy.py -h | --help
 
-Without --video it opens a window, or prints the results where there is none.
-
+Without --video or --html it opens a window, or prints results if there is none.
 Options:
-    --model=<file>    A file of models/.
+    --model=<file>    A file of models/; the same as <model>.
     --episodes=<n>    How many [default: 1].
     --seed=<n>        Skip that many of the unseen seeds [default: 0].
+    --seeds=<seeds>   Which seeds, seen or not: 0:10 for 0 to 9.
     --max-steps=<n>   Cut episodes; at 10,000 where the task has no limit.
     --deterministic   Take the most probable actions instead of drawing them.
     --video=<file>    Write all episodes to this .mp4 or .gif.
-    --window          Open a window, beside --video too; Esc ends, space pauses.
+    --html=<file>     Write a page to walk through an episode, one .html for each.
+    --window          Open a window beside them; Esc ends, space pauses.
     --fps=<n>         Steps per second of window and video [default: 6].
     --device=<name>   cpu, cuda or cuda:N; by default cuda where there is one.
     --cpu             The same as --device=cpu.
     -h --help         Show this.
-Example:
-    python enjoy.py --model=models/poc_memory_env.nn --video=episode.mp4
+Example: python enjoy.py models/poc_memory_env.nn --video=episode.mp4
 """
 
 import sys
@@ -29,9 +29,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from evaluation.window import has_display, open_window
 from run.cli import Computing, Count, arguments_of, choose_device, command_line, step_limit, to_file, use_cores
-from utils import UserError
 
 WIDTH = 720
 
@@ -39,12 +37,15 @@ WIDTH = 720
 class Arguments(Computing):
     """What the docstring says."""
 
-    model: Path
+    given: Path | None = Field(alias="<model>")
+    model: Path | None
     episodes: Count
     seed: Annotated[int, Field(ge=0, le=2**30)]
+    seeds: Annotated[str, Field(pattern=r"^\d+:\d+$")] | None
     max_steps: Count | None
     deterministic: bool
     video: Annotated[Path, to_file(".mp4", ".gif")] | None
+    html: Annotated[Path, to_file(".html")] | None
     window: bool
     fps: Annotated[int, Field(ge=1, le=120)]
 
@@ -52,64 +53,76 @@ class Arguments(Computing):
 def main() -> None:
     """Parse the command line and play."""
     arguments = arguments_of(__doc__, Arguments)
-    episodes, fps, video = arguments.episodes, arguments.fps, arguments.video
-    if arguments.window and not has_display():
-        raise UserError("--window: there is no display; write a video instead: --video=episode.mp4")
-    from evaluation.agent import first_unseen_seed, load_for_play
+    from evaluation.agent import load_for_play
+    from evaluation.statistics import chosen_seeds
     from evaluation.video import film
-    from evaluation.watch import Player, check_drawing, describe_means
+    from evaluation.watch import Player, describe_means
+    from evaluation.window import open_window
 
-    device = choose_device(arguments)
+    device, path = choose_device(arguments), arguments.given or arguments.model
     use_cores(device)
-    model, config, task, _ = load_for_play(arguments.model, device)
-    first = first_unseen_seed(config.environment) + arguments.seed
-    window = open_window(WIDTH, arguments.window, wanted=video is None)
-    if window or video:
-        check_drawing(model, config, task, "--video" if video else "--window", "without it results are printed")
-    limit = step_limit(arguments.max_steps, task)
-    player = Player(model, config, task, arguments.deterministic, render=bool(window or video), max_steps=limit)
+    wanted = arguments.video is arguments.html is None
+    window = open_window(WIDTH, arguments.window) if wanted or arguments.window else None
+    model, config, task, _ = load_for_play(path, device)
+    seeds, note = chosen_seeds(arguments.seeds or str(arguments.episodes), arguments.seed, [config.environment])
+    drawn, limit = bool(window or not wanted), step_limit(arguments.max_steps, task)
+    player = Player(model, config, task, arguments.deterministic, drawn, limit)
     results: list[dict[str, float]] = []
-    pictures = play(player, range(first, first + episodes), fps, window, results)
+    pictures = play(player, seeds, arguments, path.name, window, results)
     stopped = False
     try:
-        if video is None:
-            for _ in pictures:
-                pass
-        else:
-            stopped = film(video, pictures, fps, player)
+        if arguments.video:
+            stopped = film(arguments.video, pictures, arguments.fps)
+        for _ in pictures:
+            pass
     finally:
         player.close()
     if len(results) > 1:
         print(f"mean of {len(results)} episodes: {', '.join(describe_means(results))}")
-    if window is None and video is None:
-        print("There is no display here; to watch: --video=episode.mp4", file=sys.stderr)
+    if arguments.video:
+        where = f"stopped at step {player.steps:,} of an episode; " if stopped else ""
+        print(f"{where}the video is {arguments.video}", file=sys.stderr)
+    if window is None and wanted:
+        print("There is no display here; to watch: --video=episode.mp4 or --html=episode.html", file=sys.stderr)
+    if note:
+        print(note, file=sys.stderr)
     if stopped:
         sys.exit(130)
 
 
-def play(player, seeds: range, fps: int, window, results: list[dict[str, float]]) -> Iterator:
-    """Play episodes, print and collect their results, and yield the pictures where there are any.
+def play(player, seeds: list[int], arguments: Arguments, name: str, window, results: list[dict]) -> Iterator:
+    """Play episodes, print and collect their results, write pages, and yield the pictures where there are any.
 
     Args:
         player: a `watch.Player`.
         seeds: of the episodes.
-        fps: pictures per second.
+        arguments: of the command line.
+        name: of the model.
         window: a `Window` to show them in, or None.
         results: takes what the environment reports of each episode.
     """
+    from evaluation.page import Page
     from evaluation.watch import describe, draw_episode
+    from run.checkpoint import write_file
 
     for number, seed in enumerate(seeds, start=1):
-        moments = draw_episode(player, seed, WIDTH, fps) if player.render else ((None, m) for m in player.play(seed))
-        reported = False
+        page, html, ended = Page(player, seed, name), arguments.html, False
+        drawn = arguments.video or window
+        moments = draw_episode(player, seed, WIDTH, arguments.fps) if drawn else ((None, m) for m in player.play(seed))
         for picture, moment in moments:
-            if moment.result is not None and not reported:
-                reported = True
+            if html and not ended:
+                page.add(moment)
+            if moment.result is not None and not ended:
+                ended = True
                 results.append(moment.result)
                 print(f"episode {number}, seed {seed}: {', '.join(describe(moment.result))}", flush=True)
+                if html:
+                    target = html if len(seeds) == 1 else html.with_stem(f"{html.stem}-{seed}")
+                    write_file(target, page.html())
+                    print(f"the page is {target}", file=sys.stderr)
             if picture is not None:
                 yield picture
-            if window is not None and not window.show(picture, fps):
+            if window is not None and not window.show(picture, arguments.fps):
                 return
 
 

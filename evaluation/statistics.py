@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from scipy.stats import trim_mean
 
 from environments.numbers import count_missing_success, metrics_of
 from evaluation.published import Reference
-from utils import UserError
+from utils import UserError, seed_range
 
 # Bootstrap resamples behind each confidence interval.
 RESAMPLES = 2000
@@ -185,6 +185,29 @@ def interval(rows: np.ndarray, statistic: Callable[[np.ndarray], float]) -> tupl
 def interquartile_mean(scores: np.ndarray) -> float:
     """Return the mean of the middle half of all scores, as Agarwal et al. 2021 define it."""
     return float(trim_mean(scores, 0.25, axis=None))
+
+
+def chosen_seeds(text: str, skip: int, sections: Iterable[Any]) -> tuple[list[int], str]:
+    """Return the environment seeds that --seeds asks for, and what is to be said of them, "" if nothing is.
+
+    Args:
+        text: "50" for so many that training has not seen; "0:10" for 0 to 9, whether it has or not.
+        skip: how many unseen ones are left out first.
+        sections: the `environment` sections of the configs.
+
+    Raises:
+        UserError: if the text is neither.
+    """
+    trained = [range(start, start + count) for start, count in map(seed_range, sections)]
+    first, colon, end = text.rpartition(":")
+    numbers = [int(part) if part.isdecimal() else -1 for part in (first if colon else "0", end)]
+    if not 0 <= numbers[0] < numbers[1] < 2**31 or numbers[1] - numbers[0] > 10**6:
+        raise UserError(f"--seeds: {text!r} should be how many unseen ones, such as 50, or which ones, such as 0:10")
+    if not colon:
+        numbers = [number + skip + max(seeds.stop for seeds in trained) for number in numbers]
+    seeds = list(range(*numbers))
+    seen = sum(any(seed in range_ for range_ in trained) for seed in seeds)
+    return seeds, f"--seeds: training may have drawn {seen:,} of these {len(seeds):,}" if seen else ""
 
 
 def group_runs(models: list[Evaluated], aggregate: str = "runs") -> list[Group]:
