@@ -4,7 +4,7 @@ Usage:
     enjoy.py (<model> | --model=<file>) [options]
     enjoy.py -h | --help
 
-Without --video or --html it opens a window, or prints results if there is none.
+Without --video and --html it opens a window, or only prints the results.
 Options:
     --model=<file>    A file of models/; the same as <model>.
     --episodes=<n>    How many [default: 1].
@@ -13,7 +13,7 @@ Options:
     --max-steps=<n>   Cut episodes; at 10,000 where the task has no limit.
     --deterministic   Take the most probable actions instead of drawing them.
     --video=<file>    Write all episodes to this .mp4 or .gif.
-    --html=<file>     Write a page to walk through an episode, one .html for each.
+    --html=<file>     Write each episode as an .html page to walk through.
     --window          Open a window beside them; Esc ends, space pauses.
     --fps=<n>         Steps per second of window and video [default: 6].
     --device=<name>   cpu, cuda or cuda:N; by default cuda where there is one.
@@ -24,6 +24,7 @@ Example: python enjoy.py models/poc_memory_env.nn --video=episode.mp4
 
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
@@ -59,46 +60,39 @@ def main() -> None:
     from evaluation.watch import Player, describe_means
     from evaluation.window import open_window
 
-    device, path = choose_device(arguments), arguments.given or arguments.model
+    device, path, video = choose_device(arguments), arguments.given or arguments.model, arguments.video
     use_cores(device)
-    wanted = arguments.video is arguments.html is None
-    window = open_window(WIDTH, arguments.window) if wanted or arguments.window else None
+    to_files = bool(video or arguments.html)
+    window = open_window(WIDTH, arguments.window) if arguments.window or not to_files else None
     model, config, task, _ = load_for_play(path, device)
     seeds, note = chosen_seeds(arguments.seeds or str(arguments.episodes), arguments.seed, [config.environment])
-    drawn, limit = bool(window or not wanted), step_limit(arguments.max_steps, task)
-    player = Player(model, config, task, arguments.deterministic, drawn, limit)
-    results: list[dict[str, float]] = []
-    pictures = play(player, seeds, arguments, path.name, window, results)
-    stopped = False
-    try:
-        if arguments.video:
-            stopped = film(arguments.video, pictures, arguments.fps)
+    limit, results, stopped = step_limit(arguments.max_steps, task), list[dict[str, float]](), False
+    player = Player(model, config, task, arguments.deterministic, to_files or window is not None, limit)
+    with closing(player):
+        pictures = play(player, seeds, arguments, path.name, window, results)
+        if video:
+            stopped = film(video, pictures, arguments.fps)
         for _ in pictures:
             pass
-    finally:
-        player.close()
     if len(results) > 1:
         print(f"mean of {len(results)} episodes: {', '.join(describe_means(results))}")
-    if arguments.video:
-        where = f"stopped at step {player.steps:,} of an episode; " if stopped else ""
-        print(f"{where}the video is {arguments.video}", file=sys.stderr)
-    if window is None and wanted:
-        print("There is no display here; to watch: --video=episode.mp4 or --html=episode.html", file=sys.stderr)
-    if note:
-        print(note, file=sys.stderr)
+    where = f"stopped at step {player.steps:,} of an episode; " if stopped else ""
+    help_ = "There is no display here; to watch: --video=episode.mp4 or --html=episode.html"
+    for line in (note, f"{where}the video is {video}" if video else "", "" if window or to_files else help_):
+        print(line, file=sys.stderr, end="\n" * bool(line))
     if stopped:
         sys.exit(130)
 
 
-def play(player, seeds: list[int], arguments: Arguments, name: str, window, results: list[dict]) -> Iterator:
-    """Play episodes, print and collect their results, write pages, and yield the pictures where there are any.
+def play(player, seeds: list[int], arguments: Arguments, model: str, window, results: list[dict]) -> Iterator:
+    """Play episodes with a `watch.Player`, print and collect their results, write pages, and yield pictures.
 
     Args:
         player: a `watch.Player`.
         seeds: of the episodes.
         arguments: of the command line.
-        name: of the model.
-        window: a `Window` to show them in, or None.
+        model: its name.
+        window: a `Window` to show the pictures in, or None.
         results: takes what the environment reports of each episode.
     """
     from evaluation.page import Page
@@ -106,24 +100,23 @@ def play(player, seeds: list[int], arguments: Arguments, name: str, window, resu
     from run.checkpoint import write_file
 
     for number, seed in enumerate(seeds, start=1):
-        page, html, ended = Page(player, seed, name), arguments.html, False
-        drawn = arguments.video or window
-        moments = draw_episode(player, seed, WIDTH, arguments.fps) if drawn else ((None, m) for m in player.play(seed))
-        for picture, moment in moments:
-            if html and not ended:
+        page = Page(player, seed, model) if arguments.html else None
+        ended, width = False, WIDTH if arguments.video or window else None
+        for picture, moment in draw_episode(player, seed, arguments.fps, width):
+            if page is not None and not ended:
                 page.add(moment)
             if moment.result is not None and not ended:
                 ended = True
                 results.append(moment.result)
                 print(f"episode {number}, seed {seed}: {', '.join(describe(moment.result))}", flush=True)
-                if html:
-                    target = html if len(seeds) == 1 else html.with_stem(f"{html.stem}-{seed}")
-                    write_file(target, page.html())
-                    print(f"the page is {target}", file=sys.stderr)
             if picture is not None:
                 yield picture
             if window is not None and not window.show(picture, arguments.fps):
                 return
+        if page is not None:
+            file = arguments.html.with_stem(arguments.html.stem + f"-{seed}" * (len(seeds) > 1))
+            write_file(file, page.html())
+            print(f"the page is {file}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -116,13 +116,20 @@ class GymnasiumEnv(WrappedEnv):
         """The observation and the action space of the registered environment itself."""
         return self._env.observation_space, self._env.action_space
 
-    def observed(self, observation: Any, last: tuple[Any, float]) -> Observation:
-        """Return what the agent sees of an observation of the registered environment, after an action and its reward.
+    def observed(self, observation: Any, action: Any, reward: float | None) -> Observation:
+        """Return what the agent sees of an observation of the registered environment, none of this one's own episode.
+
+        Args:
+            observation: of the registered environment.
+            action: the agent's last, None at the beginning of an episode.
+            reward: that came of it.
 
         Raises:
-            BrokenContract: if it is not of the observation space.
+            BrokenContract: if the observation is not as declared, or the reward is missing where the agent sees it.
         """
-        self._last = last
+        if action is not None and reward is None and self._previous_reward:
+            raise self._broken("needs reward=…, the one of the last step: the agent sees it (previous_reward)")
+        self._last = action, float(reward or 0.0) * self.reward_scale
         return self._observe(observation)
 
     def _make(self, section: GymnasiumSection) -> gymnasium.Env:

@@ -18,7 +18,7 @@ from environments.contract import Task, check_observation, declared_task
 from environments.gymnasium_env import GymnasiumEnv
 from environments.section import Section
 from environments.spaces import Actor
-from memory import ObservationStore, make_memory, policy_step
+from memory import ObservationStore, States, make_memory, policy_step
 from model import ActorCriticModel, Output, action_noise
 from run.checkpoint import load_model
 from run.config import Config
@@ -144,8 +144,10 @@ class Agent:
     @property
     def probabilities(self) -> list[np.ndarray]:
         """Of each branch's actions at the last step (actions,), or (n, actions); empty where actions are numbers."""
-        branches = range(len(self.task.branches))
-        return [self._joined(lambda output, b=branch: output.policy.log_probs[b].exp()) for branch in branches]
+        if self.task.continuous:
+            return []
+        together = self._joined(lambda output: output.policy.parameters().exp())
+        return np.split(together, np.cumsum(self.task.branches)[:-1], axis=-1)
 
     @property
     def attention(self) -> Any:
@@ -159,7 +161,7 @@ class Agent:
     @property
     def change(self) -> Any:
         """How much the last step changed a recurrent state, the mean over its entries, or n of them; None without."""
-        if self.length or not self.memory.core.state_size:
+        if not isinstance(self.memory, States) or not self.memory.core.state_size:
             return None
         before, after = self.memory.states[:, self.t].cpu().numpy(), self.memory.states[:, self.t + 1].cpu().numpy()
         change = np.abs(after - before * (self.looked > 0)[:, None]).mean(axis=1)
@@ -196,10 +198,7 @@ class Agent:
             raise BrokenContract("has an action_mask as none in training had" if mask is not None
                                  else "needs mask=info['action_mask'], as in training")  # fmt: skip
         if self.registered is not None:
-            if step and reward is None and self.section.previous_reward:
-                raise BrokenContract("needs reward=…, the one of the last step: the model sees it (previous_reward)")
-            last = (self.actions[index], float(reward or 0.0) * self.section.reward_scale) if step else (None, 0.0)
-            observation = self.registered.observed(observation, last)
+            observation = self.registered.observed(observation, self.actions[index] if step else None, reward)
         check_observation(self, observation, self.task)
         self.arrays.show(index, observation, None if mask is None else self.actor.mask(mask))
 
@@ -231,13 +230,16 @@ class Agent:
 
 def spaces_of(task: Task) -> tuple[Space, Space]:
     """Return the spaces of what the wrapped environments of a task show, and of how they are acted in."""
-    parts = {} if task.frame is None else {"frame": spaces.Box(0, 255, task.frame, np.uint8)}
-    parts |= {"vector": spaces.Box(-np.inf, np.inf, (task.vector,), np.float32)} if task.vector else {}
+    parts: dict[str, Space] = {}
+    if task.frame is not None:
+        parts["frame"] = spaces.Box(0, 255, task.frame, np.uint8)
+    if task.vector:
+        parts["vector"] = spaces.Box(-np.inf, np.inf, (task.vector,), np.float32)
     shown = spaces.Dict(parts) if len(parts) == 2 else next(iter(parts.values()))
     if task.continuous:
         return shown, spaces.Box(-np.inf, np.inf, (task.continuous,), np.float32)
-    several = len(task.branches) > 1
-    return shown, spaces.MultiDiscrete(task.branches) if several else spaces.Discrete(task.branches[0])
+    single = len(task.branches) == 1
+    return shown, spaces.Discrete(task.branches[0]) if single else spaces.MultiDiscrete(list(task.branches))
 
 
 def task_name(section: Section) -> str:

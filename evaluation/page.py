@@ -82,7 +82,7 @@ class Page:
         """Return the place of a picture (H, W, 3) among the distinct ones, -1 without one."""
         if picture is None:
             return -1
-        place = self.places.setdefault(xxhash.xxh3_128_digest(np.ascontiguousarray(picture)), len(self.pictures))
+        place = self.places.setdefault(xxhash.xxh3_128_digest(picture.tobytes()), len(self.pictures))
         if place == len(self.pictures):
             self.pictures.append(written(Image.fromarray(picture), lossless=True, quality=30, method=2))
         return place

@@ -187,7 +187,8 @@ class Player:
 
     def _seen(self, vector: np.ndarray) -> list[Entry]:
         """Return the entries of a vector; a choice that is one-hot is one entry."""
-        names = getattr(self.env, "vector_names", ()) or [f"[{index}]" for index in range(len(vector))]
+        names = list(getattr(self.env, "vector_names", ()))
+        names = names if len(names) == len(vector) else [f"[{index}]" for index in range(len(vector))]
         found: dict[str, Entry] = {}
         for name, number in zip(names, vector.tolist(), strict=True):
             root, is_choice, value = name.rpartition("=")
@@ -303,9 +304,9 @@ class Painter:
         left = (self.width - sum(width for width, _ in self.views) - (len(self.views) - 1) * self.gap) // 2
         pictures = (moment.frame, moment.view), ("world", "agent's view")
         for picture, name, (width, height) in zip(*pictures, self.views, strict=False):
-            part.paste(resized(picture, (width, height)), (left, 0))
-            draw.rectangle((left - 1, -1, left + width, height), outline=FAINT)
-            draw.text((left + width // 2, height + self._size(3)), name, FAINT, self.small, anchor="ma")
+            part.paste(resized(picture, (width, height)), (left, 1))
+            draw.rectangle((left - 1, 0, left + width, height + 1), outline=FAINT)
+            draw.text((left + width // 2, height + self._size(4)), name, FAINT, self.small, anchor="ma")
             left += width + self.gap
         return part
 
@@ -397,11 +398,20 @@ def resized(picture: np.ndarray, size: tuple[int, int]) -> Image.Image:
     return Image.fromarray(picture).resize(size, method)
 
 
-def draw_episode(player: Player, seed: int, width: int, fps: int) -> Iterator[tuple[Image.Image, Moment]]:
-    """Play an episode and yield picture and moment of each step; its end is repeated so that it can be read."""
-    painter = None
+def draw_episode(player: Player, seed: int, fps: int, width: int | None) -> Iterator[tuple[Image.Image | None, Moment]]:
+    """Play an episode; yield picture and moment of each step, the end for as long as it takes to read it.
+
+    Args:
+        player: who plays.
+        seed: of the episode.
+        fps: pictures per second.
+        width: of the pictures; None to have none.
+    """
+    painter, title = None, f"{task_name(player.config.environment)}, seed {seed}"
     for moment in player.play(seed):
-        title = f"{task_name(player.config.environment)}, seed {seed}"
+        if width is None:
+            yield None, moment
+            continue
         painter = painter or Painter(player, title, moment, width)
         picture = painter.draw(moment)
         for _ in range(1 if moment.result is None else math.ceil(HOLD_SECONDS * fps)):
@@ -417,7 +427,7 @@ def episode_summary(model: ActorCriticModel, config: Config, task: Task, tag: st
     """
     player = Player(model, config, task, max_steps=SUMMARY_STEPS)
     try:
-        drawn = draw_episode(player, first_unseen_seed(config.environment), SUMMARY_WIDTH, SUMMARY_FPS)
+        drawn = draw_episode(player, first_unseen_seed(config.environment), SUMMARY_FPS, SUMMARY_WIDTH)
         pictures = [picture for picture, _ in drawn]
     finally:
         player.close()
