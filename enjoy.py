@@ -1,37 +1,36 @@
 """Watch a trained agent play unseen episodes, together with what it attends to.
 
 Usage:
-    enjoy.py --model=<file> [options]
+    enjoy.py (<model> | --model=<file>) [options]
     enjoy.py -h | --help
 
-Without --video it opens a window, or prints the results where there is none.
-
+Without --video and --html it opens a window, or only prints the results.
 Options:
-    --model=<file>    A file of models/.
+    --model=<file>    A file of models/; the same as <model>.
     --episodes=<n>    How many [default: 1].
     --seed=<n>        Skip that many of the unseen seeds [default: 0].
+    --seeds=<seeds>   Which seeds, seen or not: 0:10 for 0 to 9.
     --max-steps=<n>   Cut episodes; at 10,000 where the task has no limit.
     --deterministic   Take the most probable actions instead of drawing them.
     --video=<file>    Write all episodes to this .mp4 or .gif.
-    --window          Open a window, beside --video too; Esc ends, space pauses.
+    --html=<file>     Write each episode as an .html page to walk through.
+    --window          Open a window beside them; Esc ends, space pauses.
     --fps=<n>         Steps per second of window and video [default: 6].
     --device=<name>   cpu, cuda or cuda:N; by default cuda where there is one.
     --cpu             The same as --device=cpu.
     -h --help         Show this.
-Example:
-    python enjoy.py --model=models/poc_memory_env.nn --video=episode.mp4
+Example: python enjoy.py models/poc_memory_env.nn --video=episode.mp4
 """
 
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
-from evaluation.window import has_display, open_window
 from run.cli import Computing, Count, arguments_of, choose_device, command_line, step_limit, to_file, use_cores
-from utils import UserError
 
 WIDTH = 720
 
@@ -39,12 +38,15 @@ WIDTH = 720
 class Arguments(Computing):
     """What the docstring says."""
 
-    model: Path
+    given: Path | None = Field(alias="<model>")
+    model: Path | None
     episodes: Count
     seed: Annotated[int, Field(ge=0, le=2**30)]
+    seeds: Annotated[str, Field(pattern=r"^\d+:\d+$")] | None
     max_steps: Count | None
     deterministic: bool
     video: Annotated[Path, to_file(".mp4", ".gif")] | None
+    html: Annotated[Path, to_file(".html")] | None
     window: bool
     fps: Annotated[int, Field(ge=1, le=120)]
 
@@ -52,65 +54,69 @@ class Arguments(Computing):
 def main() -> None:
     """Parse the command line and play."""
     arguments = arguments_of(__doc__, Arguments)
-    episodes, fps, video = arguments.episodes, arguments.fps, arguments.video
-    if arguments.window and not has_display():
-        raise UserError("--window: there is no display; write a video instead: --video=episode.mp4")
-    from evaluation.agent import first_unseen_seed, load_for_play
+    from evaluation.agent import load_for_play
+    from evaluation.statistics import chosen_seeds
     from evaluation.video import film
-    from evaluation.watch import Player, check_drawing, describe_means
+    from evaluation.watch import Player, describe_means
+    from evaluation.window import open_window
 
-    device = choose_device(arguments)
+    device, path, video = choose_device(arguments), arguments.given or arguments.model, arguments.video
     use_cores(device)
-    model, config, task, _ = load_for_play(arguments.model, device)
-    first = first_unseen_seed(config.environment) + arguments.seed
-    window = open_window(WIDTH, arguments.window, wanted=video is None)
-    if window or video:
-        check_drawing(model, config, task, "--video" if video else "--window", "without it results are printed")
-    limit = step_limit(arguments.max_steps, task)
-    player = Player(model, config, task, arguments.deterministic, render=bool(window or video), max_steps=limit)
-    results: list[dict[str, float]] = []
-    pictures = play(player, range(first, first + episodes), fps, window, results)
-    stopped = False
-    try:
-        if video is None:
-            for _ in pictures:
-                pass
-        else:
-            stopped = film(video, pictures, fps, player)
-    finally:
-        player.close()
+    to_files = bool(video or arguments.html)
+    window = open_window(WIDTH, arguments.window) if arguments.window or not to_files else None
+    model, config, task, _ = load_for_play(path, device)
+    seeds, note = chosen_seeds(arguments.seeds or str(arguments.episodes), arguments.seed, [config.environment])
+    limit, results, stopped = step_limit(arguments.max_steps, task), list[dict[str, float]](), False
+    player = Player(model, config, task, arguments.deterministic, to_files or window is not None, limit)
+    with closing(player):
+        pictures = play(player, seeds, arguments, path.name, window, results)
+        if video:
+            stopped = film(video, pictures, arguments.fps)
+        for _ in pictures:
+            pass
     if len(results) > 1:
         print(f"mean of {len(results)} episodes: {', '.join(describe_means(results))}")
-    if window is None and video is None:
-        print("There is no display here; to watch: --video=episode.mp4", file=sys.stderr)
+    where = f"stopped at step {player.steps:,} of an episode; " if stopped else ""
+    help_ = "There is no display here; to watch: --video=episode.mp4 or --html=episode.html"
+    for line in (note, f"{where}the video is {video}" if video else "", "" if window or to_files else help_):
+        print(line, file=sys.stderr, end="\n" * bool(line))
     if stopped:
         sys.exit(130)
 
 
-def play(player, seeds: range, fps: int, window, results: list[dict[str, float]]) -> Iterator:
-    """Play episodes, print and collect their results, and yield the pictures where there are any.
+def play(player, seeds: list[int], arguments: Arguments, model: str, window, results: list[dict]) -> Iterator:
+    """Play episodes with a `watch.Player`, print and collect their results, write pages, and yield pictures.
 
     Args:
         player: a `watch.Player`.
         seeds: of the episodes.
-        fps: pictures per second.
-        window: a `Window` to show them in, or None.
+        arguments: of the command line.
+        model: its name.
+        window: a `Window` to show the pictures in, or None.
         results: takes what the environment reports of each episode.
     """
+    from evaluation.page import Page
     from evaluation.watch import describe, draw_episode
+    from run.checkpoint import write_file
 
     for number, seed in enumerate(seeds, start=1):
-        moments = draw_episode(player, seed, WIDTH, fps) if player.render else ((None, m) for m in player.play(seed))
-        reported = False
-        for picture, moment in moments:
-            if moment.result is not None and not reported:
-                reported = True
+        page = Page(player, seed, model) if arguments.html else None
+        ended, width = False, WIDTH if arguments.video or window else None
+        for picture, moment in draw_episode(player, seed, arguments.fps, width):
+            if page is not None and not ended:
+                page.add(moment)
+            if moment.result is not None and not ended:
+                ended = True
                 results.append(moment.result)
                 print(f"episode {number}, seed {seed}: {', '.join(describe(moment.result))}", flush=True)
             if picture is not None:
                 yield picture
-            if window is not None and not window.show(picture, fps):
+            if window is not None and not window.show(picture, arguments.fps):
                 return
+        if page is not None:
+            file = arguments.html.with_stem(arguments.html.stem + f"-{seed}" * (len(seeds) > 1))
+            write_file(file, page.html())
+            print(f"the page is {file}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -141,6 +141,27 @@ class GymnasiumEnv(WrappedEnv):
             "normalize_observations: True in place of it is saved with the model"
         ]
 
+    @property
+    def own_spaces(self) -> tuple[gymnasium.Space, gymnasium.Space]:
+        """The observation and the action space of the registered environment itself."""
+        return self._env.observation_space, self._env.action_space
+
+    def observed(self, observation: Any, action: Any, reward: float | None) -> Observation:
+        """Return what the agent sees of an observation of the registered environment, none of this one's own episode.
+
+        Args:
+            observation: of the registered environment.
+            action: the agent's last, None at the beginning of an episode.
+            reward: that came of it.
+
+        Raises:
+            BrokenContract: if the observation is not as declared, or the reward is missing where the agent sees it.
+        """
+        if action is not None and reward is None and self._previous_reward:
+            raise self._broken("needs reward=…, the one of the last step: the agent sees it (previous_reward)")
+        self._last = action, float(reward or 0.0) * self.reward_scale
+        return self._observe(observation)
+
     def _observe(self, observation: Any) -> Observation:
         try:
             frame = self._observer.frame(observation)

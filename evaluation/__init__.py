@@ -1,1 +1,3 @@
-"""What looks at trained agents: acting with memory, watching, statistics."""
+"""Acting with trained agents, statistics of what they reach, and watching them."""
+
+from evaluation.agent import Agent as Agent

@@ -1,21 +1,29 @@
-"""What watching and evaluating share: a model that acts with its memory, unseen episodes, and many of them at once."""
+"""Acting with a trained model: in a loop of one's own, and in many unseen episodes at once."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from functools import partial
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from gymnasium import Space, spaces
+from gymnasium.vector.utils import batch_space, concatenate, create_empty_array, iterate
+from torch import Tensor
 
-from environments.contract import Task
+from environments import BrokenContract
+from environments.contract import Task, check_observation, declared_task
+from environments.gymnasium_env import GymnasiumEnv
 from environments.section import Section
-from memory import ObservationStore, make_memory, policy_step
+from environments.spaces import Actor
+from memory import ObservationStore, States, make_memory, policy_step
 from model import ActorCriticModel, Output, action_noise
 from run.checkpoint import load_model
 from run.config import Config
 from run.distributed import Ranks
-from utils import EnvironmentFailure, UserError, seed_range
+from utils import EnvironmentFailure, UserError, create_env, seed_range
 from worker import SharedArrays, Workers, inspect_environment
 
 # How many environments are played at once: enough for matrix products of a good size, and few enough that most of them
@@ -30,15 +38,16 @@ SHORTEST_ROLLOUT = 64
 class Agent:
     """A model that acts in n environments and remembers what happens there, however long the episodes are.
 
-    The memory, and all that the model is told, is that of training: `policy_step` on a `Timeline`.
+    The memory, and all that the model is told, is that of training: `policy_step`.
 
     Args:
-        model: the actor-critic.
-        config: its config.
-        task: what the environments are like.
-        count: n.
+        model: the actor-critic, with its `config` and `task`.
+        environments: n; None for one whose observations and actions come singly.
         deterministic: whether it takes the most probable actions instead of drawing them.
-        own: which of how many environments of all processes these are; by default there are no others.
+        seed: what actions are drawn from.
+        own: which of how many environments of all ranks these are; by default there are no others.
+        registered: one such environment, if observations and actions are those of what is registered with Gymnasium;
+            by default they are those of `create_env(agent.section)`.
     """
 
     def __init__(
@@ -46,21 +55,154 @@ class Agent:
         model: ActorCriticModel,
         config: Config,
         task: Task,
-        count: int,
-        deterministic: bool,
+        environments: int | None = None,
+        deterministic: bool = False,
+        seed: int = 0,
         own: tuple[range, int] | None = None,
+        registered: GymnasiumEnv | None = None,
     ) -> None:
-        device = next(model.parameters()).device
-        self.model, self.task, self.deterministic = model, task, deterministic
+        device, count = next(model.parameters()).device, environments or 1
+        self.model, self.task, self.section, self.deterministic = model, task, config.environment, deterministic
+        self.single, self.registered = environments is None, registered
+        self.observation_space, self.action_space = registered.own_spaces if registered else spaces_of(task)
+        self.actor = Actor(self.action_space)
         self.own, self.everyone = own or (range(count), count)
-        self.section = config.environment
-        self.rollout = max(config.transformer.memory_length if config.transformer else 0, SHORTEST_ROLLOUT)
+        self.length = config.transformer.memory_length if config.transformer else 0
+        self.rollout = max(self.length, SHORTEST_ROLLOUT)
         self.memory = make_memory(model, count, self.rollout, device)
         self.capacity = max(OBSERVATIONS_KEPT, count)
         self.store = ObservationStore(task, config.core.embed_dim, self.capacity, device)
-        self.generator = torch.Generator(device)
+        self.generator = torch.Generator(device).manual_seed(seed)
         self.step = np.zeros(count, dtype=np.int64)  # episode step of each environment
         self.t = -1
+        # Of the last call of `act`: the episode steps, the outputs and the actions.
+        self.looked, self.outputs, self.actions = self.step, list[Output](), np.zeros((count, task.action_size))
+
+    @classmethod
+    def load(
+        cls, path: str | Path, device: str = "cpu", environments: int | None = None, deterministic: bool = False,
+        seed: int = 0, wrapped: bool = False,
+    ) -> "Agent":  # fmt: skip
+        """Return the agent of a model's file; arguments as for the class.
+
+        Args:
+            wrapped: whether observations and actions are those of `create_env(agent.section)` even if the task is one
+                that is registered with Gymnasium. No environment is made then.
+
+        Raises:
+            UserError: if the file is no model, or the environment cannot be created or is not what it was.
+        """
+        model, config, task, _ = load_model(Path(path), torch.device(device))
+        env = None if wrapped else create_env(config.environment)
+        if env is not None:
+            check_unchanged(path, config, task, replace(declared_task(env), masked=task.masked))
+        registered = env if isinstance(env, GymnasiumEnv) else None
+        return cls(model.eval(), config, task, environments, deterministic, seed, registered=registered)
+
+    def reset(self, which: int | Sequence[int] | Sequence[bool] | np.ndarray | None = None) -> None:
+        """Begin new episodes in all environments, or in those that `which` names by number or by True.
+
+        Due before the first observation of an episode: of a vector environment with AutoresetMode.SAME_STEP,
+        `agent.reset(terminated | truncated)` after each step.
+        """
+        self.step[... if which is None else np.asarray(which)] = 0
+
+    def act(self, observation: Any, mask: Any = None, reward: Any = None) -> Any:
+        """Return an action of `action_space`, or n of them as a vector environment takes them.
+
+        Args:
+            observation: of `observation_space`; n of them as a vector environment returns them, or as a list.
+            mask: `info["action_mask"]` where the environment says which actions are allowed, or n of them.
+            reward: of the last step, or n of them; for models that see it (`previous_reward`).
+
+        Raises:
+            UserError: if one is missing or not as declared, or an episode is longer than it can be. Nothing has
+                happened then, and what is right can follow.
+        """
+        parts = zip(self._each(observation, self.observation_space), self._each(mask), self._each(reward), strict=True)
+        for index, part in enumerate(parts):
+            try:
+                self._show(index, *part)
+            except BrokenContract as error:
+                raise UserError(f"agent.act: environment {index}: {error}") from error
+        self.advance()
+        # In groups as evaluation has them, so that numbers are rounded alike.
+        half, count, self.looked = len(self.step) // 2, len(self.step), self.step.copy()
+        found = [self.observe(self.arrays, rows) for rows in (slice(0, half), slice(half, count)) if rows.stop]
+        self.outputs, self.actions = [output for output, _ in found], np.concatenate([actions for _, actions in found])
+        self.step += 1
+        actions = [self.actor.action(action) for action in self.actions]
+        if self.single:
+            return actions[0]
+        return concatenate(self.action_space, actions, create_empty_array(self.action_space, count))
+
+    @property
+    def value(self) -> Any:
+        """The discounted return, of rewards as they are learned from, expected at the last step, or n of them."""
+        return self._joined(lambda output: output.value)
+
+    @property
+    def probabilities(self) -> list[np.ndarray]:
+        """Of each branch's actions at the last step (actions,), or (n, actions); empty where actions are numbers."""
+        if self.task.continuous:
+            return []
+        together = self._joined(lambda output: output.policy.parameters().exp())
+        return np.split(together, np.cumsum(self.task.branches)[:-1], axis=-1)
+
+    @property
+    def attention(self) -> Any:
+        """(blocks, heads, m) weights of the m steps before the last one, oldest first, or n of these; None without."""
+        found = [np.stack([block[row].float().cpu().numpy() for block in output.attention])
+                 for output in self.outputs if output.attention for row in range(len(output.value))]  # fmt: skip
+        seen = np.minimum(self.looked, self.length)
+        found = [weights[:, :, weights.shape[2] - most :] for weights, most in zip(found, seen, strict=False)]
+        return (found[0] if self.single else found) if found else None
+
+    @property
+    def change(self) -> Any:
+        """How much the last step changed a recurrent state, the mean over its entries, or n of them; None without."""
+        if not isinstance(self.memory, States) or not self.memory.core.state_size:
+            return None
+        before, after = self.memory.states[:, self.t].cpu().numpy(), self.memory.states[:, self.t + 1].cpu().numpy()
+        change = np.abs(after - before * (self.looked > 0)[:, None]).mean(axis=1)
+        return change[0] if self.single else change
+
+    @cached_property
+    def arrays(self) -> SharedArrays:
+        """What `act` was shown."""
+        return SharedArrays(len(self.step), self.task)
+
+    def _joined(self, part: Callable[[Output], Tensor]) -> Any:
+        rows = torch.cat([part(output) for output in self.outputs]).cpu().numpy()
+        return rows[0] if self.single else rows
+
+    def _each(self, given: Any, space: Space | None = None) -> list:
+        """Return what is given of each environment; of a space's values, arrays of n count as n of them."""
+        if self.single or given is None:
+            return [given] * len(self.step)
+        try:
+            is_batch = space is not None and not isinstance(given, list)
+            found = list(iterate(batch_space(space, len(self.step)), given) if is_batch else given)
+        except (TypeError, ValueError, KeyError, LookupError) as error:
+            raise UserError(f"agent.act: needs something of each of {len(self.step)} environments") from error
+        if len(found) != len(self.step):
+            raise UserError(f"agent.act: has something of {len(found)} environments, there are {len(self.step)}")
+        return found
+
+    def _show(self, index: int, observation: Any, mask: Any, reward: Any) -> None:
+        """Show the model what it is to see of an environment; BrokenContract, saying how, where that is wrong."""
+        limit, step = self.task.max_episode_steps, self.step[index]
+        if limit is not None and step >= limit:
+            raise BrokenContract(f"its episode has ended, after {limit} steps at the latest: agent.reset is due")
+        if (mask is not None) != self.task.masked:
+            raise BrokenContract("has an action_mask as none in training had" if mask is not None
+                                 else "needs mask=info['action_mask'], as in training")  # fmt: skip
+        if self.registered is not None:
+            observation = self.registered.observed(observation, self.actions[index] if step else None, reward)
+        check_observation(self, observation, self.task)
+        self.arrays.show(index, observation, None if mask is None else self.actor.mask(mask))
+
+    # ------------------------------------------------------------------------------------ one step, whoever asks for it
 
     def advance(self) -> None:
         """Go one column on; all environments act once between two calls."""
@@ -71,7 +213,7 @@ class Agent:
         noise = action_noise(self.task, (self.everyone,), self.generator)
         self.noise = noise[self.own.start : self.own.stop]
 
-    def act(self, arrays: SharedArrays, rows: slice) -> tuple[Output, np.ndarray]:
+    def observe(self, arrays: SharedArrays, rows: slice) -> tuple[Output, np.ndarray]:
         """Look at what n neighbouring environments show; return the model's output and the actions (n, branches)."""
         if max(len(self.store), self.store.count) + rows.stop - rows.start > self.capacity:
             self.store.clear()
@@ -84,6 +226,20 @@ class Agent:
     def count_step(self, rows: slice, ended: np.ndarray) -> None:
         """Count a step of n neighbouring environments; where an episode ended (n,), the next one begins."""
         self.step[rows] = np.where(ended, 0, self.step[rows] + 1)
+
+
+def spaces_of(task: Task) -> tuple[Space, Space]:
+    """Return the spaces of what the wrapped environments of a task show, and of how they are acted in."""
+    parts: dict[str, Space] = {}
+    if task.frame is not None:
+        parts["frame"] = spaces.Box(0, 255, task.frame, np.uint8)
+    if task.vector:
+        parts["vector"] = spaces.Box(-np.inf, np.inf, (task.vector,), np.float32)
+    shown = spaces.Dict(parts) if len(parts) == 2 else next(iter(parts.values()))
+    if task.continuous:
+        return shown, spaces.Box(-np.inf, np.inf, (task.continuous,), np.float32)
+    single = len(task.branches) == 1
+    return shown, spaces.Discrete(task.branches[0]) if single else spaces.MultiDiscrete(list(task.branches))
 
 
 def task_name(section: Section) -> str:
@@ -104,11 +260,15 @@ def load_for_play(path: Path, device: torch.device) -> tuple[ActorCriticModel, C
         UserError: if the file is not a model, or the environment cannot be created or has changed.
     """
     model, config, task, run = load_model(path, device)
-    found, _ = inspect_environment(config.environment)
+    check_unchanged(path, config, task, inspect_environment(config.environment)[0])
+    return model.eval(), config, task, run
+
+
+def check_unchanged(path: str | Path, config: Config, task: Task, found: Task) -> None:
+    """Raise UserError if an environment is not what it was when a model was trained on it."""
     if found != task:
         kind = config.environment.type
         raise UserError(f"{path}: was trained where {kind} was {task}; what is installed here is {found}")
-    return model.eval(), config, task, run
 
 
 def play_episodes(
@@ -153,8 +313,7 @@ def play_episodes(
     own, found = (world := world or Ranks()).share(count), {}
     with naming(config.environment), world.agree_on(EnvironmentFailure):
         if own:
-            agent = Agent(model, config, task, len(own), deterministic, (own, count))
-            agent.generator.manual_seed(action_seed)
+            agent = Agent(model, config, task, len(own), deterministic, action_seed, (own, count))
             found = _play(agent, plan, processes, max_steps, progress)
     infos = {plan[index][number]: info for part in world.gather(found) for (index, number), info in part.items()}
     return [{"seed": s, "repetition": r} | infos[s, r] for s in seeds for r in range(repetitions)]
@@ -171,7 +330,7 @@ def naming(environment: Section) -> Iterator[None]:
 
 
 def planned_seed(seeds: list[list[int]], index: int, episode: int) -> int:
-    """Return the reset seed of an environment's episode; behind the last one that counts, the list begins anew."""
+    """Return the reset seed of an environment's episode; after the last one that counts, the list begins anew."""
     return seeds[index][episode % len(seeds[index])]
 
 
@@ -187,7 +346,7 @@ def _play(
     The environments of one group step while the model looks at the other group.
 
     Args:
-        agent: plays.
+        agent: acts.
         plan: (seed, repetition) of the episodes of each environment, of all processes.
         processes: number of processes that step the environments.
         max_steps: after how many steps an episode is cut.
@@ -213,7 +372,7 @@ def _play(
                             found[own[index], number] = info
                             progress(1)
                     agent.count_step(rows, arrays.terminated[rows] | arrays.truncated[rows])
-                workers.send(group, agent.act(arrays, rows)[1])
+                workers.send(group, agent.observe(arrays, rows)[1])
                 stepping.add(group)
     if len(found) < sum(wanted):
         raise EnvironmentFailure("a process died, and its episodes cannot be repeated: the task is not deterministic")

@@ -2,22 +2,17 @@
 
 import os
 import sys
-from typing import TYPE_CHECKING
+
+from PIL.Image import Image
 
 from utils import UserError
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
-
-def has_display() -> bool:
-    """Return whether there is a screen to open a window on."""
-    return sys.platform != "linux" or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
-
-
-def open_window(width: int, required: bool, wanted: bool) -> "Window | None":
-    """Return a window; None where it is not wanted, or where none can be opened and it is not required."""
-    if not required and not (wanted and has_display()):
+def open_window(width: int, required: bool) -> "Window | None":
+    """Return a window; where none can be opened, None or, if it is required, a UserError."""
+    if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        if required:
+            raise UserError("--window: there is no display; write a video instead: --video=episode.mp4")
         return None
     import pygame
 
@@ -40,11 +35,11 @@ class Window:
         pygame.display.set_caption("Esc closes, space pauses")
         self.surface = pygame.display.set_mode((width, width))
         if "SDL_VIDEODRIVER" not in os.environ and pygame.display.get_driver() in ("dummy", "offscreen"):
-            raise pygame.error("there is no screen behind DISPLAY or WAYLAND_DISPLAY")
+            raise pygame.error("there is no screen at DISPLAY or WAYLAND_DISPLAY")
         self.clock, self.paused = pygame.time.Clock(), False
 
-    def show(self, picture: "Image", fps: int) -> bool:
-        """Show a PIL picture for 1/fps seconds, or while paused; return False once somebody closed the window."""
+    def show(self, picture: Image, fps: int) -> bool:
+        """Show a picture for 1/fps seconds, or while paused; return False once somebody closed the window."""
         pygame = self.pygame
         if self.surface.get_size() != picture.size:
             self.surface = pygame.display.set_mode(picture.size)

@@ -1,0 +1,211 @@
+"""An agent in a loop of one's own does what evaluation does, whatever it sees and however it acts."""
+
+import re
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+import tests.toy_environments  # noqa: F401  (registers them)
+from evaluation import Agent
+from evaluation.agent import play_episodes
+from model import ActorCriticModel
+from run.checkpoint import encode
+from run.config import Config, check_config, load_config
+from utils import UserError, create_env
+from worker import inspect_environment
+
+ROOT = Path(__file__).parent.parent
+CORES: dict = {
+    encoding: {"transformer": {"positional_encoding": encoding}} for encoding in ("relative", "learned", "absolute", "")
+} | {
+    "gru": {"recurrence": {"layer_type": "gru"}},
+    "lstm": {"recurrence": {"layer_type": "lstm", "num_layers": 2}},
+    "none": {"memoryless": {}},
+}
+INSPECTED: dict[str, object] = {}  # the task of each section, because that takes a process
+WIDTHS: dict = {
+    "transformer": {"embed_dim": 16, "num_heads": 2, "num_blocks": 2, "memory_length": 4},
+    "recurrence": {"embed_dim": 16, "hidden_state_size": 12},
+    "memoryless": {"embed_dim": 16},
+}
+BOTH = {"previous_action": True, "previous_reward": True, "reward_scale": 0.5}
+GRID = {"name": "minigrid:MiniGrid-MemoryS7-v0", "observe": ["image", "direction"], "max_episode_steps": 20}
+TASKS: dict = {
+    "numbers": {"name": "CartPole-v1", "hide": [1, 3], **BOTH},
+    "masked": {"name": "tests.toy_environments:Masked-v0"},
+    "continuous": {"name": "tests.toy_environments:Acted-v0", **BOTH},
+    "dict": GRID,
+}
+
+
+def make_model(environment: dict, core: str = "relative") -> tuple[ActorCriticModel, Config, object]:
+    """Return a small model with random weights, its config and its task."""
+    ((kind, entries),) = CORES[core].items()
+    keys = load_config(ROOT / "configs" / "cartpole_masked.yaml").model_dump(exclude={"transformer"})
+    keys |= {kind: WIDTHS[kind] | entries, "environment": environment, "hidden_layer_size": 16}
+    config = check_config(keys, "test")
+    key = repr(config.environment)
+    task = INSPECTED[key] = INSPECTED.get(key) or inspect_environment(config.environment)[0]
+    torch.manual_seed(1)
+    model = ActorCriticModel(config, task).eval()
+    with torch.no_grad():
+        for branch in model.policy:  # so that actions depend on what is seen
+            branch.weight *= 100
+        for block in model.core.blocks if kind == "transformer" else ():
+            block.attention.query.weight *= 8
+    return model, config, task
+
+
+def write(path: Path, model: ActorCriticModel, config: Config, task: object) -> Path:
+    """Write a model's file."""
+    content = {"config": config.model_dump(), "task": vars(task), "weights": model.state_dict()}
+    path.write_bytes(encode("model", content | {"run": {"run_id": "run", "seed": 1, "steps": 1}}))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small models are fastest on one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def seen(monkeypatch) -> list:
+    """Collects, of all that any agent looks at, the values and the actions."""
+    found: list = []
+    observe = Agent.observe
+
+    def observing(agent, arrays, rows):
+        output, actions = observe(agent, arrays, rows)
+        found.append((output.value.numpy().copy(), actions))
+        return output, actions
+
+    monkeypatch.setattr(Agent, "observe", observing)
+    return found
+
+
+def same(one: list, other: list, steps: int) -> bool:
+    """Return whether values and actions of so many looks are equal to the last bit."""
+    pairs = list(zip(one[:steps], other[:steps], strict=True))
+    return len(pairs) == steps and all(np.array_equal(a, b) for pair in pairs for a, b in zip(*pair, strict=True))
+
+
+def make_registered(section) -> gymnasium.Env:
+    """Return what somebody makes who does not use our wrappers."""
+    limit = {"max_episode_steps": section.max_episode_steps} if section.max_episode_steps else {}
+    return gymnasium.make(section.name, **limit)
+
+
+def play(agent: Agent, env: gymnasium.Env, seed: int) -> tuple[float, int]:
+    """Play an episode in Gymnasium's loop; return its reward and its length."""
+    observation, info = env.reset(seed=seed)
+    agent.reset()
+    reward, total, length, ended = None, 0.0, 0, False
+    while not ended:
+        action = agent.act(observation, mask=info.get("action_mask"), reward=reward)
+        assert env.action_space.contains(action) or isinstance(env.action_space, gymnasium.spaces.Discrete)
+        observation, reward, terminated, truncated, info = env.step(action)
+        total, length, ended = total + float(reward), length + 1, terminated or truncated
+    return total, length
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize(("name", "core"), [*((name, "relative") for name in TASKS), ("numbers", "gru")])
+def test_a_loop_does_what_evaluation_does(tmp_path, seen, name, core, wrapped):
+    """Gymnasium's own loop, with the registered environment or with our wrapper: the same values and actions."""
+    model, config, task = make_model({"type": "Gymnasium", **TASKS[name]}, core)
+    (episode,) = play_episodes(model, config, task, [100_000], action_seed=7)
+    evaluated = seen[:]
+    seen.clear()
+    agent = Agent.load(write(tmp_path / "model.nn", model, config, task), seed=7, wrapped=wrapped)
+    env = create_env(agent.section) if wrapped else make_registered(agent.section)
+    total, length = play(agent, env, 100_000)
+    assert same(seen, evaluated, length) and length == episode["length"] > 4
+    assert total == pytest.approx(episode["reward"] * (agent.section.reward_scale if wrapped else 1))
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_vector_environment_does_what_evaluation_does(tmp_path, seen, name):
+    """Five environments at once: the same to the last bit, each beginning anew when its episode ends."""
+    model, config, task = make_model({"type": "Gymnasium", **TASKS[name]})
+    seeds = list(range(100_000, 100_005))
+    episodes = play_episodes(model, config, task, seeds, action_seed=7)
+    evaluated = seen[:]
+    seen.clear()
+    agent = Agent.load(write(tmp_path / "model.nn", model, config, task), environments=5, seed=7)
+    envs = [lambda: make_registered(agent.section)] * 5
+    env = SyncVectorEnv(envs, autoreset_mode=AutoresetMode.SAME_STEP)
+    observation, info = env.reset(seed=seeds)
+    alive, lengths, reward = np.ones(5, bool), np.zeros(5, int), None
+    while alive.any():
+        actions = agent.act(observation, info.get("action_mask"), reward)
+        observation, reward, terminated, truncated, info = env.step(actions)
+        agent.reset(terminated | truncated)
+        lengths += alive
+        alive &= ~(terminated | truncated)
+    assert lengths.tolist() == [episode["length"] for episode in episodes]
+    assert same(seen, evaluated, 2 * lengths.min())
+    assert (agent.step == 0).tolist() == (terminated | truncated).tolist()
+
+
+@pytest.mark.parametrize("core", ("relative", "gru", "lstm", "none"))
+def test_what_the_last_step_was_like(core):
+    """Value, probabilities, attention or the state's change, of one environment and of each of several."""
+    model, config, task = make_model({"type": "Gymnasium", "name": "tests.toy_environments:Toy-v0"}, core)
+    one, three = Agent(model, config, task), Agent(model, config, task, environments=3, deterministic=True)
+    for step in range(7):
+        frame = np.full(3, step, np.float32)
+        one.act(frame)
+        assert three.act([frame] * 3).tolist() == [one.probabilities[0].argmax()] * 3
+        np.testing.assert_allclose(three.value, [one.value] * 3, atol=1e-6)
+        assert three.probabilities[0].shape == (3, 3) and one.probabilities[0].sum() == pytest.approx(1)
+        if "transformer" in CORES[core]:
+            assert one.change is None and one.attention.shape == (2, 2, min(step, 4))
+            np.testing.assert_allclose(one.attention.sum(axis=2), float(step > 0), atol=1e-6)
+            np.testing.assert_allclose(three.attention, [one.attention] * 3, atol=1e-6)
+        elif "recurrence" in CORES[core]:
+            state = one.memory.states[0, one.t + 1]
+            expected = (state - one.memory.states[0, one.t] * (step > 0)).abs().mean()
+            assert one.attention is None and one.change == pytest.approx(expected.item()) and one.change > 0
+            np.testing.assert_allclose(three.change, [one.change] * 3, atol=1e-6)
+        else:
+            assert one.attention is None and one.change is None
+    three.reset([1])
+    assert three.step.tolist() == [7, 0, 7]
+
+
+def test_what_is_wrong_is_one_line_and_changes_nothing(tmp_path):
+    """An observation or a mask that is none, a step after the end; the right one may follow."""
+    path = write(tmp_path / "model.nn", *make_model({"type": "Gymnasium", **TASKS["masked"]}))
+    agent, twin, many = (Agent.load(path, environments=n) for n in (None, None, 2))
+    right, mask = np.zeros(3, np.float32), np.ones(7)
+    agent.act(right, mask), twin.act(right, mask)
+    for call, message in (
+        (lambda: agent.act(right[:2], mask), r"environment 0: .*has the shape \(2,\)"),
+        (lambda: agent.act("left", mask), "should be numbers"),
+        (lambda: agent.act(right), "needs mask"),
+        (lambda: agent.act(right, np.zeros(7)), "allows no action"),
+        (lambda: many.act([right] * 3, [mask] * 2), "has something of 3 environments, there are 2"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            call()
+        assert len(str(error.value).splitlines()) == 1
+    for _ in range(23):
+        assert (agent.act(right, mask) == twin.act(right, mask)).all()
+    with pytest.raises(UserError, match="has ended, after 24 steps at the latest: agent.reset is due"):
+        agent.act(right, mask)
+
+
+def test_the_example_of_the_readme_runs(monkeypatch, capsys):
+    """As it stands, in the repository's folder."""
+    monkeypatch.chdir(ROOT)
+    (example,) = re.findall(r"```python\n(from evaluation import Agent.*?)```", Path("README.md").read_text(), re.S)
+    exec(compile(example, "README.md", "exec"), {"__name__": "__main__"})
+    assert "success" in capsys.readouterr().out

@@ -1,0 +1,87 @@
+"""The page of an episode, in a real browser: what is on it, that it can be walked through, and how large it gets."""
+
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from evaluation.page import Page
+from evaluation.watch import Moment, Player
+from tests.test_agent import make_model
+
+playwright = pytest.importorskip("playwright.sync_api", reason="pip install -r requirements-browser.txt")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium: the system's, or playwright's own."""
+    with playwright.sync_playwright() as play:
+        try:
+            chromium = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        except playwright.Error:
+            pytest.skip("there is no Chromium: playwright install chromium")
+        yield chromium
+        chromium.close()
+
+
+def opened(browser, path, data: bytes, address: str, scheme: str = "light", width: int = 1280):
+    """Write a page, open it, and return it with what it complained about."""
+    path.write_bytes(data)
+    page, complaints = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": 800}), []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("request", lambda request: request.url[:5] in ("file:", "data:") or complaints.append(request.url))
+    page.goto(f"file://{path}{address}")
+    page.wait_for_selector("body[data-ready]")
+    return page, complaints
+
+
+@pytest.mark.parametrize(("scheme", "width", "core"), [("light", 1280, "relative"), ("dark", 400, "gru")])
+def test_an_episode_can_be_walked_through(browser, tmp_path, scheme, width, core):
+    """The linked step, keys, a chosen past step and what looks back at it; nothing is wider than the window."""
+    player = Player(*make_model({"type": "PocMemoryEnv"}, core))
+    shown = Page(player, 3, "model.nn")
+    for moment in player.play(3):
+        shown.add(moment)
+    page, complaints = opened(browser, tmp_path / "page.html", shown.html(), "#t=3", scheme, width)
+    probabilities = [f"{100 * p:.0f} %" for p in shown.steps["probabilities"][3][0]]
+    assert page.inner_text("#step") == "3" and page.locator(".share").all_inner_texts() == probabilities
+    for key, step in (
+        ("ArrowRight", "4"),
+        ("End", "end"),
+        ("Home", "0"),
+        ("Shift+ArrowRight", "end"),
+        ("ArrowLeft", ""),
+    ):
+        page.keyboard.press(key)
+        page.wait_for_function("([step]) => $('step').textContent === step || !step", arg=[step])
+    page.locator("#thumbs button").first.click()
+    assert page.inner_text("#pinTitle").startswith("Step ") and page.is_visible("#pinStrips") == (core == "relative")
+    page.locator("#strips").hover(position={"x": 80, "y": 10})
+    page.keyboard.press("Escape")
+    page.wait_for_function("$('pinCard').hidden && location.hash === `#t=${t}`")
+    page.keyboard.press(" ")
+    page.wait_for_function("t === steps && timer === null")
+    assert page.evaluate("document.documentElement.scrollWidth") == width and not complaints
+
+
+def test_a_long_episode_stays_small(browser, tmp_path):
+    """2,000 steps of other pictures and 12 rows of 512 weights: below 15 MB, and the weights are those of the model."""
+    strips, generator = [f"block {block}" for block in range(3)], np.random.default_rng(0)
+    config = SimpleNamespace(environment=SimpleNamespace(name="Long"))
+    player = SimpleNamespace(config=config, strips=strips, unit="attention", longest=512, entries=lambda moment: [])
+    shown, frame = Page(player, 1, "model.nn"), generator.integers(0, 255, (40, 40, 3), np.uint8)
+    pasts: list[np.ndarray] = []
+    for step in range(2001):
+        past = generator.dirichlet(np.full(max(1, min(step, 512)), 0.05), (3, 4))[:, :, : min(step, 512)]
+        end = {"reward": 1.0, "length": 2000.0} if step == 2000 else None
+        view = np.roll(frame, step, axis=1) + np.uint8(step // 40)
+        shown.add(Moment(step, view, None, np.zeros(1), 0.5, 0.0, past, result=end))
+        pasts.append(past)
+    data = shown.html()
+    page, complaints = opened(browser, tmp_path / "page.html", data, "#t=1500")
+    found = page.evaluate("Array.from({length: 512}, (_, i) => weight(1500, 6, 988 + i))")
+    assert len(data) < 15e6 and not complaints and len(shown.pictures) == 2001
+    np.testing.assert_allclose(found, pasts[1500][1, 2], atol=0.005)
