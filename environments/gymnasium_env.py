@@ -157,8 +157,8 @@ class GymnasiumEnv(WrappedEnv):
         Raises:
             BrokenContract: if the observation is not as declared, or the reward is missing where the agent sees it.
         """
-        if action is not None and reward is None and self._previous_reward:
-            raise self._broken("needs reward=…, the one of the last step: the agent sees it (previous_reward)")
+        if action is not None and reward is None and self.section.previous_reward:
+            raise BrokenContract("needs reward=…, the one of the last step: the agent sees it (previous_reward)")
         self._last = action, float(reward or 0.0) * self.reward_scale
         return self._observe(observation)
 

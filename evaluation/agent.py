@@ -283,7 +283,7 @@ def play_episodes(
     processes: int = 1,
     max_steps: int | None = None,
     progress: Callable[[int], None] = lambda count: None,
-    world: Ranks | None = None,
+    ranks: Ranks | None = None,
 ) -> list[dict[str, float]]:
     """Play an episode per seed and repetition, many at once.
 
@@ -298,7 +298,7 @@ def play_episodes(
         processes: number of processes that step the environments.
         max_steps: after how many steps an episode is cut, if at all.
         progress: called with the number of episodes that have just ended.
-        world: all processes, which share the episodes out; by default there are no others.
+        ranks: all of them, which share the episodes out; by default there are no others.
 
     Returns:
         Per episode, ordered as given, its `seed`, its `repetition` (from 0) and what the environment reports of it
@@ -310,12 +310,12 @@ def play_episodes(
     planned = [(seed, repetition) for repetition in range(repetitions) for seed in seeds]
     count = min(ENVIRONMENTS, len(planned))
     plan = [planned[index::count] for index in range(count)]
-    own, found = (world := world or Ranks()).share(count), {}
-    with naming(config.environment), world.agree_on(EnvironmentFailure):
+    own, found = (ranks := ranks or Ranks()).share(count), {}
+    with naming(config.environment), ranks.agree_on(EnvironmentFailure):
         if own:
             agent = Agent(model, config, task, len(own), deterministic, action_seed, (own, count))
             found = _play(agent, plan, processes, max_steps, progress)
-    infos = {plan[index][number]: info for part in world.gather(found) for (index, number), info in part.items()}
+    infos = {plan[index][number]: info for part in ranks.gather(found) for (index, number), info in part.items()}
     return [{"seed": s, "repetition": r} | infos[s, r] for s in seeds for r in range(repetitions)]
 
 

@@ -23,6 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from environments.numbers import episode_means
 from evaluation.agent import first_unseen_seed, play_episodes
+from evaluation.watch import episode_summary
 from run.checkpoint import load, load_model, model_file, write_file
 from run.cli import Arguments, arguments_of, command_line, step_limit
 from utils import UserError, reason_of
@@ -61,8 +62,6 @@ def main() -> None:
             state = load(arguments.model, "model")
             write_file(arguments.best, model_file(state, run | {"evaluation": found | {"seeds": [first, EPISODES]}}))
     if arguments.video:
-        from evaluation.watch import episode_summary
-
         try:
             summary = episode_summary(model.eval(), config, task, "episode")
         except Exception as error:  # whatever an environment's own drawing does

@@ -61,7 +61,8 @@ class Step(nn.Module):
             "mask": (task.masked, "bool", (sum(task.branches),)),
         }
         self.inputs = {name: kind for name, (there, *kind) in known.items() if there}
-        self.outputs = {f"logits_{branch}": ("float32", (actions,)) for branch, actions in enumerate(task.branches)}
+        logits = [("float32", (actions,)) for actions in task.branches]
+        self.outputs: dict[str, tuple] = {f"logits_{branch}": kind for branch, kind in enumerate(logits)}
         if task.continuous:
             self.outputs = dict.fromkeys(("mean", "log_std"), ("float32", (task.continuous,)))
         self.outputs |= {"value": ("float32", ())} | ({"next_memory": memory} if remembers else {})
@@ -106,13 +107,14 @@ def results_of(output: Output) -> list[Tensor]:
 def to_graph(model: ActorCriticModel) -> onnx.ModelProto:
     """Return one step of a model on the CPU as a graph for any batch, which says itself how it is used."""
     step, batch = Step(model).eval(), torch.export.Dim("batch")
-    given = tuple(torch.zeros(2, *shape, dtype=getattr(torch, kind)) for kind, shape in step.inputs.values())
+    given = tuple(torch.zeros(2, *shape, dtype=getattr(torch, str(kind))) for kind, shape in step.inputs.values())
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses a package that has nothing to do with this
     with warnings.catch_warnings(), model.core.constant_weights():
         warnings.simplefilter("ignore")  # what PyTorch says to itself
         program = torch.export.export(step, given, dynamic_shapes={"given": tuple({0: batch} for _ in given)})
-        names = {"input_names": [*step.inputs], "output_names": [*step.outputs]}
-        graph = torch.onnx.export(program, dynamo=True, verbose=False, **names).model_proto
+        graph = torch.onnx.export(
+            program, input_names=[*step.inputs], output_names=[*step.outputs], dynamo=True, verbose=False
+        ).model_proto
     for node in graph.graph.node:
         node.ClearField("metadata_props")  # which line of which file it comes from
     about = ABOUT_MEMORY if "memory" in step.inputs else "There is none."

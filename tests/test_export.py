@@ -48,7 +48,7 @@ CASES = {
 def make(environment: dict, changes: dict) -> tuple[ActorCriticModel, Config]:
     """A small model with random weights, biases and gates included."""
     schedules = ("learning_rate_schedule", "beta_schedule", "clip_range_schedule")
-    given = dict.fromkeys(schedules, {"initial": 1e-3, "final": 0, "max_decay_steps": 10})
+    given: dict = dict.fromkeys(schedules, {"initial": 1e-3, "final": 0, "max_decay_steps": 10})
     given |= {"updates": 1, "n_workers": 2, "worker_steps": 8, "hidden_layer_size": 16}
     config = check_config({"environment": environment} | given | changes, "test")
     torch.manual_seed(1)

@@ -32,7 +32,7 @@ def opened(browser, path, data: bytes, address: str, scheme: str = "light", widt
     page, complaints = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": 800}), []
     page.on("console", lambda message: complaints.append(message.text))
     page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("request", lambda request: request.url[:5] in ("file:", "data:") or complaints.append(request.url))
+    page.on("request", lambda asked: complaints.extend({asked.url} if asked.url[:5] not in ("file:", "data:") else ()))
     page.goto(f"file://{path}{address}")
     page.wait_for_selector("body[data-ready]")
     return page, complaints

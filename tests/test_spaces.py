@@ -191,6 +191,12 @@ def test_hidden_entries():
             hidden_entries([item], 7)
 
 
+NO_NUMBERS: list[tuple[int, str, list]] = [
+    (1, "reward", [None, [1.0], "much", np.ones(2)]),
+    (2, "terminated", [np.ones(2), None, "", 1, []]),
+]
+
+
 def bent(place, change):
     """Return what changes one of the values that an environment returns, by a function or to a value."""
 
@@ -347,8 +353,7 @@ def test_flags_that_are_booleans(flag):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        *(({"bend": bent(1, value)}, "reward is") for value in (None, [1.0], "much", np.ones(2))),
-        *(({"bend": bent(2, value)}, "terminated is") for value in (np.ones(2), None, "", 1, [])),
+        *(({"bend": bent(place, value)}, f"{name} is") for place, name, values in NO_NUMBERS for value in values),
         ({"bend": bent(3, 0.0)}, "truncated is 0.0"),
         ({"bend": bent(4, 3)}, "info is 3"),
         ({"bend": lambda result: result[:3] + result[4:]}, "API of gym"),
