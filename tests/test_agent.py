@@ -60,10 +60,10 @@ def make_model(environment: dict, core: str = "relative") -> tuple[ActorCriticMo
     return model, config, task
 
 
-def write(path: Path, model: ActorCriticModel, config: Config, task: object) -> Path:
+def write(path: Path, model: ActorCriticModel, config: Config, task: object, **run: Any) -> Path:
     """Write a model's file."""
     content = {"config": config.model_dump(), "task": vars(task), "weights": model.state_dict()}
-    path.write_bytes(encode("model", content | {"run": {"run_id": "run", "seed": 1, "steps": 1}}))
+    path.write_bytes(encode("model", content | {"run": {"run_id": "run", "seed": 1, "steps": 1} | run}))
     return path
 
 

@@ -34,6 +34,8 @@ from evaluation.statistics import (
 )
 from evaluation.watch import describe_means
 from run.cli import command_line, step_limit
+from tests.test_agent import make_model, write
+from tests.test_watching import command
 from utils import UserError
 
 PUBLISHED = Path(__file__).parent.parent / "docs" / "published" / "memory_gym.csv"
@@ -335,7 +337,7 @@ def test_tasks_with_a_limit_are_not_cut():
 
 
 MISTAKES = [
-    (("--aggregate=seeds",), "should be one of runs, episodes"),
+    (("--aggregate=seeds",), "should be 'runs' or 'episodes'"),
     (("--max-steps=0",), "--max-steps"),
     (("--seeds=9:3",), "--seeds"),
     (("--group=a.nn",), "should be <label>:<models>"),
@@ -362,12 +364,11 @@ def test_mistakes_are_one_line_before_anything_is_played(played, monkeypatch, tm
 
 def test_evaluate_writes_what_it_found(tmp_path):
     """Every flag; folders and files; JSON with every episode, CSV with a row per model, statistics as by hand."""
-    from tests.test_watching import command, write_model
-
+    made = make_model({"type": "PocMemoryEnv"})
     (tmp_path / "run-1").mkdir()
     for steps in (100, 200):
-        write_model(tmp_path / "run-1" / f"model-{steps:012d}.nn", run_id="run-1", steps=steps)
-    write_model(tmp_path / "two.nn", run_id="run-2", seed=2, steps=200)
+        write(tmp_path / "run-1" / f"model-{steps:012d}.nn", *made, run_id="run-1", steps=steps)
+    write(tmp_path / "two.nn", *made, run_id="run-2", seed=2, steps=200)
     done = command("evaluate.py", "run-1", "two.nn", "two.nn", "--seeds=6", "--repetitions=2", "--seed=3",
                    "--processes=2", "--deterministic", "--cpu", "--metric=length", "--plot=curve.png",
                    "--output=numbers", folder=tmp_path)  # fmt: skip
