@@ -288,7 +288,10 @@ class PPOTrainer:
 
     @torch.no_grad()
     def acting_kl(self) -> float:
-        """Return the mean KL(old ‖ new) over the rollout, with the memory that the current weights would write."""
+        """Return the root mean square of KL(old ‖ new) over the rollout, with the memory that these weights would write.
+
+        A mean hides a few states in which the policy is another one; in the square they count.
+        """
         buffer, total = self.buffer, torch.zeros((), device=self.device)
         at_once = max(1, REPLAYED_AT_ONCE // buffer.worker_steps)
         buffer.observations.forget_features()
@@ -299,9 +302,9 @@ class PPOTrainer:
                 x = buffer.observations.embed(self.model, index, step.flatten())
                 masks = None if buffer.masks is None else buffer.masks[rows].flatten(0, 1)
                 policy, _ = self.model.heads(buffer.memory.replay(rows, x, step), masks)
-                total += policy.kl(buffer.policies[rows].flatten(0, 1)).sum()
+                total += policy.kl(buffer.policies[rows].flatten(0, 1)).square().sum()
         self.ranks.add(total)
-        return total.item() / self.samples
+        return (total.item() / self.samples) ** 0.5
 
     # ---------------------------------------------------------------------------------------------- numbers and state
 

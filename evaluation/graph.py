@@ -24,6 +24,8 @@ from transformer import MemoryView, Transformer
 from utils import UserError, seed_range
 from worker import Workers
 
+# Type and shape of tensors by name.
+Kinds = dict[str, tuple[str, tuple[int, ...]]]
 # How far results may lie apart, and in how many environments that is looked at.
 TOLERANCE, ENVIRONMENTS = 1e-4, 3
 # Steps between two moves of PyTorch's memory to the front.
@@ -53,19 +55,20 @@ class Step(nn.Module):
         else:
             shape = (self.core.state_size,)
         memory, remembers = ("float32", shape), shape != (0,)
-        known: dict[str, tuple[Any, str, tuple]] = {
+        known: dict[str, tuple[Any, str, tuple[int, ...]]] = {
             "frame": (task.frame, "uint8", task.frame),
             "vector": (task.vector, "float32", (task.vector,)),
             "memory": (remembers, *memory),
             "step": (remembers, "int64", ()),
             "mask": (task.masked, "bool", (sum(task.branches),)),
         }
-        self.inputs = {name: kind for name, (there, *kind) in known.items() if there}
-        logits = [("float32", (actions,)) for actions in task.branches]
-        self.outputs: dict[str, tuple] = {f"logits_{branch}": kind for branch, kind in enumerate(logits)}
+        self.inputs: Kinds = {name: (kind, size) for name, (there, kind, size) in known.items() if there}
+        self.outputs: Kinds = {f"logits_{branch}": ("float32", (n,)) for branch, n in enumerate(task.branches)}
         if task.continuous:
             self.outputs = dict.fromkeys(("mean", "log_std"), ("float32", (task.continuous,)))
-        self.outputs |= {"value": ("float32", ())} | ({"next_memory": memory} if remembers else {})
+        self.outputs["value"] = "float32", ()
+        if remembers:
+            self.outputs["next_memory"] = memory
 
     def forward(self, *given: Tensor) -> list[Tensor]:
         """Return `outputs` for `inputs`."""
@@ -107,13 +110,14 @@ def results_of(output: Output) -> list[Tensor]:
 def to_graph(model: ActorCriticModel) -> onnx.ModelProto:
     """Return one step of a model on the CPU as a graph for any batch, which says itself how it is used."""
     step, batch = Step(model).eval(), torch.export.Dim("batch")
-    given = tuple(torch.zeros(2, *shape, dtype=getattr(torch, str(kind))) for kind, shape in step.inputs.values())
+    given = tuple(torch.zeros(2, *shape, dtype=getattr(torch, kind)) for kind, shape in step.inputs.values())
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses a package that has nothing to do with this
     with warnings.catch_warnings(), model.core.constant_weights():
         warnings.simplefilter("ignore")  # what PyTorch says to itself
         program = torch.export.export(step, given, dynamic_shapes={"given": tuple({0: batch} for _ in given)})
+        names = [*step.inputs], [*step.outputs]
         graph = torch.onnx.export(
-            program, input_names=[*step.inputs], output_names=[*step.outputs], dynamo=True, verbose=False
+            program, dynamo=True, verbose=False, input_names=names[0], output_names=names[1]
         ).model_proto
     for node in graph.graph.node:
         node.ClearField("metadata_props")  # which line of which file it comes from

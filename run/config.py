@@ -46,7 +46,11 @@ class Config(ModelConfig):
         0.25, ge=1e-6, le=10**6, description="Gradients are clipped to this norm, taken over all of them."
     )
     kl_limit: Number = Field(
-        0.0, ge=0, le=1000, description="Largest mean KL to the policy that acts after an update; 0 is no limit."
+        0.0,
+        ge=0,
+        le=1000,
+        description="Largest root mean square, over the states of the rollout, of the KL to the policy that acts after "
+        "the update; 0 is no limit.",
     )
     normalize_advantages: Flag = Field(True, description="Advantages are normalised in each minibatch.")
     advantage_floor: Number = Field(

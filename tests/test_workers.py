@@ -20,7 +20,6 @@ import yaml
 import worker
 from environments import BrokenContract
 from environments.contract import Task, try_out
-from environments.section import GymnasiumSection
 from run.config import load_config
 from utils import EnvironmentFailure, UserError, training_seed
 from worker import Workers, inspect_environment

@@ -41,7 +41,7 @@ class Player:
 
 def main() -> None:
     """Play an episode and print how it went."""
-    from run.config import SECTIONS
+    from environments import SECTIONS
 
     player = Player(sys.argv[1])
     env = SECTIONS[player.environment["type"]](**player.environment).create()
