@@ -288,7 +288,7 @@ class PPOTrainer:
 
     @torch.no_grad()
     def acting_kl(self) -> float:
-        """Return the root mean square of KL(old ‖ new) over the rollout, with the memory that these weights would write.
+        """Return the root mean square over the rollout of KL(old ‖ new), with the memory that these weights write.
 
         A mean hides a few states in which the policy is another one; in the square they count.
         """

@@ -20,6 +20,7 @@ import yaml
 import worker
 from environments import BrokenContract
 from environments.contract import Task, try_out
+from environments.section import Section
 from run.config import load_config
 from utils import EnvironmentFailure, UserError, training_seed
 from worker import Workers, inspect_environment
@@ -29,10 +30,10 @@ TOY = Task(None, 3, (3,), 0, 24)
 HERE = r"^environment \d, reset seed \d+, step 9: "
 
 
-def section(name: str) -> GymnasiumSection:
+def section(name: str) -> Section:
     """Return the section of a toy, or of a registered environment that is named with its module."""
     name = name if ":" in name else f"tests.toy_environments:{name}-v0"
-    return GymnasiumSection.model_validate({"type": "Gymnasium", "name": name})
+    return SECTIONS["Gymnasium"].model_validate({"type": "Gymnasium", "name": name})
 
 
 @contextlib.contextmanager
