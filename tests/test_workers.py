@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 import worker
-from environments import BrokenContract
+from environments import SECTIONS, BrokenContract
 from environments.contract import Task, try_out
 from environments.section import Section
 from run.config import load_config
