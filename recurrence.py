@@ -81,6 +81,8 @@ class Recurrence(nn.Module):
         Returns:
             output (N, hidden_state_size), the state after each fragment (F, state_size), detached, and no attention.
         """
+        if not x.shape[0]:  # a rank's share of a minibatch may be empty
+            return x.new_zeros(0, self.output_dim), past.state, []
         state = past.state.unflatten(1, (-1, self.output_dim)).transpose(0, 1)  # (states·layers, F, H)
         single = len(past.sizes) == 1  # a step of each fragment: there is nothing to pack, which ONNX does not know
         with torch.autocast(x.device.type, enabled=False):  # as precise while sampling as while training

@@ -63,6 +63,8 @@ class ShiftRows(torch.autograd.Function):
 
 def _shifted(rows: Tensor, start: Tensor, width: int) -> Tensor:
     count, size = rows.shape
+    if not count:
+        return rows.new_zeros(0, width)
     padded = F.pad(rows, (width, width))
     windows = padded.flatten().unfold(0, width, 1)  # every stretch of so many elements, as a view
     first = torch.arange(count, device=rows.device) * padded.shape[1] + width

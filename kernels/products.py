@@ -27,7 +27,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 
     if groups == 1:
         return F.linear(x, weight, bias)
     y = torch.bmm(blocks_of(x, groups), weight.view(groups, -1, weight.shape[1]).transpose(1, 2))  # (groups, N, out)
-    y = y.transpose(0, 1).reshape(x.shape[0], -1)  # `len` is no symbol in an export
+    y = y.transpose(0, 1).reshape(x.shape[0], weight.shape[0])  # `len` is no symbol in an export
     return y if bias is None else y + bias
 
 
@@ -44,7 +44,7 @@ def by_onednn(x: Tensor, weight: Tensor) -> bool:
 
 def blocks_of(x: Tensor, groups: int) -> Tensor:
     """Return (groups, N, channels): the blocks of channels of x (N, groups·channels)."""
-    return x.view(x.shape[0], groups, -1).transpose(0, 1)
+    return x.view(x.shape[0], groups, x.shape[1] // groups).transpose(0, 1)
 
 
 class Product(torch.autograd.Function):
