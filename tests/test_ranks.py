@@ -301,6 +301,7 @@ def test_ranks_that_differ_do_not_start(monkeypatch):
         check_divisible(Ranks(0, 3), config)
 
 
+@pytest.mark.slow
 def test_torchrun_goes_on_by_itself(folder, tmp_path):
     """With the weights of an undisturbed run."""
     write(tmp_path, TASKS["vector"] | {"environment": toy("KillTrainerOnce")})
