@@ -107,7 +107,7 @@ def episode_means(episodes: Sequence[dict[str, float]]) -> dict[str, EpisodeMean
             values += [0.0] * (len(episodes) - len(values))
         if values:
             with np.errstate(over="ignore", invalid="ignore"):  # a task may report 1e308
-                mean, std = float(np.mean(values)), float(np.std(values))
+                mean, std = float(np.mean(values)), float(np.std(values, ddof=min(1, len(values) - 1)))
             means[name] = EpisodeMean(mean, std, len(values), len(episodes))
     return means
 
