@@ -32,7 +32,7 @@ from run.checkpoint import (
 )
 from run.cli import RUN_ID, Precision, Seed, check_writable, cores, problems
 from run.config import Config, load_config
-from run.distributed import Interrupted, Ranks, check_alike
+from run.distributed import Interrupted, Ranks, check_alike, check_divisible
 from run.evaluations import Evaluations
 from run.logger import Logger
 from utils import EnvironmentFailure, NonFinite, UserError
@@ -398,8 +398,7 @@ def chosen_run(arguments: Any, ranks: Ranks, device: torch.device) -> Run:
             lock, *chosen = resumed_run(resumed) if resumed else new_run(config, arguments, ranks)
     run_id, config, seed, checkpoint = ranks.from_first(chosen)
     config = config.model_copy(update={"updates": arguments.updates or config.updates})
-    if config.n_workers % ranks.size:
-        raise UserError(f"n_workers: {config.n_workers} environments cannot be divided among {ranks.size} ranks")
+    check_divisible(ranks, config)
     processes = arguments.processes or max(1, cores() // ranks.local_size)
     precision = arguments.precision or (checkpoint["run"]["precision"] if checkpoint else "float32")
     options = Options(device, processes, precision=precision, compile=arguments.compile, ranks=ranks)

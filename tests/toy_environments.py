@@ -1,7 +1,7 @@
 """Environments that go wrong in a chosen way, registered by importing this module: `tests.toy_environments:Exit-v0`.
 
 They are quick, and all but `Random` are determined by their reset seed and their actions. What goes wrong does so
-behind the first step, because the trainer plays one step itself before it starts any process.
+after the first step, because the trainer plays one step itself before it starts any process.
 """
 
 import multiprocessing
