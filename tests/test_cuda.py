@@ -1,14 +1,12 @@
 """On a GPU everything is as on the CPU, and nothing waits for it inside the minibatch loop. Skipped without one."""
 
-from pathlib import Path
-
 import canonical
 import numpy as np
 import pytest
 import test_parity
 import torch
 from test_memories import MEMORIES, recomputed
-from test_ranks import Ranks, small, write
+from test_ranks import Launch, small, write
 from walk import walk
 
 from run.checkpoint import load
@@ -21,7 +19,6 @@ pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here"),
 ]
-ROOT = Path(__file__).parent.parent
 TASKS = {f"{task}_coefficient": 0.1 for task in ("prediction", "recall", "reconstruction")}
 CONFIGS = {
     "grid": small("mortar_mayhem_grid", prediction_coefficient=0.1, recall_coefficient=0.2),
@@ -92,7 +89,7 @@ def test_losses_and_gradients_are_those_of_the_cpu(train, name):
     state, done, found = train(name, "cpu").state_dict(), [], []
     samples = np.arange(0, CONFIGS[name]["worker_steps"] * 2)
     for device in ("cpu", "cuda"):
-        trainer = train(name, device, state)
+        trainer = train(name, device, state, overlap=True)
         trainer.optimizer.max_grad_norm = np.inf
         send, actions = trainer.workers.send, iter(list(done))
 
@@ -153,16 +150,13 @@ def test_a_run_goes_on(train, name):
 
 def test_two_processes_share_a_gpu(tmp_path):
     """By Gloo; they train as one does."""
-    config = write(tmp_path, CONFIGS["grid"] | {"updates": 2})
-    command = [str(ROOT / "train.py"), config, "--seed=5", "--device=cuda", "--processes=1"]
-    text = []
+    write(tmp_path, CONFIGS["grid"] | {"updates": 2})
+    command = ("train.py", "--config=run.yaml", "--seed=5", "--device=cuda", "--processes=1")
+    rewards = []
     for count in (1, 2):
-        ranks = Ranks(tmp_path, [[*command, f"--run-id=run{count}"]] * count, CUDA_VISIBLE_DEVICES="0")
-        assert ranks.finish(300) == [0] * count, ranks.text()
-        text.append(ranks.text())
+        launch = Launch(tmp_path, count, *command, f"--run-id=run{count}", CUDA_VISIBLE_DEVICES="0")
+        assert launch.finish() == [0] * count, launch.lines()
+        rewards.append([line.split(" steps/s")[0].rsplit(" ", 1)[0] for line in launch.lines("update ")])
     one, two = (load(tmp_path / "models" / f"run{count}.nn", "model")["weights"] for count in (1, 2))
     assert max((one[name] - two[name]).abs().max() for name in one) < 1e-3
-    rewards = [
-        [line.split(" steps/s")[0].rsplit(" ", 1)[0] for line in said.splitlines() if "update" in line] for said in text
-    ]
-    assert rewards[0][1:] == rewards[1][1:]
+    assert rewards[0] == rewards[1]
