@@ -5,13 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from utils import UserError, reason_of
 
-# The curve of a file that a row belongs to, by these; then its numbers.
-NAMES = ("environment", "task", "run", "metric")
 NUMBERS = ("steps", "mean", "std_over_runs", "iqm_over_episodes", "runs")
+COLUMNS = ("environment", "task", "run", "metric", *NUMBERS)
 
 
 @dataclass(frozen=True)
@@ -68,20 +65,18 @@ def check_task(references: Sequence[Reference], tasks: Sequence[str]) -> None:
 
 
 def _curve(path: Path, name: str, metric: str) -> Reference:
-    curves: dict[tuple[str, str], dict[str, list[list[float]]]] = {}  # (name, metric) → environment → rows of numbers
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                environment, task, run, kind = (row[column] for column in NAMES)
-                numbers = [float(row[column]) for column in NUMBERS]
-                curves.setdefault((f"{task}/{run}", kind), {}).setdefault(environment, []).append(numbers)
+            rows = list(csv.DictReader(file))
+        curves = {(f"{row['task']}/{row['run']}", row["metric"]): row["environment"] for row in rows}
+        own = [row for row in rows if (f"{row['task']}/{row['run']}", row["metric"]) == (name, metric)]
+        numbers = sorted([float(row[column]) for column in NUMBERS] for row in own)
     except KeyError as error:
-        raise UserError(f"--reference: {path}: should have the columns {', '.join(NAMES + NUMBERS)}") from error
+        raise UserError(f"--reference: {path}: should have the columns {', '.join(COLUMNS)}") from error
     except (OSError, ValueError, TypeError, csv.Error) as error:
         raise UserError(f"--reference: {path}: {reason_of(error)}") from error
-    if (name, metric) not in curves:
+    if not numbers:
         there = ", ".join(f"{name} ({metric})" for name, metric in curves)
         raise UserError(f"--reference: {path}: has no {name} of {metric}; there are {there}")
-    ((environment, rows),) = curves[name, metric].items()
-    steps, mean, std, iqm, runs = np.transpose(sorted(rows)).tolist()
-    return Reference(name, environment, steps, mean, std, iqm, int(runs[0]))
+    steps, mean, std, iqm, runs = map(list, zip(*numbers, strict=True))
+    return Reference(name, curves[name, metric], steps, mean, std, iqm, round(runs[0]))

@@ -21,8 +21,6 @@ from utils import UserError, seed_range
 
 # Of fewer runs nothing can be said but what they are: they are shown themselves.
 FEWEST = 3
-# What --aggregate allows: runs are averaged before they are aggregated, or all episodes are pooled.
-AGGREGATES = ("runs", "episodes")
 # What has nothing to do with what a run learns; runs that agree in all the rest differ in their seed only.
 BOOKKEEPING = (
     "updates", "checkpoint_interval", "model_interval", "video_interval", "histogram_interval", "eval_interval",
@@ -83,7 +81,7 @@ class Point:
     Attributes:
         steps: environment steps of training.
         models: one per run.
-        aggregate: one of `AGGREGATES`.
+        aggregate: "runs", which are averaged first, or "episodes", which are pooled.
         repeated: models that are shown and not counted, for `models` has their seed already.
     """
 
@@ -137,7 +135,7 @@ def summarise(scores: np.ndarray, aggregate: str = "runs") -> dict[str, float]:
 
     Args:
         scores: (runs, seeds, repetitions); NaN, which is left out, where an episode does not report the metric.
-        aggregate: one of `AGGREGATES`.
+        aggregate: "runs" or "episodes".
 
     Returns:
         By `STATISTICS`; what would need more runs or seeds is NaN.
@@ -228,7 +226,7 @@ def group_runs(models: list[Evaluated], aggregate: str = "runs") -> dict[str, li
 
     Args:
         models: all that were evaluated, on the same seeds.
-        aggregate: one of `AGGREGATES`.
+        aggregate: "runs" or "episodes".
     """
     for task in {model.environment for model in models}:
         count_missing_success([e for model in models if model.environment == task for e in model.episodes])
@@ -397,17 +395,17 @@ def _plot_group(axes, name: str, points: list[Point], metric: str, statistic: st
     line, low, high = (np.array([numbers[key] for numbers in found]) for key in (statistic, "low", "high"))
     most = max(points, key=lambda point: len(point.models))
     runs = f"{len(most.models)} runs" if len(most.models) > 1 else f"1 run, band {most.over}"
-    # A single point has no band; where there is no interval, there are no bars.
-    errors = np.nan_to_num([line - low, high - line]).clip(0) if len(points) == 1 else None
-    label = f"{name} ({runs})"
-    drawn, *_ = axes.errorbar(steps, line, errors, capsize=4, markersize=5, markeredgecolor="white", label=label)
-    axes.fill_between(steps, low, high, color=drawn.get_color(), alpha=0.18, linewidth=0)
+    (drawn,) = axes.plot(steps, line, markersize=5, markeredgecolor="white", label=f"{name} ({runs})")
+    colour = drawn.get_color()
+    if len(points) == 1 and np.isfinite(low).all():
+        axes.errorbar(steps, line, np.maximum(0, [line - low, high - line]), fmt="none", capsize=4, color=colour)
+    axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
     if 1 < len(most.models) < FEWEST:
         for seed in [model.run["seed"] for model in most.models]:
             curve = [(point.steps, mean) for point, numbers in zip(points, found, strict=True)
                      for model, mean in zip(point.models, numbers["runs"], strict=True)
                      if model.run["seed"] == seed]  # fmt: skip
-            axes.plot(*zip(*curve, strict=True), color=drawn.get_color(), linewidth=0.7, marker=".", markersize=3)
+            axes.plot(*zip(*curve, strict=True), color=colour, linewidth=0.7, marker=".", markersize=3)
 
 
 def _plot_reference(axes, reference: Reference, statistic: str) -> None:
