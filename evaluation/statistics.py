@@ -165,7 +165,7 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     """Return the 95 % confidence interval of the mean of independent numbers, NaN for fewer than `FEWEST`.
 
     It is the t interval, on either side as wide as the t interval corrected for skewness (Hall 1992) where that is
-    wider: `python -m tools.coverage` says how often it holds the mean, and what others do.
+    wider: docs/notebook/2026-11-29-intervals.md says how often it holds the mean, and what others do.
 
     Args:
         values: (n,) one per run or seed.
