@@ -50,7 +50,7 @@ def test_what_a_table_lacks_is_trained(tmp_path, monkeypatch):
 
         with pytest.raises(SystemExit) as ended:
             fill([trials[name] for name in names], columns, measure, lambda rows, _: shown.append(len(rows)), arguments)
-        return ended.value.code
+        return int(ended.value.code or 0)
 
     # Another process may have added to the table meanwhile.
     add_row(tmp_path / "table.csv", columns, dict.fromkeys(columns, "9"))

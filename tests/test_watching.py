@@ -331,10 +331,14 @@ def test_mistakes_are_one_line(model_file, enjoy_with, capsys, arguments):
     assert stopped.value.code == 2 and MISTAKES[arguments] in line
 
 
-def test_a_task_that_changed_is_noticed(tmp_path):
-    """A model whose environment is no longer what it was trained on is refused with a reason."""
+def test_a_file_that_cannot_be_played_is_named(tmp_path):
+    """A model whose environment is no longer what it was trained on, and files that are empty, foreign or damaged."""
     model, config, task = make_model(POC)
     path = write(tmp_path / "m.nn", model, config, replace(task, max_episode_steps=99))
     for load in (lambda: load_for_play(path, torch.device("cpu")), lambda: Agent.load(path)):
-        with pytest.raises(UserError, match="was trained where PocMemoryEnv was"):
+        with pytest.raises(UserError, match="m.nn: was trained where PocMemoryEnv was"):
             load()
+    for content in (b"", b"foreign", path.read_bytes()[:-100] + bytes(100)):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="m.nn: is damaged[^\n]*$"):
+            Agent.load(path)
