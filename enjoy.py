@@ -32,8 +32,6 @@ from pydantic import Field
 
 from run.cli import Computing, Count, arguments_of, choose_device, command_line, step_limit, to_file, use_cores
 
-WIDTH = 720
-
 
 class Arguments(Computing):
     """What the docstring says."""
@@ -57,7 +55,7 @@ def main() -> None:
     from evaluation.agent import load_for_play
     from evaluation.statistics import chosen_seeds
     from evaluation.video import film
-    from evaluation.watch import Player, describe_means
+    from evaluation.watch import WIDTH, Player, describe_means
     from evaluation.window import open_window
 
     device, path, video = choose_device(arguments), arguments.given or arguments.model, arguments.video
@@ -101,18 +99,20 @@ def play(player, seeds: list[int], arguments: Arguments, model: str, window, res
 
     for number, seed in enumerate(seeds, start=1):
         page = Page(player, seed, model) if arguments.html else None
-        ended, width = False, WIDTH if arguments.video or window else None
-        for picture, moment in draw_episode(player, seed, arguments.fps, width):
-            if page is not None and not ended:
+        if arguments.video or window:
+            drawn = draw_episode(player, seed, arguments.fps)
+        else:
+            drawn = ((moment, []) for moment in player.play(seed))
+        for moment, pictures in drawn:
+            if page is not None:
                 page.add(moment)
-            if moment.result is not None and not ended:
-                ended = True
+            if moment.result is not None:
                 results.append(moment.result)
                 print(f"episode {number}, seed {seed}: {', '.join(describe(moment.result))}", flush=True)
-            if picture is not None:
+            for picture in pictures:
                 yield picture
-            if window is not None and not window.show(picture, arguments.fps):
-                return
+                if window is not None and not window.show(picture, arguments.fps):
+                    return
         if page is not None:
             file = arguments.html.with_stem(arguments.html.stem + f"-{seed}" * (len(seeds) > 1))
             write_file(file, page.html())

@@ -95,7 +95,6 @@ def load(arguments: Arguments, device) -> list[tuple]:
     """Return, of each model, what is known of it and (model, config, task) to play it, None where it was played."""
     from evaluation.agent import load_for_play, task_name
     from evaluation.statistics import Evaluated, find_models, from_json
-    from run.checkpoint import fingerprint
 
     labels = dict.fromkeys(find_models(arguments.models), "")
     for text in arguments.group:
@@ -111,7 +110,7 @@ def load(arguments: Arguments, device) -> list[tuple]:
         model, config, task, run = load_for_play(path, device)
         evaluated = Evaluated(
             str(path), task_name(config.environment), config.model_dump(), run, [],
-            step_limit(arguments.max_steps, task), fingerprint(model.state_dict()), label,
+            step_limit(arguments.max_steps, task), label,
         )  # fmt: skip
         models.append((evaluated, (model, config, task)))
     if not models:
@@ -175,7 +174,7 @@ def report(evaluated: list, protocol: dict, arguments: Arguments, references: li
     groups = statistics.group_runs(evaluated, arguments.aggregate)
     output, figure, metric = arguments.output, arguments.plot, arguments.metric
     files = {}
-    known = dict.fromkeys(name for group in groups for point in group.points for name in point.statistics)
+    known = dict.fromkeys(name for points in groups.values() for point in points for name in point.statistics)
     if output is not None:
         files[output.with_name(output.name + ".json")] = statistics.to_json(groups, protocol)
         files[output.with_name(output.name + ".csv")] = statistics.to_csv(groups)

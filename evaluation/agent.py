@@ -1,7 +1,7 @@
 """Acting with a trained model: in a loop of one's own, and in many unseen episodes at once."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -73,10 +73,10 @@ class Agent:
         self.capacity = max(OBSERVATIONS_KEPT, count)
         self.store = ObservationStore(task, config.core.embed_dim, self.capacity, device)
         self.generator = torch.Generator(device).manual_seed(seed)
-        self.step = np.zeros(count, dtype=np.int64)  # episode step of each environment
-        self.t = -1
+        self.count, self.t = count, -1
         # Of the last call of `act`: the episode steps, the outputs and the actions.
-        self.looked, self.outputs, self.actions = self.step, list[Output](), np.zeros((count, task.action_size))
+        self.looked, self.outputs = np.zeros(count, dtype=np.int64), list[Output]()
+        self.actions = np.zeros((count, task.action_size))
 
     @classmethod
     def load(
@@ -102,18 +102,23 @@ class Agent:
     def reset(self, which: int | Sequence[int] | Sequence[bool] | np.ndarray | None = None) -> None:
         """Begin new episodes in all environments, or in those that `which` names by number or by True.
 
-        Due before the first observation of an episode: of a vector environment with AutoresetMode.SAME_STEP,
-        `agent.reset(terminated | truncated)` after each step.
+        Due before the first observation of each episode. A vector environment has to be made with
+        AutoresetMode.SAME_STEP; then it is `agent.reset(terminated | truncated)` after each step. By Gymnasium's
+        default, NEXT_STEP, an agent would have to act once more after the end.
         """
-        self.step[... if which is None else np.asarray(which)] = 0
+        self.arrays.steps[... if which is None else np.asarray(which)] = 0
 
     def act(self, observation: Any, mask: Any = None, reward: Any = None) -> Any:
         """Return an action of `action_space`, or n of them as a vector environment takes them.
 
+        That an episode has ended is told by `reset` alone: without it, the next episode is taken for the rest of this
+        one. It is noticed only where that gets longer than an episode can be.
+
         Args:
             observation: of `observation_space`; n of them as a vector environment returns them, or as a list.
             mask: `info["action_mask"]` where the environment says which actions are allowed, or n of them.
-            reward: of the last step, or n of them; for models that see it (`previous_reward`).
+            reward: of the last step, or n of them, for models that see it (`previous_reward`); ignored at an episode's
+                first observation.
 
         Raises:
             UserError: if one is missing or not as declared, or an episode is longer than it can be. Nothing has
@@ -127,14 +132,14 @@ class Agent:
                 raise UserError(f"agent.act: environment {index}: {error}") from error
         self.advance()
         # In groups as evaluation has them, so that numbers are rounded alike.
-        half, count, self.looked = len(self.step) // 2, len(self.step), self.step.copy()
-        found = [self.observe(self.arrays, rows) for rows in (slice(0, half), slice(half, count)) if rows.stop]
+        half, self.looked = self.count // 2, self.arrays.steps.copy()
+        found = [self.observe(self.arrays, rows) for rows in (slice(0, half), slice(half, self.count)) if rows.stop]
         self.outputs, self.actions = [output for output, _ in found], np.concatenate([actions for _, actions in found])
-        self.step += 1
+        self.arrays.steps += 1
         actions = [self.actor.action(action) for action in self.actions]
         if self.single:
             return actions[0]
-        return concatenate(self.action_space, actions, create_empty_array(self.action_space, count))
+        return concatenate(self.action_space, actions, create_empty_array(self.action_space, self.count))
 
     @property
     def value(self) -> Any:
@@ -169,8 +174,8 @@ class Agent:
 
     @cached_property
     def arrays(self) -> SharedArrays:
-        """What `act` was shown."""
-        return SharedArrays(len(self.step), self.task)
+        """What `act` was shown, and how many steps each environment's episode has had."""
+        return SharedArrays(self.count, self.task)
 
     def _joined(self, part: Callable[[Output], Tensor]) -> Any:
         rows = torch.cat([part(output) for output in self.outputs]).cpu().numpy()
@@ -179,26 +184,24 @@ class Agent:
     def _each(self, given: Any, space: Space | None = None) -> list:
         """Return what is given of each environment; of a space's values, arrays of n count as n of them."""
         if self.single or given is None:
-            return [given] * len(self.step)
-        try:
-            is_batch = space is not None and not isinstance(given, list)
-            found = list(iterate(batch_space(space, len(self.step)), given) if is_batch else given)
-        except (TypeError, ValueError, KeyError, LookupError) as error:
-            raise UserError(f"agent.act: needs something of each of {len(self.step)} environments") from error
-        if len(found) != len(self.step):
-            raise UserError(f"agent.act: has something of {len(found)} environments, there are {len(self.step)}")
+            return [given] * self.count
+        is_batch = space is not None and not isinstance(given, list)
+        found = list(iterate(batch_space(space, self.count), given) if is_batch else given)
+        if len(found) != self.count:
+            raise UserError(f"agent.act: has something of {len(found)} environments, there are {self.count}")
         return found
 
     def _show(self, index: int, observation: Any, mask: Any, reward: Any) -> None:
         """Show the model what it is to see of an environment; BrokenContract, saying how, where that is wrong."""
-        limit, step = self.task.max_episode_steps, self.step[index]
+        limit, step = self.task.max_episode_steps, self.arrays.steps[index]
         if limit is not None and step >= limit:
             raise BrokenContract(f"its episode has ended, after {limit} steps at the latest: agent.reset is due")
         if (mask is not None) != self.task.masked:
             raise BrokenContract("has an action_mask as none in training had" if mask is not None
                                  else "needs mask=info['action_mask'], as in training")  # fmt: skip
         if self.registered is not None:
-            observation = self.registered.observed(observation, self.actions[index] if step else None, reward)
+            last = (self.actions[index], reward) if step else (None, None)
+            observation = self.registered.observed(observation, *last)
         check_observation(self, observation, self.task)
         self.arrays.show(index, observation, None if mask is None else self.actor.mask(mask))
 
@@ -217,15 +220,11 @@ class Agent:
         """Look at what n neighbouring environments show; return the model's output and the actions (n, branches)."""
         if max(len(self.store), self.store.count) + rows.stop - rows.start > self.capacity:
             self.store.clear()
-        step = self.step[rows]
+        step = arrays.steps[rows].copy()
         output, *_ = policy_step(self.model, self.model, self.memory, self.store, arrays, rows, self.t, step)
         policy = output.policy
         actions = policy.mode() if self.deterministic else policy.sample(self.noise[rows])
         return output, actions.cpu().numpy()
-
-    def count_step(self, rows: slice, ended: np.ndarray) -> None:
-        """Count a step of n neighbouring environments; where an episode ended (n,), the next one begins."""
-        self.step[rows] = np.where(ended, 0, self.step[rows] + 1)
 
 
 def spaces_of(task: Task) -> tuple[Space, Space]:
@@ -311,22 +310,16 @@ def play_episodes(
     count = min(ENVIRONMENTS, len(planned))
     plan = [planned[index::count] for index in range(count)]
     own, found = (ranks := ranks or Ranks()).share(count), {}
-    with naming(config.environment), ranks.agree_on(EnvironmentFailure):
-        if own:
-            agent = Agent(model, config, task, len(own), deterministic, action_seed, (own, count))
-            found = _play(agent, plan, processes, max_steps, progress)
+    try:
+        with ranks.agree_on(EnvironmentFailure):
+            if own:
+                agent = Agent(model, config, task, len(own), deterministic, action_seed, (own, count))
+                found = _play(agent, plan, processes, max_steps, progress)
+    except EnvironmentFailure as error:  # on one line: of a traceback, what it ends in
+        where, *trace = str(error).splitlines()
+        raise EnvironmentFailure(f"{task_name(config.environment)}, {' '.join([where, *trace[-1:]])}") from error
     infos = {plan[index][number]: info for part in ranks.gather(found) for (index, number), info in part.items()}
     return [{"seed": s, "repetition": r} | infos[s, r] for s in seeds for r in range(repetitions)]
-
-
-@contextmanager
-def naming(environment: Section) -> Iterator[None]:
-    """Let a failure say on one line which task it was of, and what its traceback ends in."""
-    try:
-        yield
-    except EnvironmentFailure as error:
-        where, *trace = str(error).splitlines()
-        raise EnvironmentFailure(f"{task_name(environment)}, {' '.join([where, *trace[-1:]])}") from error
 
 
 def planned_seed(seeds: list[list[int]], index: int, episode: int) -> int:
@@ -358,21 +351,18 @@ def _play(
     workers = Workers(
         agent.section, agent.task, len(own), episode_seed, processes, min(2, len(own)), own.start, max_steps
     )
-    arrays = workers.arrays
     with closing(workers):
         workers.start()
         while any(episode.number < number for episode, number in zip(workers.episodes, wanted, strict=True)):
             agent.advance()
             for group in workers.groups:
-                rows = slice(group.start, group.stop)
                 if group in stepping:
                     for index, info in workers.receive(group):
                         number = workers.episodes[index].number - 1
                         if number < wanted[index]:
                             found[own[index], number] = info
                             progress(1)
-                    agent.count_step(rows, arrays.terminated[rows] | arrays.truncated[rows])
-                workers.send(group, agent.observe(arrays, rows)[1])
+                workers.send(group, agent.observe(workers.arrays, slice(group.start, group.stop))[1])
                 stepping.add(group)
     if len(found) < sum(wanted):
         raise EnvironmentFailure("a process died, and its episodes cannot be repeated: the task is not deterministic")

@@ -1,16 +1,6 @@
-"""Evaluate a model while its run trains: what `eval_interval` and `video_interval` of a config start.
+"""Evaluate a model while its run trains: what `eval_interval` and `video_interval` of a config start."""
 
-Usage:
-    during.py <model> --summaries=<folder> --best=<file> [--eval] [--video]
-
-Options:
-    --summaries=<folder>  Where TensorBoard finds what comes of it.
-    --best=<file>         The best model so far; this one takes its place if it is better.
-    --eval                Play the fixed set of unseen episodes.
-    --video               Draw an episode.
-    -h --help             Show this.
-"""
-
+import argparse
 import os
 import sys
 import threading
@@ -18,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
 from torch.utils.tensorboard import SummaryWriter
 
 from environments.numbers import episode_means
 from evaluation.agent import first_unseen_seed, play_episodes
 from evaluation.watch import episode_summary
 from run.checkpoint import load, load_model, model_file, write_file
-from run.cli import Arguments, arguments_of, command_line, step_limit
+from run.cli import command_line, step_limit
 from utils import UserError, reason_of
 
 EPISODES = 100
@@ -33,19 +22,15 @@ EPISODES = 100
 DISTANCE = 1_000_000
 
 
-class Given(Arguments):
-    """What the docstring says."""
-
-    model: Path = Field(alias="<model>")
-    summaries: Path
-    best: Path
-    eval: bool
-    video: bool
-
-
 def main() -> None:
-    """Parse the command line and play; whoever started this process closes its standard input to end it."""
-    arguments = arguments_of(__doc__, Given)
+    """Play as the command line says; whoever started this process closes its standard input to end it."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--summaries", help="where TensorBoard finds what comes of it")
+    parser.add_argument("--best", type=Path, help="the best model so far; this one takes its place if it is better")
+    parser.add_argument("--eval", action="store_true", help="play the fixed set of unseen episodes")
+    parser.add_argument("--video", action="store_true", help="draw an episode")
+    arguments = parser.parse_args()
     threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
     os.nice(10)
     torch.set_num_threads(1)

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
-from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -16,20 +15,19 @@ import onnxscript  # noqa: F401  (PyTorch needs it to write graphs: it is missed
 import torch
 from torch import Tensor, nn
 
-from memory import ObservationStore, States, Timeline, make_memory, policy_step
-from model import ActorCriticModel, Normal, Output, action_noise
+from evaluation.agent import Agent, first_unseen_seed
+from memory import States, Timeline
+from model import ActorCriticModel, Normal, Output
 from recurrence import Fragments
 from run.config import Config
 from transformer import MemoryView, Transformer
-from utils import UserError, seed_range
+from utils import UserError
 from worker import Workers
 
 # Type and shape of tensors by name.
 Kinds = dict[str, tuple[str, tuple[int, ...]]]
 # How far results may lie apart, and in how many environments that is looked at.
 TOLERANCE, ENVIRONMENTS = 1e-4, 3
-# Steps between two moves of PyTorch's memory to the front.
-ROLLOUT = 64
 ABOUT_MEMORY = (
     "Start with zeros, and give the next step as memory what this one returns as next_memory. step counts from 0 in "
     "each episode; at 0 the graph looks at nothing that memory holds, so that it need not be cleared."
@@ -172,28 +170,20 @@ def played(
     model: ActorCriticModel, config: Config, cut: int | None
 ) -> Iterator[tuple[dict[str, np.ndarray], list[Tensor]]]:
     """Let a model act until each environment has ended an episode; yield what it sees and returns at each step."""
-    task, device, rows = model.task, torch.device("cpu"), slice(0, ENVIRONMENTS)
-    seeds = partial(episode_seed, sum(seed_range(config.environment)))
-    workers = Workers(config.environment, task, ENVIRONMENTS, seeds, processes=1, max_steps=cut)
+    agent = Agent(model, config, model.task, ENVIRONMENTS)
+    seeds = partial(episode_seed, first_unseen_seed(config.environment))
+    workers = Workers(config.environment, model.task, ENVIRONMENTS, seeds, processes=1, max_steps=cut)
     arrays, group = workers.arrays, workers.groups[0]
-    memory = make_memory(model, ENVIRONMENTS, ROLLOUT, device)
-    store = ObservationStore(task, config.core.embed_dim, ENVIRONMENTS, device)
-    generator = torch.Generator().manual_seed(0)
     with closing(workers):
         workers.start()
-        for t in cycle(range(ROLLOUT)):
-            if all(episode.number for episode in workers.episodes):
-                return
-            store.clear()
-            step = arrays.steps.copy()
-            output, _, _ = policy_step(model, model, memory, store, arrays, rows, t, step)
+        while not all(episode.number for episode in workers.episodes):
+            agent.advance()
+            output, actions = agent.observe(arrays, slice(0, ENVIRONMENTS))
             frames = None if arrays.frames is None else np.ascontiguousarray(arrays.frames.transpose(0, 3, 1, 2))
-            seen = {"frame": frames, "vector": arrays.vectors, "step": step, "mask": arrays.masks}
-            yield seen, [*results_of(output), *remembered(memory, t)]
-            workers.send(group, output.policy.sample(action_noise(task, (ENVIRONMENTS,), generator)).numpy())
+            seen = {"frame": frames, "vector": arrays.vectors, "step": arrays.steps, "mask": arrays.masks}
+            yield seen, [*results_of(output), *remembered(agent.memory, agent.t)]
+            workers.send(group, actions)
             workers.receive(group)
-            if t == ROLLOUT - 1:
-                memory.roll(ROLLOUT)
 
 
 def remembered(memory: Timeline | States, t: int) -> list[Tensor]:

@@ -1,16 +1,14 @@
 """Learning curves that others have published, to be drawn beside one's own."""
 
 import csv
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from utils import UserError, reason_of
 
-COLUMNS = ("task", "run", "metric", "steps", "mean", "std_over_runs", "iqm_over_episodes", "runs")
+NUMBERS = ("steps", "mean", "std_over_runs", "iqm_over_episodes", "runs")
+COLUMNS = ("environment", "task", "run", "metric", *NUMBERS)
 
 
 @dataclass(frozen=True)
@@ -19,21 +17,21 @@ class Reference:
 
     Attributes:
         name: task/run.
+        environment: name of the task that they were trained on.
         steps: environment steps of training, in order.
         mean: over runs at these steps.
         std: of the runs.
         iqm: over the episodes of all runs.
         runs: how many runs.
-        environment: name of the task that they were trained on, None where the file has no such column.
     """
 
     name: str
+    environment: str
     steps: list[float]
     mean: list[float]
     std: list[float]
     iqm: list[float]
     runs: int
-    environment: str | None = None
 
 
 def read_references(texts: list[str], metric: str) -> list[Reference]:
@@ -61,10 +59,7 @@ def read_references(texts: list[str], metric: str) -> list[Reference]:
 def check_task(references: Sequence[Reference], tasks: Sequence[str]) -> None:
     """Raise UserError where a published curve is of a task that is not among those that are plotted."""
     for reference in references:
-        if reference.environment is None:
-            print(f"--reference: whether {reference.name} is of the same task is not known: its file has no column "
-                  "environment", file=sys.stderr)  # fmt: skip
-        elif reference.environment not in tasks:
+        if reference.environment not in tasks:
             raise UserError(f"--reference: {reference.name} is of {reference.environment}; the models are of "
                             f"{', '.join(dict.fromkeys(tasks))}")  # fmt: skip
 
@@ -73,25 +68,15 @@ def _curve(path: Path, name: str, metric: str) -> Reference:
     try:
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        others = ", ".join(sorted(map(str, path.parent.glob("*.csv")))) or "none"
-        raise UserError(f"--reference: {path}: {reason_of(error)}; files there: {others}") from error
-    if not rows or not set(COLUMNS) <= set(rows[0]):
-        raise UserError(f"--reference: {path}: should have the columns {', '.join(COLUMNS)}")
-    metrics: dict[str, list[str]] = {}
-    for row in rows:
-        metrics.setdefault(f"{row['task']}/{row['run']}", []).append(row["metric"])
-    if metric not in metrics.get(name, []):
-        has = f"is of {' and '.join(dict.fromkeys(metrics[name]))}; --metric is {metric}" if name in metrics else (
-            f"is not there; there are {', '.join(metrics)}"
-        )  # fmt: skip
-        raise UserError(f"--reference: {path}: {name} {has}")
-    chosen = [row for row in rows if (f"{row['task']}/{row['run']}", row["metric"]) == (name, metric)]
-    try:
-        numbers = sorted([float(row[column]) for column in COLUMNS[3:]] for row in chosen)
-        if not np.isfinite(numbers).all():
-            raise ValueError("nan and inf are none")
-    except (TypeError, ValueError) as error:
-        raise UserError(f"--reference: {path}: {name}: the columns from steps on should be numbers: {error}") from error
+        curves = {(f"{row['task']}/{row['run']}", row["metric"]): row["environment"] for row in rows}
+        own = [row for row in rows if (f"{row['task']}/{row['run']}", row["metric"]) == (name, metric)]
+        numbers = sorted([float(row[column]) for column in NUMBERS] for row in own)
+    except KeyError as error:
+        raise UserError(f"--reference: {path}: should have the columns {', '.join(COLUMNS)}") from error
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        raise UserError(f"--reference: {path}: {reason_of(error)}") from error
+    if not numbers:
+        there = ", ".join(f"{name} ({metric})" for name, metric in curves)
+        raise UserError(f"--reference: {path}: has no {name} of {metric}; there are {there}")
     steps, mean, std, iqm, runs = map(list, zip(*numbers, strict=True))
-    return Reference(name, steps, mean, std, iqm, int(runs[0]), chosen[0].get("environment"))
+    return Reference(name, curves[name, metric], steps, mean, std, iqm, round(runs[0]))

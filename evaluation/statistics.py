@@ -21,8 +21,6 @@ from utils import UserError, seed_range
 
 # Of fewer runs nothing can be said but what they are: they are shown themselves.
 FEWEST = 3
-# What --aggregate allows: runs are averaged before they are aggregated, or all episodes are pooled.
-AGGREGATES = ("runs", "episodes")
 # What has nothing to do with what a run learns; runs that agree in all the rest differ in their seed only.
 BOOKKEEPING = (
     "updates", "checkpoint_interval", "model_interval", "video_interval", "histogram_interval", "eval_interval",
@@ -30,8 +28,7 @@ BOOKKEEPING = (
 STATISTICS = ("mean", "low", "high", "iqm", "std")
 # Okabe and Ito 2008: told apart by colour-blind eyes. The yellow one is left out: it is too bright for paper.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-# Dashed lines are those of others.
-LINES, MARKERS, DASHED = ("-", "-.", ":"), "os^Dv", "--"
+MARKERS = "os^DvPX"
 # With references this many times as long as our own curves, steps are drawn on a logarithmic scale.
 LOGARITHMIC = 4
 
@@ -47,7 +44,6 @@ class Evaluated:
         run: what is known about its training: run_id, seed, steps, commit, …
         episodes: of `play_episodes`.
         max_steps: after how many steps episodes were cut, None where they were not.
-        weights: a digest of its weights.
         label: name of the group that --group puts it into, "" where its config and commit decide.
     """
 
@@ -57,7 +53,6 @@ class Evaluated:
     run: dict
     episodes: list[dict[str, float]]
     max_steps: int | None = None
-    weights: str = ""
     label: str = ""
 
     @property
@@ -86,7 +81,7 @@ class Point:
     Attributes:
         steps: environment steps of training.
         models: one per run.
-        aggregate: one of `AGGREGATES`.
+        aggregate: "runs", which are averaged first, or "episodes", which are pooled.
         repeated: models that are shown and not counted, for `models` has their seed already.
     """
 
@@ -128,24 +123,6 @@ class Point:
         return found
 
 
-@dataclass
-class Group:
-    """Runs that differ in nothing but their seed.
-
-    Attributes:
-        name: for tables and legends.
-        points: its learning curve, in order of steps.
-    """
-
-    name: str
-    points: list[Point]
-
-    @property
-    def runs(self) -> list[str]:
-        """The ids of its runs."""
-        return list(dict.fromkeys(model.run["run_id"] for point in self.points for model in point.models))
-
-
 def summarise(scores: np.ndarray, aggregate: str = "runs") -> dict[str, float]:
     """Return mean, 95 % confidence interval, interquartile mean (IQM) and standard deviation (divided by n - 1).
 
@@ -158,7 +135,7 @@ def summarise(scores: np.ndarray, aggregate: str = "runs") -> dict[str, float]:
 
     Args:
         scores: (runs, seeds, repetitions); NaN, which is left out, where an episode does not report the metric.
-        aggregate: one of `AGGREGATES`.
+        aggregate: "runs" or "episodes".
 
     Returns:
         By `STATISTICS`; what would need more runs or seeds is NaN.
@@ -188,7 +165,7 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     """Return the 95 % confidence interval of the mean of independent numbers, NaN for fewer than `FEWEST`.
 
     It is the t interval, on either side as wide as the t interval corrected for skewness (Hall 1992) where that is
-    wider: `python -m tools.coverage` says how often it holds the mean, and what others do.
+    wider: docs/notebook/2026-11-29-intervals.md says how often it holds the mean, and what others do.
 
     Args:
         values: (n,) one per run or seed.
@@ -240,52 +217,53 @@ def chosen_seeds(text: str, skip: int, sections: Iterable[Any]) -> tuple[list[in
     return seeds, f"--seeds: training may have drawn {seen:,} of these {len(seeds):,}" if seen else ""
 
 
-def group_runs(models: list[Evaluated], aggregate: str = "runs") -> list[Group]:
-    """Put models into groups of runs that differ in their seed only, and these into points by steps.
+def group_runs(models: list[Evaluated], aggregate: str = "runs") -> dict[str, list[Point]]:
+    """Return, by name, groups of runs that differ in nothing but their seed: the learning curve of each, by steps.
 
-    Runs of one group have the same label or, without one, the same config, but for bookkeeping, and commit. A model
-    that comes twice is left out; of several runs with one seed, the first counts. Where any model of a task reports
-    success, episodes that do not are completed by a success of 0.
+    Runs of one group have the same label or, without one, the same config, but for bookkeeping, and commit. Of several
+    models with one seed and as many steps, the first counts. Where any model of a task reports success, episodes that
+    do not are completed by a success of 0.
 
     Args:
         models: all that were evaluated, on the same seeds.
-        aggregate: one of `AGGREGATES`.
+        aggregate: "runs" or "episodes".
     """
     for task in {model.environment for model in models}:
         count_missing_success([e for model in models if model.environment == task for e in model.episodes])
-    groups: dict[str, dict[int, Point]] = {}
-    known = set()
+    curves: dict[str, dict[int, Point]] = {}
     for model in models:
+        steps = model.run["steps"]
         relevant = {key: value for key, value in model.config.items() if key not in BOOKKEEPING}
         alike = [model.environment, relevant, model.run.get("commit")]
-        key = model.label or json.dumps(alike, sort_keys=True, default=str)
-        identity = (key, model.run["run_id"], model.run["seed"], model.run["steps"], model.weights)
-        if identity not in known:
-            known.add(identity)
-            point = groups.setdefault(key, {}).setdefault(model.run["steps"], Point(model.run["steps"], [], aggregate))
-            again = model.run["seed"] in [other.run["seed"] for other in point.models]
-            (point.repeated if again else point.models).append(model)
-    result: list[Group] = []
-    for points in groups.values():
-        group = Group("", [points[steps] for steps in sorted(points)])
-        first = group.points[0].models[0]
-        name = first.label or group.runs[0]
-        if len(group.runs) > 1 and not first.label:
+        curve = curves.setdefault(model.label or json.dumps(alike, sort_keys=True, default=str), {})
+        point = curve.setdefault(steps, Point(steps, [], aggregate))
+        again = model.run["seed"] in [other.run["seed"] for other in point.models]
+        (point.repeated if again else point.models).append(model)
+    groups: dict[str, list[Point]] = {}
+    for curve in curves.values():
+        points = [curve[steps] for steps in sorted(curve)]
+        first, runs = points[0].models[0], runs_of(points)
+        name = first.label or runs[0]
+        if len(runs) > 1 and not first.label:
             name = name.rstrip("0123456789").rstrip("-_.") or name
         names = itertools.chain([name, f"{name} @{first.commit}"], (f"{name} #{k}" for k in itertools.count(2)))
-        group.name = next(name for name in names if name not in [other.name for other in result])
-        result.append(group)
-    return result
+        groups[next(name for name in names if name not in groups)] = points
+    return groups
 
 
-def table(groups: list[Group]) -> Iterator[str]:
+def runs_of(points: list[Point]) -> list[str]:
+    """Return the ids of the runs of a curve."""
+    return list(dict.fromkeys(model.run["run_id"] for point in points for model in point.models))
+
+
+def table(groups: dict[str, list[Point]]) -> Iterator[str]:
     """Yield the lines of a table of 80 columns: every model, and every group of several."""
-    for group in groups:
-        for point in group.points:
+    for name, points in groups.items():
+        for point in points:
             for single in point.singles:
                 yield from _rows(single.models[0].path, single)
             if len(point.singles) > 1:
-                yield from _rows(group.name, point)
+                yield from _rows(name, point)
 
 
 def _rows(title: str, point: Point) -> Iterator[str]:
@@ -314,22 +292,23 @@ def _rows(title: str, point: Point) -> Iterator[str]:
             yield f"    {'':<20}  in {found['episodes']:,} of {found['of']:,} episodes"
 
 
-def to_json(groups: list[Group], protocol: dict) -> bytes:
+def to_json(groups: dict[str, list[Point]], protocol: dict) -> bytes:
     """Return everything: protocol, groups with their statistics, and every episode of every model.
 
     What is not finite becomes null: JSON has no word for it.
     """
-    aggregate = groups[0].points[0].aggregate
+    aggregate = next(iter(groups.values()))[0].aggregate
     content = protocol | {"aggregate": aggregate, "interval_of": interval_of(aggregate), "groups": [], "models": []}
-    for group in groups:
-        points = [
+    for name, points in groups.items():
+        found = [
             {"steps": point.steps, "models": [model.path for model in point.models], "statistics": point.statistics}
-            for point in group.points
+            for point in points
         ]
-        content["groups"].append({"name": group.name, "runs": group.runs, "points": points})
-        for single in (single for point in group.points for single in point.singles):
-            model = vars(single.models[0]) | {"group": group.name, "cut": single.models[0].cut}
-            content["models"].append(model | {"statistics": single.statistics})
+        content["groups"].append({"name": name, "runs": runs_of(points), "points": found})
+        for single in (single for point in points for single in point.singles):
+            model = single.models[0]
+            more = {"group": name, "cut": model.cut, "statistics": single.statistics}
+            content["models"].append(vars(model) | more)
     finite = json.loads(json.dumps(content, default=str), parse_constant=lambda name: None)
     return (json.dumps(finite, indent=1) + "\n").encode()
 
@@ -339,10 +318,7 @@ def from_json(path: Path, label: str = "") -> list[Evaluated]:
     names = ("path", "environment", "config", "run", "episodes", "max_steps")
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))["models"]
-        models = [
-            Evaluated(**{name: m[name] for name in names}, weights=m.get("weights") or m["path"], label=label)
-            for m in stored
-        ]
+        models = [Evaluated(**{name: model[name] for name in names}, label=label) for model in stored]
         for episode in (episode for model in models for episode in model.episodes):
             episode |= {name: math.nan for name, number in episode.items() if number is None}
         return models
@@ -355,17 +331,17 @@ def interval_of(aggregate: str) -> str:
     return "iqm" if aggregate == "episodes" else "mean"
 
 
-def to_csv(groups: list[Group]) -> bytes:
+def to_csv(groups: dict[str, list[Point]]) -> bytes:
     """Return a row per model: what it is, then of each metric the statistics and how many episodes report it."""
     rows = []
-    for group, point in ((g, single) for g in groups for p in g.points for single in p.singles):
+    for name, point in ((name, single) for name, points in groups.items() for p in points for single in p.singles):
         model = point.models[0]
-        row: dict[str, Any] = {"model": model.path, "group": group.name, "environment": model.environment}
+        row: dict[str, Any] = {"model": model.path, "group": name, "environment": model.environment}
         row |= {"run_id": model.run["run_id"], "seed": model.run["seed"], "commit": model.commit, "steps": point.steps}
         row |= {"aggregate": point.aggregate, "interval_of": interval_of(point.aggregate)}
         row |= {"episodes": len(model.episodes), "cut": model.cut}
         for metric, found in point.statistics.items():
-            row |= {f"{metric}_{name}": found[name] if math.isfinite(found[name]) else "" for name in STATISTICS}
+            row |= {f"{metric}_{kind}": found[kind] if math.isfinite(found[kind]) else "" for kind in STATISTICS}
             row[f"{metric}_episodes"] = found["episodes"]
         rows.append(row)
     stream = io.StringIO()
@@ -375,7 +351,7 @@ def to_csv(groups: list[Group]) -> bytes:
     return stream.getvalue().encode()
 
 
-def plot(groups: list[Group], metric: str, suffix: str, references: Sequence[Reference] = ()) -> bytes:
+def plot(groups: dict[str, list[Point]], metric: str, suffix: str, references: Sequence[Reference] = ()) -> bytes:
     """Return a figure of the learning curves over environment steps.
 
     Lines are means over runs with their confidence band, or with the runs themselves where these are fewer than
@@ -388,72 +364,62 @@ def plot(groups: list[Group], metric: str, suffix: str, references: Sequence[Ref
         references: published curves of the same metric.
     """
     import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    statistic = interval_of(groups[0].points[0].aggregate)
-    style: dict[Any, Any] = {"font.size": 11, "svg.hashsalt": "fixed"}
+    statistic = interval_of(next(iter(groups.values()))[0].aggregate)
+    style: dict[Any, Any] = {"font.size": 11, "svg.hashsalt": "fixed", "axes.axisbelow": True}
     style |= {"axes.spines.top": False, "axes.spines.right": False}
     with matplotlib.rc_context(style):
-        figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
-        for index, group in enumerate(groups):
-            _plot_group(axes, group, metric, index)
-        for index, reference in enumerate(references, start=len(groups)):
-            _plot_reference(axes, reference, statistic, COLOURS[index % len(COLOURS)])
+        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+        axes = figure.subplots()
+        axes.set_prop_cycle(color=COLOURS, marker=list(MARKERS))
+        for name, points in groups.items():
+            if reporting := [point for point in points if metric in point.statistics]:
+                _plot_group(axes, name, reporting, metric, statistic)
+        for reference in references:
+            _plot_reference(axes, reference, statistic)
         _scale_steps(axes, groups, references)
         axes.set_xlabel("environment steps")
         axes.set_ylabel(f"{metric.replace('_', ' ')} ({statistic.replace('iqm', 'IQM')}, 95 % interval)")
         axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
         axes.grid(axis="y", color="0.9", linewidth=0.8)
-        axes.set_axisbelow(True)
         figure.legend(loc="outside upper center", ncols=2, fontsize=8, frameon=False, handlelength=3)
         stream = io.BytesIO()
         figure.savefig(stream, format=suffix[1:].lower(), dpi=200)
-        pyplot.close(figure)
     return stream.getvalue()
 
 
-def _plot_group(axes, group: Group, metric: str, index: int) -> None:
-    """Draw one line with its band; a single point gets error bars instead, and each of few runs a thin line."""
-    points = [point for point in group.points if metric in point.statistics]
-    if not points:
-        return
-    steps = [point.steps for point in points]
-    found = [point.statistics[metric] for point in points]
-    statistic = interval_of(points[0].aggregate)
-    line, low, high = (np.array([numbers[name] for numbers in found]) for name in (statistic, "low", "high"))
-    colour, most = COLOURS[index % len(COLOURS)], max(points, key=lambda point: len(point.models))
+def _plot_group(axes, name: str, points: list[Point], metric: str, statistic: str) -> None:
+    """Draw one line with its band, or with error bars at a single point; each of few runs is a thin line."""
+    steps, found = [point.steps for point in points], [point.statistics[metric] for point in points]
+    line, low, high = (np.array([numbers[key] for numbers in found]) for key in (statistic, "low", "high"))
+    most = max(points, key=lambda point: len(point.models))
     runs = f"{len(most.models)} runs" if len(most.models) > 1 else f"1 run, band {most.over}"
-    look = {"color": colour, "marker": MARKERS[index % len(MARKERS)], "markersize": 5, "markeredgecolor": "white"}
-    look |= {"linestyle": LINES[index % len(LINES)], "linewidth": 1.8, "label": f"{group.name} ({runs})"}
+    (drawn,) = axes.plot(steps, line, markersize=5, markeredgecolor="white", label=f"{name} ({runs})")
+    colour = drawn.get_color()
+    if len(points) == 1 and np.isfinite(low).all():
+        axes.errorbar(steps, line, np.maximum(0, [line - low, high - line]), fmt="none", capsize=4, color=colour)
+    axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
     if 1 < len(most.models) < FEWEST:
         for seed in [model.run["seed"] for model in most.models]:
             curve = [(point.steps, mean) for point, numbers in zip(points, found, strict=True)
                      for model, mean in zip(point.models, numbers["runs"], strict=True)
                      if model.run["seed"] == seed]  # fmt: skip
             axes.plot(*zip(*curve, strict=True), color=colour, linewidth=0.7, marker=".", markersize=3)
-    if len(points) > 1:
-        axes.plot(steps, line, **look)
-        axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
-    else:
-        errors = np.maximum(0, [line - low, high - line])
-        axes.errorbar(steps, line, yerr=errors if np.isfinite(errors).all() else None, capsize=4, **look)
 
 
-def _plot_reference(axes, reference: Reference, statistic: str, colour: str) -> None:
+def _plot_reference(axes, reference: Reference, statistic: str) -> None:
     """Draw a published curve; its deviation is one of means and no band around an interquartile mean."""
-    mean, std = np.array(reference.mean), np.array(reference.std)
-    label = f"{reference.name} (published, {reference.runs} runs{' ± std' if statistic == 'mean' else ''})"
-    look = {"color": colour, "linestyle": DASHED, "linewidth": 1.5, "marker": ".", "markersize": 4, "label": label}
-    axes.plot(reference.steps, mean if statistic == "mean" else reference.iqm, **look)
-    if statistic == "mean":
-        axes.fill_between(reference.steps, mean - std, mean + std, color=colour, alpha=0.1, linewidth=0)
+    mean, std, is_mean = np.array(reference.mean), np.array(reference.std), statistic == "mean"
+    label = f"{reference.name} (published, {reference.runs} runs{' ± std' * is_mean})"
+    (line,) = axes.plot(reference.steps, mean if is_mean else reference.iqm, "--", marker=".", label=label)
+    if is_mean:
+        axes.fill_between(reference.steps, mean - std, mean + std, color=line.get_color(), alpha=0.1, linewidth=0)
 
 
-def _scale_steps(axes, groups: list[Group], references: Sequence[Reference]) -> None:
+def _scale_steps(axes, groups: dict[str, list[Point]], references: Sequence[Reference]) -> None:
     """Make steps logarithmic, linear around 0, where published curves would squeeze our own."""
-    own = [point.steps for group in groups for point in group.points if point.steps > 0]
+    own = [point.steps for points in groups.values() for point in points if point.steps > 0]
     others = [steps for reference in references for steps in reference.steps]
     if own and others and max(others) > LOGARITHMIC * max(own):
         axes.set_xscale("symlog", linthresh=min(own), linscale=0.5)

@@ -3,7 +3,7 @@
 import math
 import traceback
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import matplotlib
@@ -24,14 +24,14 @@ from utils import EnvironmentFailure, UserError, create_env, reason_of
 SUMMARY_STEPS, SUMMARY_WIDTH, SUMMARY_FPS = 200, 480, 6
 # How long a video shows how an episode ended, in seconds.
 HOLD_SECONDS = 1.5
-# All sizes are those of a picture of this width, and scaled for others.
-BASE_WIDTH, SMALLEST_TEXT, THUMBNAILS = 720, 11, 5
-# The fewest past steps that fill a strip, and the most of an agent whose memory has no length.
-SHORTEST_STRIP, LONGEST_STRIP = 16, 512
-# Numbers side by side and on top of each other; what is beyond is counted. So many numbers of an action are in words.
-PANEL_COLUMNS, PANEL_ROWS, MOST_ACTIONS = 3, 5, 2
+# Of a picture, in pixels: its width, its margins, the gaps between what is side by side, and where strips begin.
+WIDTH, MARGIN, GAP, LEFT = 720, 16, 12, 84
+VIEW_HEIGHT, THUMBNAIL_HEIGHT, STRIP_HEIGHT, ROW_HEIGHT = 360, 128, 18, 20
+# So many past steps are shown; the fewest that fill a strip, and the most of an agent whose memory has no length.
+THUMBNAILS, SHORTEST_STRIP, LONGEST_STRIP = 5, 16, 512
+# Numbers side by side and on top of each other, and the characters of each; what is beyond is counted.
+PANEL_COLUMNS, PANEL_ROWS, CELL_LENGTH = 3, 5, 27
 WHITE, INK, FAINT, EMPTY, MARK = (255, 255, 255), (30, 30, 40), (110, 110, 125), (232, 232, 238), (213, 94, 0)
-BAR = (0, 114, 178)
 VIRIDIS = (np.array([matplotlib.colormaps["viridis"](level)[:3] for level in range(256)]) * 255).astype(np.uint8)
 
 
@@ -65,20 +65,6 @@ class Moment:
     probabilities: tuple[np.ndarray, ...] = ()
     vector: np.ndarray | None = None
     result: dict[str, float] | None = None
-
-
-@dataclass
-class Entry:
-    """A number or a choice as it is shown: its name, its value in words, and the ends of its bar as shares of 1."""
-
-    name: str
-    text: str
-    bar: tuple[float, float] | None = None
-
-
-def half_open(number: float) -> float:
-    """Return where a number without bounds lies on a bar: 0 in the middle, whatever its size within the bar."""
-    return 0.5 + 0.5 * math.tanh(number)
 
 
 class Player:
@@ -168,36 +154,34 @@ class Player:
         except Exception as error:  # whatever an environment's own drawing does
             raise UserError(f"{task_name(self.config.environment)} cannot be drawn: {reason_of(error)}") from error
 
-    def entries(self, moment: Moment) -> list[Entry]:
-        """Return the numbers of a moment before the end, always equally many; those that have no room are counted."""
-        found = self._acted(moment.action) if self.task.continuous else []
-        found += [] if moment.vector is None else self._seen(moment.vector)
+    def numbers(self, moment: Moment) -> dict[str, str]:
+        """Return the numbers of a moment before the end in words, by name; those that have no room are counted."""
+        found = self._acted(moment.action) if self.task.continuous else {}
+        if moment.vector is not None:
+            names = getattr(self.env, "vector_names", None) or [f"[{index}]" for index in range(len(moment.vector))]
+            found |= named(moment.vector, names)
         most = PANEL_COLUMNS * PANEL_ROWS
-        return found if len(found) <= most else [*found[: most - 1], Entry(f"and {len(found) - most + 1:,} more", "")]
+        if len(found) <= most:
+            return found
+        return dict(list(found.items())[: most - 1]) | {f"and {len(found) - most + 1:,} more": ""}
 
-    def _acted(self, action: np.ndarray) -> list[Entry]:
+    def _acted(self, action: np.ndarray) -> dict[str, str]:
         """Return the numbers of an action as the environment takes them, clipped, with their bounds."""
-        bounds = getattr(self.env, "action_bounds", None) or np.array([[-math.inf], [math.inf]]).repeat(len(action), 1)
-        found = []
-        for index, (number, low, high) in enumerate(zip(np.clip(action, *bounds), *bounds, strict=True)):
-            bounded = math.isfinite(low) and math.isfinite(high) and low < high
-            bar = (0.0, (number - low) / (high - low)) if bounded else (0.5, half_open(number))
-            found.append(Entry(f"action[{index}]", f"{number:.2f} in {low:g}…{high:g}", bar))
-        return found
+        bounds = getattr(self.env, "action_bounds", (-math.inf, math.inf))
+        clipped = np.broadcast(np.clip(action, *bounds), *bounds)
+        return {f"action[{k}]": f"{number:.2f} in {low:g}…{high:g}" for k, (number, low, high) in enumerate(clipped)}
 
-    def _seen(self, vector: np.ndarray) -> list[Entry]:
-        """Return the entries of a vector; a choice that is one-hot is one entry."""
-        names = list(getattr(self.env, "vector_names", ()))
-        names = names if len(names) == len(vector) else [f"[{index}]" for index in range(len(vector))]
-        found: dict[str, Entry] = {}
-        for name, number in zip(names, vector.tolist(), strict=True):
-            root, is_choice, value = name.rpartition("=")
-            if is_choice:
-                entry = found.setdefault(f"{root}=", Entry(root, "="))
-                entry.text += f" {value}" if number else ""
-            else:
-                found[name] = Entry(name, f"{number:.2f}", (0.5, half_open(number)))
-        return [Entry(entry.name, "= –") if entry.text == "=" else entry for entry in found.values()]
+
+def named(vector: np.ndarray, names: Sequence[str]) -> dict[str, str]:
+    """Return the entries of a vector (n,) in words, by name; a choice, which is one-hot, is one entry."""
+    found: dict[str, str] = {}
+    for name, number in zip(names, vector.tolist(), strict=True):
+        root, is_choice, value = name.rpartition("=")
+        if is_choice:
+            found[root] = f"= {value}" if number else found.get(root, "= –")
+        else:
+            found[name] = f"{number:.2f}"
+    return found
 
 
 def failure_of(error: Exception) -> str:
@@ -219,159 +203,146 @@ class Painter:
         player: who plays.
         title: what is played.
         moment: the first one, for the sizes.
-        width: of the pictures.
     """
 
-    def __init__(self, player: Player, title: str, moment: Moment, width: int) -> None:
+    def __init__(self, player: Player, title: str, moment: Moment) -> None:
         self.player, self.title = player, title
-        self.width, self.scale = width - width % 2, width / BASE_WIDTH
-        self.sizes = [max(SMALLEST_TEXT, self._size(size)) for size in (18, 14)]
-        self.font, self.small = map(ImageFont.load_default, self.sizes)
-        self.margin, self.gap, self.left = self._size(16), self._size(12), self._size(84)
-        self.room = self.width - 2 * self.margin
+        self.font, self.small = map(ImageFont.load_default, (18, 14))
         pictures = [picture for picture in (moment.frame, moment.view) if picture is not None]
-        self.views = self._fit(pictures, len(pictures), self._size(360))
         smallest = min(picture.shape[0] for picture in pictures)
-        if self.views[0][1] > smallest:  # small pixels become whole squares
-            height = self.views[0][1] // smallest * smallest
-            self.views = [(round(height * p.shape[1] / p.shape[0]), height) for p in pictures]
-        (self.thumbnail,) = self._fit(pictures[-1:], THUMBNAILS, self._size(128))
+        height = fitting_height(pictures, VIEW_HEIGHT)
+        self.height = height // smallest * smallest if height > smallest else height  # pixels become squares
+        self.thumbnail_height = fitting_height(pictures[-1:] * THUMBNAILS, THUMBNAIL_HEIGHT)
         self.past: deque[Image.Image] = deque(maxlen=player.longest)
         self.last = moment
-
-    def _size(self, pixels: float) -> int:
-        return max(1, round(pixels * self.scale))
-
-    def _fit(self, pictures: list[np.ndarray], count: int, most: int) -> list[tuple[int, int]]:
-        """Return (width, height) of pictures, equally high, that fit side by side, `count` in all."""
-        aspects = [picture.shape[1] / picture.shape[0] for picture in pictures]
-        total = sum(aspects) * count / len(aspects)
-        height = max(1, int(min(most, (self.room - (count - 1) * self.gap) / total)))
-        return [(max(1, round(height * aspect)), height) for aspect in aspects]
-
-    def _part(self, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
-        part = Image.new("RGB", (self.width, height), WHITE)
-        return part, ImageDraw.Draw(part)
 
     def draw(self, moment: Moment) -> Image.Image:
         """Return the picture of a moment; moments are to come in order."""
         # At the end, what the last action was taken on stays.
         self.last = moment if moment.result is None else self.last
-        entries = self.player.entries(self.last)
-        parts = [self._words(moment), self._views(moment), *([self._numbers(entries)] if entries else [])]
+        parts = [self._words(moment), self._views(moment)]
+        if numbers := self.player.numbers(self.last):
+            parts.append(self._numbers(numbers))
         if self.player.strips:
             weights = self.last.past.mean(axis=(0, 1))
             places = np.sort(np.argsort(-weights, kind="stable")[:THUMBNAILS])
             parts += [self._strips(places, weights), self._thumbnails(places, weights)]
         height = sum(part.height for part in parts)
-        canvas, top = Image.new("RGB", (self.width, height + height % 2), WHITE), 0
+        canvas, top = Image.new("RGB", (WIDTH, height + height % 2), WHITE), 0
         for part in parts:
             canvas.paste(part, (0, top))
             top += part.height
         if moment.result is None:
-            self.past.append(resized(moment.frame if moment.view is None else moment.view, self.thumbnail))
+            seen = moment.frame if moment.view is None else moment.view
+            self.past.append(resized(seen, self.thumbnail_height))
         return canvas
 
     def _words(self, moment: Moment) -> Image.Image:
-        """Draw the title, what the colours of the strips mean, and the step in numbers, or the outcome."""
-        part, draw = self._part(self._size(64))
-        right, middle = self.width - self.margin, self._size(20)
-        if self.player.strips:
-            for text in (" most", VIRIDIS, f"{self.player.unit}: none "):
-                if isinstance(text, str):
-                    draw.text((right, middle), text, FAINT, self.small, anchor="rm")
-                    right -= round(draw.textlength(text, self.small))
-                else:
-                    right -= self._size(96)
-                    colours = Image.fromarray(text[None]).resize((self._size(96), self._size(10)))
-                    part.paste(colours, (right, middle - self._size(5)))
-        fits = self.margin + draw.textlength(self.title, self.font) <= right - self.gap
-        draw.text((self.margin, self._size(10)), self.title, INK, self.font if fits else self.small)
+        """Draw the title, and the step in numbers, or the outcome."""
+        part, draw = new_part(64)
+        draw.text((MARGIN, 10), self.title, INK, self.font)
         if moment.result is not None:
-            outcome = "over: " + ", ".join(describe(moment.result))
-            draw.text((self.margin, self._size(37)), outcome, MARK, self.small)
+            draw.text((MARGIN, 37), "over: " + ", ".join(describe(moment.result)), MARK, self.small)
             return part
-        numbers = [f"{n:.2f}" if isinstance(n, float) else str(n) for n in moment.action.tolist()[:MOST_ACTIONS]]
-        action = " ".join(numbers) + " …" * (len(moment.action) > MOST_ACTIONS)
-        fields = (f"step {moment.step}", f"action {action}", f"reward {moment.reward:.2f}", f"value {moment.value:.2f}")
+        action = "" if self.player.task.continuous else f"action {' '.join(map(str, moment.action))}"
+        fields = f"step {moment.step}", f"reward {moment.reward:.2f}", f"value {moment.value:.2f}", action
         for index, text in enumerate(fields):
-            draw.text((self.margin + index * self.room // len(fields), self._size(37)), text, INK, self.small)
+            draw.text((MARGIN + index * (WIDTH - 2 * MARGIN) // len(fields), 37), text, INK, self.small)
         return part
 
     def _views(self, moment: Moment) -> Image.Image:
         """Draw the global view and the agent's own."""
-        part, draw = self._part(self.views[0][1] + self._size(30))
-        left = (self.width - sum(width for width, _ in self.views) - (len(self.views) - 1) * self.gap) // 2
-        pictures = (moment.frame, moment.view), ("world", "agent's view")
-        for picture, name, (width, height) in zip(*pictures, self.views, strict=False):
-            part.paste(resized(picture, (width, height)), (left, 1))
-            draw.rectangle((left - 1, 0, left + width, height + 1), outline=FAINT)
-            draw.text((left + width // 2, height + self._size(4)), name, FAINT, self.small, anchor="ma")
-            left += width + self.gap
+        part, _ = new_part(self.height + 30)
+        views = {"world": moment.frame, "agent's view": moment.view}
+        pictures = {name: resized(view, self.height) for name, view in views.items() if view is not None}
+        left = (WIDTH + GAP - sum(picture.width + GAP for picture in pictures.values())) // 2
+        for name, picture in pictures.items():
+            self._frame(part, picture, left, name)
+            left += picture.width + GAP
         return part
 
-    def _numbers(self, entries: list[Entry]) -> Image.Image:
-        """Draw a cell for each entry: its name, its value and, under both, a bar from the middle or the lower end."""
-        row, width = round(self.sizes[1] * 1.25) + self._size(7), self.room // PANEL_COLUMNS - self.gap
-        part, draw = self._part(-(-len(entries) // PANEL_COLUMNS) * row + self._size(8))
-        for index, entry in enumerate(entries):
-            left, top = self.margin + index % PANEL_COLUMNS * (width + self.gap), index // PANEL_COLUMNS * row
-            name, kept = entry.name, len(entry.name)
-            while kept > 1 and draw.textlength(f"{name}  {entry.text}", self.small) > width:  # its middle gives way
-                kept -= 1
-                name = f"{entry.name[: (kept + 1) // 2]}…{entry.name[len(entry.name) - kept // 2 :]}"
-            draw.text((left, top), name, FAINT, self.small)
-            draw.text((left + width, top), entry.text, INK, self.small, anchor="ra")
-            if entry.bar is not None:
-                bottom, (low, high) = top + row - self._size(4), sorted(left + round(end * width) for end in entry.bar)
-                draw.rectangle((left, bottom - self._size(2), left + width, bottom), EMPTY)
-                draw.rectangle((low, bottom - self._size(2), high, bottom), BAR)
+    def _frame(self, part: Image.Image, picture: Image.Image, left: int, text: str, colour=FAINT) -> None:
+        """Draw a picture with a frame, and words below it."""
+        draw, (width, height) = ImageDraw.Draw(part), picture.size
+        part.paste(picture, (left, 2))
+        draw.rectangle((left - 2, 0, left + width + 1, height + 3), outline=colour, width=2)
+        draw.text((left + width // 2, height + 6), text, INK, self.small, anchor="ma")
+
+    def _numbers(self, numbers: dict[str, str]) -> Image.Image:
+        """Draw a cell for each number: its name, whose middle gives way, and its value."""
+        part, draw = new_part(-(-len(numbers) // PANEL_COLUMNS) * ROW_HEIGHT + 8)
+        width = (WIDTH - 2 * MARGIN) // PANEL_COLUMNS
+        for index, (name, text) in enumerate(numbers.items()):
+            left, top = MARGIN + index % PANEL_COLUMNS * width, index // PANEL_COLUMNS * ROW_HEIGHT
+            half = max(2, CELL_LENGTH - len(text)) // 2
+            short = name if len(name) <= 2 * half else f"{name[:half]}…{name[1 - half :]}"
+            draw.text((left, top), short, FAINT, self.small)
+            draw.text((left + width - GAP, top), text, INK, self.small, anchor="ra")
         return part
 
     def _strips(self, places: np.ndarray, weights: np.ndarray) -> Image.Image:
         """Draw the strips, in which a past step keeps its place while the present moves to the right, and an axis."""
-        past, step, height = self.last.past.mean(axis=1), self.last.step, self._size(18)
-        axis = self._size(4) + len(self.player.strips) * (height + self._size(4))
-        part, draw = self._part(axis + self._size(46))
+        past, step, row = self.last.past.mean(axis=1), self.last.step, STRIP_HEIGHT + 4
+        axis = ROW_HEIGHT + len(self.player.strips) * row
+        part, draw = new_part(axis + 46)
+        draw.text((LEFT, 8), f"{self.player.unit}: none", FAINT, self.small, anchor="lm")
+        part.paste(Image.fromarray(VIRIDIS[None]).resize((96, 10)), (LEFT + 112, 3))
+        draw.text((LEFT + 214, 8), "most", FAINT, self.small, anchor="lm")
         span = min(2 ** math.ceil(math.log2(max(SHORTEST_STRIP, step))), self.player.longest)
-        first, cell = max(0, step - span), (self.width - self.margin - self.left) / span
+        first, cell = max(0, step - span), (WIDTH - MARGIN - LEFT) / span
         for index, name in enumerate(self.player.strips):
-            top = self._size(4) + index * (height + self._size(4))
-            draw.text((self.margin, top + height // 2), name, INK, self.small, anchor="lm")
-            draw.rectangle((self.left, top, self.width - self.margin, top + height), EMPTY)
+            top = ROW_HEIGHT + index * row
+            draw.text((MARGIN, top + STRIP_HEIGHT // 2), name, INK, self.small, anchor="lm")
+            draw.rectangle((LEFT, top, WIDTH - MARGIN, top + STRIP_HEIGHT), EMPTY)
             if len(weights):
-                row = past[index, -span:]
-                colours = VIRIDIS[(row / max(row.max(), 1e-12) * 255).astype(int)]
-                strip = Image.fromarray(colours[None]).resize((round(len(row) * cell), height + 1), 0)
-                part.paste(strip, (self.left, top))
-        now, top, every = self.left + (step - first) * cell, axis + self._size(9), max(1, span // 8)
+                shares = past[index, -span:] / max(past[index, -span:].max(), 1e-12)
+                strip = Image.fromarray(VIRIDIS[(shares * 255).astype(int)][None])
+                part.paste(strip.resize((round(strip.width * cell), STRIP_HEIGHT + 1), 0), (LEFT, top))
+        now, top, every = LEFT + (step - first) * cell, axis + 9, max(1, span // 8)
         for tick in range(-(-first // every) * every, step, every):
-            if (left := self.left + (tick - first + 0.5) * cell) < now - self._size(30):
+            if (left := LEFT + (tick - first + 0.5) * cell) < now - 30:
                 draw.text((left, top), str(tick), FAINT, self.small, anchor="ma")
-        draw.text((min(now, self.width - self.margin), top), "now", INK, self.small, anchor="ra" if step else "la")
-        draw.text((self.margin, top), "past step", FAINT, self.small)
+        draw.text((min(now, WIDTH - MARGIN), top), "now", INK, self.small, anchor="ra" if step else "la")
+        draw.text((MARGIN, top), "past step", FAINT, self.small)
         for place in places.tolist():
-            tip, size = self.left + (step - len(weights) + place - first + 0.5) * cell, self._size(5)
-            corners = [(tip, axis), (tip - size, axis + 1.6 * size), (tip + size, axis + 1.6 * size)]
+            tip = LEFT + (step - len(weights) + place - first + 0.5) * cell
+            corners = [(tip, axis), (tip - 5, axis + 8), (tip + 5, axis + 8)]
             draw.polygon(corners, MARK if place == weights.argmax() else FAINT)
         return part
 
     def _thumbnails(self, places: np.ndarray, weights: np.ndarray) -> Image.Image:
         """Show the past steps with the largest weights, mean over the strips, in order of time; mark the largest."""
-        width, height = self.thumbnail
-        part, draw = self._part(height + self._size(28))
+        part, draw = new_part(self.thumbnail_height + 28)
         if not len(weights):
             text = "the first step: nothing to remember yet"
-            draw.text((self.width // 2, height // 2), text, FAINT, self.small, anchor="mm")
-        for number, place in enumerate(places.tolist()):
-            left, most = self.margin + number * (width + self.gap), place == weights.argmax()
-            part.paste(self.past[place - len(weights)], (left, 1))
-            outline, thickness = (MARK, self._size(3)) if most else (FAINT, 1)
-            draw.rectangle((left - 1, 0, left + width, height + 1), outline=outline, width=thickness)
+            draw.text((WIDTH // 2, part.height // 2), text, FAINT, self.small, anchor="mm")
+        left = MARGIN
+        for place in places.tolist():
             share = f"{weights[place]:.0%}" if self.player.unit == "attention" else f"{weights[place]:.2f}"
-            text = f"step {self.last.step - len(weights) + place}: {share}"
-            draw.text((left + width // 2, height + self._size(5)), text, INK, self.small, anchor="ma")
+            text, picture = f"step {self.last.step - len(weights) + place}: {share}", self.past[place - len(weights)]
+            self._frame(part, picture, left, text, MARK if place == weights.argmax() else FAINT)
+            left += picture.width + GAP
         return part
+
+
+def new_part(height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    """Return an empty part of a picture, and what draws on it."""
+    part = Image.new("RGB", (WIDTH, height), WHITE)
+    return part, ImageDraw.Draw(part)
+
+
+def fitting_height(pictures: list[np.ndarray], most: int) -> int:
+    """Return how high pictures (H, W, 3), side by side and equally high, may be, `most` at most."""
+    room = WIDTH - 2 * MARGIN - (len(pictures) - 1) * GAP
+    return max(1, min(most, int(room / sum(picture.shape[1] / picture.shape[0] for picture in pictures))))
+
+
+def resized(picture: np.ndarray, height: int) -> Image.Image:
+    """Return a picture (H, W, 3) in another height: enlarged pixels stay sharp squares."""
+    method = Image.Resampling.NEAREST if height >= picture.shape[0] else Image.Resampling.BOX
+    return Image.fromarray(picture).resize(
+        (max(1, round(height * picture.shape[1] / picture.shape[0])), height), method
+    )
 
 
 def describe(result: dict[str, float]) -> list[str]:
@@ -392,30 +363,18 @@ def describe_means(results: list[dict[str, float]]) -> list[str]:
     return words + ([f"{cut:,} of {len(results):,} episodes cut"] if cut else [])
 
 
-def resized(picture: np.ndarray, size: tuple[int, int]) -> Image.Image:
-    """Return a picture (H, W, 3) in another size (width, height): enlarged pixels stay sharp squares."""
-    method = Image.Resampling.NEAREST if size[1] >= picture.shape[0] else Image.Resampling.BOX
-    return Image.fromarray(picture).resize(size, method)
-
-
-def draw_episode(player: Player, seed: int, fps: int, width: int | None) -> Iterator[tuple[Image.Image | None, Moment]]:
-    """Play an episode; yield picture and moment of each step, the end for as long as it takes to read it.
+def draw_episode(player: Player, seed: int, fps: int) -> Iterator[tuple[Moment, list[Image.Image]]]:
+    """Play an episode; yield each moment with its pictures: one, at the end as many as it takes to read it.
 
     Args:
         player: who plays.
         seed: of the episode.
         fps: pictures per second.
-        width: of the pictures; None to have none.
     """
     painter, title = None, f"{task_name(player.config.environment)}, seed {seed}"
     for moment in player.play(seed):
-        if width is None:
-            yield None, moment
-            continue
-        painter = painter or Painter(player, title, moment, width)
-        picture = painter.draw(moment)
-        for _ in range(1 if moment.result is None else math.ceil(HOLD_SECONDS * fps)):
-            yield picture, moment
+        painter = painter or Painter(player, title, moment)
+        yield moment, [painter.draw(moment)] * (1 if moment.result is None else math.ceil(HOLD_SECONDS * fps))
 
 
 def episode_summary(model: ActorCriticModel, config: Config, task: Task, tag: str) -> Summary:
@@ -427,10 +386,11 @@ def episode_summary(model: ActorCriticModel, config: Config, task: Task, tag: st
     """
     player = Player(model, config, task, max_steps=SUMMARY_STEPS)
     try:
-        drawn = draw_episode(player, first_unseen_seed(config.environment), SUMMARY_FPS, SUMMARY_WIDTH)
-        pictures = [picture for picture, _ in drawn]
+        drawn = draw_episode(player, first_unseen_seed(config.environment), SUMMARY_FPS)
+        pictures = [picture for _, pictures in drawn for picture in pictures]
     finally:
         player.close()
-    (width, height), encoded = pictures[0].size, encode_gif(pictures, SUMMARY_FPS)
-    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=encoded)
+    height = SUMMARY_WIDTH * pictures[0].height // WIDTH
+    encoded = encode_gif((picture.resize((SUMMARY_WIDTH, height)) for picture in pictures), SUMMARY_FPS)
+    image = Summary.Image(height=height, width=SUMMARY_WIDTH, colorspace=3, encoded_image_string=encoded)
     return Summary(value=[Summary.Value(tag=tag, image=image)])

@@ -10,33 +10,31 @@ from utils import UserError
 
 def open_window(width: int, required: bool) -> "Window | None":
     """Return a window; where none can be opened, None or, if it is required, a UserError."""
-    if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-        if required:
-            raise UserError("--window: there is no display; write a video instead: --video=episode.mp4")
-        return None
-    import pygame
-
     try:
         return Window(width)
-    except pygame.error as error:
+    except UserError:
         if required:
-            raise UserError(f"--window: cannot be opened: {error}") from error
+            raise
         return None
 
 
 class Window:
-    """A window of the size of what it shows first. The environments draw off screen and do not touch it."""
+    """A window of the size of what it shows first; UserError where there is no screen for it."""
 
     def __init__(self, width: int) -> None:
+        if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+            raise UserError("--window: there is no display; write a video instead: --video=episode.mp4")
         import pygame
 
-        self.pygame = pygame
-        pygame.display.init()
-        pygame.display.set_caption("Esc closes, space pauses")
-        self.surface = pygame.display.set_mode((width, width))
+        self.pygame, self.clock, self.paused = pygame, pygame.time.Clock(), False
+        try:
+            pygame.display.init()
+            pygame.display.set_caption("Esc closes, space pauses")
+            self.surface = pygame.display.set_mode((width, width))
+        except pygame.error as error:
+            raise UserError(f"--window: cannot be opened: {error}") from error
         if "SDL_VIDEODRIVER" not in os.environ and pygame.display.get_driver() in ("dummy", "offscreen"):
-            raise pygame.error("there is no screen at DISPLAY or WAYLAND_DISPLAY")
-        self.clock, self.paused = pygame.time.Clock(), False
+            raise UserError("--window: there is no screen at DISPLAY or WAYLAND_DISPLAY")
 
     def show(self, picture: Image, fps: int) -> bool:
         """Show a picture for 1/fps seconds, or while paused; return False once somebody closed the window."""

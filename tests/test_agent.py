@@ -1,6 +1,8 @@
 """An agent in a loop of one's own does what evaluation does, whatever it sees and however it acts."""
 
+import itertools
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,43 +119,58 @@ def play(agent: Agent, env: gymnasium.Env, seed: int) -> tuple[float, int]:
     return total, length
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
-@pytest.mark.parametrize(("name", "core"), [*((name, "relative") for name in TASKS), ("numbers", "gru")])
-def test_a_loop_does_what_evaluation_does(tmp_path, seen, name, core, wrapped):
-    """Gymnasium's own loop, with the registered environment or with our wrapper: the same values and actions."""
-    model, config, task = make_model({"type": "Gymnasium", **TASKS[name]}, core)
-    (episode,) = play_episodes(model, config, task, [100_000], action_seed=7)
-    evaluated = seen[:]
-    seen.clear()
-    agent = Agent.load(write(tmp_path / "model.nn", model, config, task), seed=7, wrapped=wrapped)
-    env = create_env(agent.section) if wrapped else make_registered(agent.section)
-    total, length = play(agent, env, 100_000)
-    assert same(seen, evaluated, length) and length == episode["length"] > 4
-    assert total == pytest.approx(episode["reward"] * (agent.section.reward_scale if wrapped else 1))
-
-
 @pytest.mark.parametrize("name", TASKS)
-def test_a_vector_environment_does_what_evaluation_does(tmp_path, seen, name):
-    """Five environments at once: the same to the last bit, each beginning anew when its episode ends."""
+def test_a_loop_does_what_evaluation_does(tmp_path, seen, name):
+    """Gymnasium's own loop, with the registered environment or with our wrapper: the same values and actions."""
     model, config, task = make_model({"type": "Gymnasium", **TASKS[name]})
-    seeds = list(range(100_000, 100_005))
+    (episode,) = play_episodes(model, config, task, [100_000], action_seed=7)
+    evaluated, path = seen[:], write(tmp_path / "model.nn", model, config, task)
+    for wrapped in (False, True):
+        seen.clear()
+        agent = Agent.load(path, seed=7, wrapped=wrapped)
+        env = create_env(agent.section) if wrapped else make_registered(agent.section)
+        total, length = play(agent, env, 100_000)
+        assert same(seen, evaluated, length) and length == episode["length"] > 4
+        assert total == pytest.approx(episode["reward"] * (agent.section.reward_scale if wrapped else 1))
+
+
+class Planned(gymnasium.Wrapper):
+    """An environment whose episodes have seeds that are given."""
+
+    def __init__(self, env: gymnasium.Env, seeds: list[int]) -> None:
+        super().__init__(env)
+        self.seeds = itertools.cycle(seeds)
+
+    def reset(self, *, seed=None, options=None):
+        """Begin the next of the episodes."""
+        return self.env.reset(seed=next(self.seeds))
+
+
+@pytest.mark.parametrize(("name", "core"), [*((name, "relative") for name in TASKS), ("numbers", "gru")])
+def test_a_vector_environment_does_what_evaluation_does(tmp_path, monkeypatch, seen, name, core):
+    """Five environments, three episodes each, as anybody writes it: values and actions are the same to the last bit."""
+    monkeypatch.setattr("evaluation.agent.ENVIRONMENTS", 5)
+    model, config, task = make_model({"type": "Gymnasium", **TASKS[name]}, core)
+    seeds = list(range(100_000, 100_015))
     episodes = play_episodes(model, config, task, seeds, action_seed=7)
     evaluated = seen[:]
     seen.clear()
     agent = Agent.load(write(tmp_path / "model.nn", model, config, task), environments=5, seed=7)
-    envs = [lambda: make_registered(agent.section)] * 5
+    envs = [partial(Planned, make_registered(agent.section), seeds[index::5]) for index in range(5)]
     env = SyncVectorEnv(envs, autoreset_mode=AutoresetMode.SAME_STEP)
-    observation, info = env.reset(seed=seeds)
-    alive, lengths, reward = np.ones(5, bool), np.zeros(5, int), None
-    while alive.any():
+    (observation, info), reward = env.reset(), None
+    lengths: list[list[int]] = [[0] for _ in range(5)]
+    while min(map(len, lengths)) <= 3:
         actions = agent.act(observation, info.get("action_mask"), reward)
         observation, reward, terminated, truncated, info = env.step(actions)
-        agent.reset(terminated | truncated)
-        lengths += alive
-        alive &= ~(terminated | truncated)
-    assert lengths.tolist() == [episode["length"] for episode in episodes]
-    assert same(seen, evaluated, 2 * lengths.min())
-    assert (agent.step == 0).tolist() == (terminated | truncated).tolist()
+        agent.reset(ended := terminated | truncated)
+        for own, is_over in zip(lengths, ended, strict=True):
+            own[-1] += 1
+            if is_over:
+                own.append(0)
+    steps = max(sum(own[:3]) for own in lengths)
+    assert [own[:3] for own in lengths] == [[e["length"] for e in episodes[index::5]] for index in range(5)]
+    assert len(seen) == 2 * steps and same(seen, evaluated, 2 * steps)
 
 
 @pytest.mark.parametrize("core", ("relative", "gru", "lstm", "none"))
@@ -179,7 +196,7 @@ def test_what_the_last_step_was_like(core):
         else:
             assert one.attention is None and one.change is None
     three.reset([1])
-    assert three.step.tolist() == [7, 0, 7]
+    assert three.arrays.steps.tolist() == [7, 0, 7]
 
 
 def test_what_is_wrong_is_one_line_and_changes_nothing(tmp_path):

@@ -121,16 +121,6 @@ def test_a_graph_that_acts_otherwise_is_not_written(written, small, change):
         written(graph)
 
 
-@pytest.mark.parametrize("content", [b"", b"foreign", None])
-def test_what_is_no_model_is_one_line(written, small, tmp_path, content):
-    """Files that are empty, foreign or damaged, each by its name."""
-    path = tmp_path / "wrong.nn"
-    data = small[0].read_bytes()
-    path.write_bytes(data[:-100] + bytes(100) if content is None else content)
-    with pytest.raises(UserError, match="wrong.nn"):
-        written(model=path)
-
-
 def test_missing_packages_are_one_line(written, monkeypatch):
     """It names the command that installs them."""
     monkeypatch.setitem(sys.modules, "onnx", None)

@@ -9,9 +9,9 @@ config has changed, or that is to be longer, is done anew. Of each run <output>.
 
 Options:
     --seeds=<n>         Runs of each task and memory, with the seeds 1 to n; 0 draws only [default: 3].
-    --tasks=<names>     Only these, with commas between; see TASKS in tools/compare.py.
+    --tasks=<names>     Only these, or whose names contain one of these, with commas between; see TASKS.
     --memories=<names>  Only these: trxl, segments, gtrxl, gru, lstm, none.
-    --updates=<n>       Updates of each run; by default the config's, of the mazes 3 M steps.
+    --updates=<n>       Updates of each run, schedules in proportion; by default the config's, of the mazes 3 M steps.
     --parallel=<n>      Runs at a time, a core each; by default one per core.
     --output=<file>     [default: docs/results/memories].
     -h --help           Show this.
@@ -20,25 +20,16 @@ Example: python -m tools.compare --tasks=poc_memory_env,minigrid --seeds=1
 """
 
 import io
-import json
 import statistics
-import sys
-import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import torch
-import yaml
-from pydantic import Field
 
 from run.checkpoint import load_model, write_file
-from run.cli import Arguments, Count, Processes, arguments_of, command_line, to_file
+from run.cli import arguments_of, command_line
 from run.config import load_config
-from tools.runs import Failed, Job, Rows, carry_out, evaluate, scalars
-from utils import UserError
+from tools.runs import Failed, Given, Row, Trial, chosen, digest, fill, make_trial, scalars
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 POPGYM = ("RepeatPreviousEasy", "RepeatPreviousMedium", "RepeatPreviousHard", "AutoencodeEasy", "CountRecallEasy",
@@ -57,127 +48,55 @@ COLUMNS = ("task", "length", "memory", "seed", "steps", "success", "reward", "op
 MEDIANS = ("steps", "steps_per_second", "parameters", "memory_bytes")
 HEADINGS = ("task", "memory", "success or reward", "of single runs", "steps", "steps/s", "parameters",
             "bytes of memory per environment")  # fmt: skip
-EPISODES, PARTS = 100, 20  # of an evaluation; of a curve
+PARTS = 20  # of a curve
 
 
-class Given(Arguments):
+class Arguments(Given):
     """What the docstrings of this module and of the ladder say."""
 
-    seeds: Annotated[int, Field(ge=0, le=1000)]
-    tasks: str | None
     memories: str | None
-    updates: Count | None
-    parallel: Processes | None
-    output: Annotated[Path, to_file("")]
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One training.
-
-    Attributes:
-        task: its name.
-        length: of what has to be remembered, empty where there is only one.
-        memory: of `MEMORIES`.
-        seed: of the run.
-        config: its file.
-        changes: what is changed in it, key=value.
-    """
-
-    task: str
-    length: str
-    memory: str
-    seed: int
-    config: Path
-    changes: tuple[str, ...] = ()
-
-    def setting(self) -> str:
-        """Return a digest of all that the run depends on but its seed: later keys leave a setting what it is."""
-        values = json.dumps([yaml.safe_load(self.config.read_text(encoding="utf-8")), self.changes], sort_keys=True)
-        return f"{zlib.crc32(values.encode()):08x}"
-
-    def job(self) -> Job:
-        """Return what is to be trained."""
-        steps = (config := load_config(self.config, self.changes)).updates * config.samples
-        name = "-".join(filter(None, (self.task, self.length, self.memory, str(self.seed), self.setting())))
-        changes = (f"--set={change}" for change in self.changes)
-        return Job(name, (f"--config={self.config}", f"--seed={self.seed}", *changes), steps)
 
 
 def main() -> None:
     """Parse the command line, carry out the runs that are missing, and draw."""
-    arguments = arguments_of(__doc__, Given)
+    arguments = arguments_of(__doc__, Arguments)
     trials = []
     for task in chosen(arguments.tasks, TASKS, "--tasks"):
         name, changes = TASKS[task]
         files = {memory: CONFIGS / f"{name}_{memory}.yaml" for memory in MEMORIES}
         plain = "gtrxl" if load_config(CONFIGS / f"{name}.yaml").transformer.gtrxl else "trxl"
         files[plain] = CONFIGS / f"{name}.yaml"
-        trials += [
-            Trial(task, "", memory, seed, files[memory], changes)
-            for seed in range(1, arguments.seeds + 1)
-            for memory in chosen(arguments.memories, MEMORIES, "--memories")
-            if files[memory].exists()
-        ]
-    done_all(trials, arguments, draw)
+        for seed in range(1, arguments.seeds + 1):
+            for memory in chosen(arguments.memories, MEMORIES, "--memories"):
+                if (path := files[memory]).exists():
+                    key = task, "", memory, str(seed)
+                    trials.append(make_trial(key, digest(path, changes), path, changes, arguments.updates))
+    fill(trials, COLUMNS, measure, draw, arguments)
 
 
-def chosen(text: str | None, known: Sequence[str] | dict, flag: str) -> list[str]:
-    """Return the names in a text with commas, all where there is none; UserError where one is not known."""
-    names = list(known) if text is None else text.split(",")
-    for name in names:
-        if name not in known:
-            raise UserError(f"{flag}: {name!r} is not known; there are {', '.join(known)}")
-    return names
-
-
-def done_all(trials: list[Trial], arguments: Given, show: Callable[[list[dict[str, str]], Path], None]) -> None:
-    """Carry out the trials that are missing from the table, and draw; exit code 1 where one came to nothing.
-
-    Args:
-        trials: all that are wanted.
-        arguments: of the command line.
-        show: draws rows into files whose names begin with a path.
-    """
-    output = arguments.output
-    rows = Rows(output.with_name(f"{output.name}.csv"), COLUMNS, keys=4)
-    missing: dict[Job, Trial] = {}
-    for trial in trials:
-        if arguments.updates:
-            trial = replace(trial, changes=(*trial.changes, f"updates={arguments.updates}"))
-        row = rows.rows.get((trial.task, trial.length, trial.memory, str(trial.seed)))
-        if row is None or row["setting"] != trial.setting():
-            missing[trial.job()] = trial
-
-    done = carry_out(list(missing), lambda job, core: rows.add(row_of(missing[job], job, core)), arguments.parallel)
-    show(list(rows.rows.values()), output)
-    sys.exit(0 if done else 1)
-
-
-def row_of(trial: Trial, job: Job, core: int) -> dict:
-    """Return the row of a run that has been trained, after it has played unseen episodes, the same in all runs."""
-    found = evaluate(job, core, f"--seeds={EPISODES}", "--repetitions=1")
+def measure(trial: Trial, found: Row) -> dict:
+    """Return what the table says of a run that has been trained and, as `found` says, evaluated."""
     numbers = {name: found.get(f"{name}_mean", "") for name in ("success", "reward", "optimum")}
-    speed = scalars(job.run_id, "performance/update_steps_per_second")
-    learned = dict(sorted(scalars(job.run_id, f"episode/{'success' if numbers['success'] else 'reward'}_mean").items()))
+    speed = scalars(trial.run_id, "performance/update_steps_per_second")
+    kind = "success" if numbers["success"] else "reward"
+    learned = dict(sorted(scalars(trial.run_id, f"episode/{kind}_mean").items()))
     if not learned:
         raise Failed("no episode has ended")
-    curve = np.interp(np.arange(1, PARTS + 1) * job.steps / PARTS, [*learned], [*learned.values()])
-    model, config, *_ = load_model(Path("models", f"{job.run_id}.nn"), torch.device("cpu"))
+    curve = np.interp(np.arange(1, PARTS + 1) * trial.steps / PARTS, [*learned], [*learned.values()])
+    model, config, *_ = load_model(Path("models", f"{trial.run_id}.nn"), torch.device("cpu"))
     held = config.transformer
     entries = held.memory_length * held.num_blocks * held.embed_dim if held else int(model.core.state_size)  # type: ignore
-    return asdict(trial) | numbers | {
+    return numbers | {
         "steps": max(speed),
         "seconds": round(sum(min(speed) / value for value in speed.values())),
         "steps_per_second": round(statistics.median(speed.values())),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "memory_bytes": 4 * entries,
-        "setting": trial.setting(),
         "curve": " ".join(f"{value:.3f}" for value in curve),
-    }  # fmt: skip
+    }
 
 
-def draw(rows: list[dict[str, str]], output: Path) -> None:
+def draw(rows: list[Row], output: Path) -> None:
     """Write the table, and a figure of learning curves for each task: means over runs, and bands of all runs."""
     lines = [f"| {' | '.join(HEADINGS)} |", "|---" * len(HEADINGS) + "|"]
     for task, of_task in grouped(rows, "task").items():
@@ -196,9 +115,9 @@ def draw(rows: list[dict[str, str]], output: Path) -> None:
     write_file(output.with_name(f"{output.name}.md"), ("\n".join(lines) + "\n").encode())
 
 
-def grouped(rows: list[dict[str, str]], column: str) -> dict[str, list[dict[str, str]]]:
+def grouped(rows: list[Row], column: str) -> dict[str, list[Row]]:
     """Return rows by what they have in a column, memories in the order of `MEMORIES`."""
-    groups: dict[str, list[dict[str, str]]] = {}
+    groups: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: list(MEMORIES).index(row["memory"])):
         groups.setdefault(row[column], []).append(row)
     return groups

@@ -11,7 +11,7 @@ Options:
     --tasks=<names>     Only these, with commas between: tmaze, key_to_door.
     --lengths=<n>       Only these, with commas between.
     --memories=<names>  Only these: trxl, segments, gru, lstm, none.
-    --updates=<n>       Updates of each run; by default the config's.
+    --updates=<n>       Updates of each run, schedules in proportion; by default the config's.
     --parallel=<n>      Runs at a time, a core each; by default one per core.
     --output=<file>     [default: docs/results/ladder].
     -h --help           Show this.
@@ -25,7 +25,9 @@ import numpy as np
 
 from run.cli import arguments_of, command_line
 from run.config import load_config
-from tools.compare import CONFIGS, MEMORIES, Given, Trial, chosen, done_all, grouped, new_figure, save
+from tools import compare
+from tools.compare import COLUMNS, CONFIGS, MEMORIES, grouped, measure, new_figure, save
+from tools.runs import Row, Trial, chosen, digest, fill, make_trial
 
 # Task → what its length is called, how much longer an episode is at most, the lengths.
 LADDERS = {
@@ -35,7 +37,7 @@ LADDERS = {
 RUNGS = ("trxl", "segments", "gru", "lstm", "none")
 
 
-class Arguments(Given):
+class Arguments(compare.Arguments):
     """What the docstring says."""
 
     lengths: str | None
@@ -45,16 +47,15 @@ def main() -> None:
     """Parse the command line, carry out the runs that are missing, shortest first, and draw."""
     arguments = arguments_of(__doc__, Arguments)
     trials = []
-    memories = chosen(arguments.memories, RUNGS, "--memories")
     for task in chosen(arguments.tasks, LADDERS, "--tasks"):
-        lengths = [str(length) for length in LADDERS[task][2]]
-        for length in chosen(arguments.lengths, lengths, "--lengths"):
+        for length in map(int, chosen(arguments.lengths, map(str, LADDERS[task][2]), "--lengths")):
             for seed in range(1, arguments.seeds + 1):
-                trials += [trial(task, int(length), memory, seed) for memory in memories]
-    done_all(sorted(trials, key=lambda trial: int(trial.length)), arguments, draw)
+                for memory in chosen(arguments.memories, RUNGS, "--memories"):
+                    trials.append(trial(task, length, memory, seed, arguments.updates))
+    fill(sorted(trials, key=lambda trial: int(trial.key[1])), COLUMNS, measure, draw, arguments)
 
 
-def trial(task: str, length: int, memory: str, seed: int) -> Trial:
+def trial(task: str, length: int, memory: str, seed: int, updates: int | None = None) -> Trial:
     """Return a training of the ladder: memory holds a whole episode, recurrent cells are as wide as the transformer."""
     key, more, _ = LADDERS[task]
     path = CONFIGS / f"{task}.yaml"
@@ -69,10 +70,10 @@ def trial(task: str, length: int, memory: str, seed: int) -> Trial:
         changes += ["transformer=null", f"recurrence={cell}"]
     if memory in ("segments", "gru", "lstm"):  # gradients through the whole rollout
         changes.append(f"segment_length={config.worker_steps}")
-    return Trial(task, str(length), memory, seed, path, tuple(changes))
+    return make_trial((task, str(length), memory, str(seed)), digest(path, changes), path, changes, updates)
 
 
-def draw(rows: list[dict[str, str]], output: Path) -> None:
+def draw(rows: list[Row], output: Path) -> None:
     """Write a panel for each task: success against length, a line of means and the single runs of each memory."""
     panels, by_task = new_figure(len(LADDERS)), grouped(rows, "task")
     for axes, task in zip(panels, LADDERS, strict=True):

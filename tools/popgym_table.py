@@ -20,22 +20,14 @@ Options:
 Example: python -m tools.popgym_table --seeds=1 --tasks=Easy
 """
 
-import importlib.util
-import json
-import sys
-import zlib
+from functools import partial
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
-import yaml
-from pydantic import Field
 
 from run.checkpoint import write_file
-from run.cli import Arguments, Count, arguments_of, command_line, cores, to_file
-from run.config import Config, Schedule, load_config
-from tools.runs import Failed, Job, Rows, carry_out, evaluate, read_rows, scalars
-from utils import UserError
+from run.cli import arguments_of, command_line
+from tools.runs import EPISODES, Failed, Given, Row, Trial, chosen, digest, fill, make_trial, read_rows, scalars
 
 PUBLISHED = Path(__file__).resolve().parent.parent / "docs" / "published" / "popgym.csv"
 COLUMNS = (
@@ -44,97 +36,32 @@ COLUMNS = (
 # What is set beside published figures, and by what of it a task is counted.
 FIGURES = {"mmer_65536": "mean over 65,536 steps", "reward_mean": "final evaluation", "mmer": "MMER"}
 COUNTED, TOLERANCE = ("mmer_65536", "reward_mean"), 0.005
-# Episodes that a mean return is taken over at least, as in POPGym.
-EPISODES = 100
 # Steps of one of POPGym's updates: the best of many short means is larger than the best of few long ones.
 PUBLISHED_UPDATE = 65_536
 
 
-class Given(Arguments):
+class Arguments(Given):
     """What the docstring says."""
 
-    seeds: Annotated[int, Field(ge=0, le=1000)]
-    tasks: str | None
-    parallel: Annotated[int, Field(ge=1, le=cores())] | None
     config: Path
-    updates: Count | None
-    output: Annotated[Path, to_file("")]
 
 
 def main() -> None:
     """Parse the command line, carry out the runs that are missing, and write the table."""
-    arguments = arguments_of(__doc__, Given)
-    seeds, path, output = arguments.seeds, arguments.config, arguments.output
-    config = load_config(str(path))
-    if config.environment.type != "Gymnasium":
-        raise UserError(f"--config: {path}: environment.type is {config.environment.type}, should be Gymnasium")
-    updates = arguments.updates or config.updates
+    arguments = arguments_of(__doc__, Arguments)
     published = {row["task"]: row for row in read_rows(PUBLISHED)}
-    tasks = chosen_tasks(arguments.tasks or "", list(published))
-    if seeds and importlib.util.find_spec("popgym") is None:
-        raise UserError("POPGym is not installed: pip install popgym")
-    # What the file says, in whatever order: keys of later versions leave a setting what it is.
-    values = json.dumps(yaml.safe_load(path.read_text(encoding="utf-8")), sort_keys=True)
-    setting = f"{path.stem}-{zlib.crc32(values.encode()):08x}"
-    rows = Rows(output.with_name(output.name + ".csv"), COLUMNS, keys=2)
-    start = [f"--config={path}", *changes_of_length(config, updates)]
-    steps = updates * config.n_workers * config.worker_steps
-    jobs: dict[Job, tuple[str, int]] = {}
-    for task, seed in ((task, seed) for seed in range(1, seeds + 1) for task in tasks):
-        row = rows.rows.get((task, str(seed)))
-        if row is None or row["setting"] != setting or int(row["steps"]) < steps:
-            options = (*start, f"--seed={seed}", f"--set=environment.name=popgym:popgym-{task}-v0")
-            jobs[Job(f"{setting}-{task}-{seed}-{updates}", options, steps)] = (task, seed)
-
-    def finish(job: Job, core: int) -> None:
-        """Put a run into the table."""
-        task, seed = jobs[job]
-        found = evaluate(job, core, f"--seeds={EPISODES}", "--repetitions=1")
-        rewards = {name: f"{float(found[name]):.4f}" for name in COLUMNS if name.startswith("reward_")}
-        rows.add({"task": task, "seed": seed, "setting": setting} | training_figures(job.run_id) | rewards)
-        write_table()
-
-    def write_table() -> None:
-        """Write what the rows come to."""
-        text = "\n".join(lines(list(rows.rows.values()), published)) + "\n"
-        write_file(output.with_name(output.name + ".md"), text.encode())
-
-    done = carry_out(list(jobs), finish, arguments.parallel)
-    write_table()
-    sys.exit(0 if done else 1)
+    config, setting, trials = arguments.config, f"{arguments.config.stem}-{digest(arguments.config)}", []
+    for seed in range(1, arguments.seeds + 1):
+        for task in chosen(arguments.tasks, published, "--tasks"):
+            changes = [f"environment.name=popgym:popgym-{task}-v0"]
+            trials.append(make_trial((task, str(seed)), setting, config, changes, arguments.updates))
+    fill(trials, COLUMNS, measure, partial(write_table, published), arguments)
 
 
-def chosen_tasks(text: str, known: list[str]) -> list[str]:
-    """Return the tasks that are named, in whole or in part, in a text with commas, all if it is empty.
-
-    Raises:
-        UserError: if one of the names fits none.
-    """
-    chosen = set()
-    for name in text.split(",") if text else known:
-        fitting = {name} if name in known else {task for task in known if name and name in task}
-        if not fitting:
-            raise UserError(f"--tasks: no task's name contains {name!r}; there are {', '.join(known)}")
-        chosen |= fitting
-    return [task for task in known if task in chosen]
-
-
-def changes_of_length(config: Config, updates: int) -> list[str]:
-    """Return the options with which a run has so many updates and schedules in proportion, none where it has anyway."""
-    if updates == config.updates:
-        return []
-    lengths = {
-        f"{name}.max_decay_steps": max(1, round(schedule.max_decay_steps * updates / config.updates))
-        for name, schedule in config
-        if isinstance(schedule, Schedule)
-    }
-    return [f"--set={name}={value}" for name, value in {"updates": updates, **lengths}.items()]
-
-
-def training_figures(run_id: str) -> dict[str, float]:
-    """Return steps, seconds and the best mean episodic return of a run, read from its summaries."""
+def measure(trial: Trial, found: Row) -> dict:
+    """Return steps, seconds, the best mean episodic return of a run by its summaries, and what it was evaluated at."""
     speed, rewards, lengths = (
-        scalars(run_id, tag)
+        scalars(trial.run_id, tag)
         for tag in ("performance/update_steps_per_second", "episode/reward_mean", "episode/length_mean")
     )
     means = np.array([rewards[step] for step in sorted(rewards) if step >= EPISODES * lengths[step]])
@@ -143,12 +70,17 @@ def training_figures(run_id: str) -> dict[str, float]:
     size = min(speed)  # steps of an update
     width = min(max(1, PUBLISHED_UPDATE // size), len(means))
     wide = np.convolve(means, np.full(width, 1 / width), mode="valid")
-    seconds = sum(size / value for value in speed.values())
-    best = {"mmer": round(float(means.max()), 4), "mmer_65536": round(float(wide.max()), 4)}
-    return {"steps": max(speed), "seconds": round(seconds)} | best
+    best = {"mmer": f"{means.max():.4f}", "mmer_65536": f"{wide.max():.4f}"}
+    evaluated = {name: f"{float(found[name]):.4f}" for name in ("reward_mean", "reward_low", "reward_high")}
+    return {"steps": max(speed), "seconds": round(sum(size / value for value in speed.values()))} | best | evaluated
 
 
-def lines(rows: list[dict[str, str]], published: dict[str, dict[str, str]]) -> list[str]:
+def write_table(published: dict[str, Row], rows: list[Row], output: Path) -> None:
+    """Write what the rows come to."""
+    write_file(output.with_name(f"{output.name}.md"), ("\n".join(lines(rows, published)) + "\n").encode())
+
+
+def lines(rows: list[Row], published: dict[str, Row]) -> list[str]:
     """Return the lines of the Markdown table, one for each task and setting, and how many tasks come to the best.
 
     Args:
@@ -179,12 +111,12 @@ def lines(rows: list[dict[str, str]], published: dict[str, dict[str, str]]) -> l
     ]
 
 
-def mean_of(rows: list[dict[str, str]], name: str) -> float:
+def mean_of(rows: list[Row], name: str) -> float:
     """Return the mean over runs."""
     return float(np.mean([float(row[name]) for row in rows]))
 
 
-def mean_and_deviation(rows: list[dict[str, str]], name: str) -> str:
+def mean_and_deviation(rows: list[Row], name: str) -> str:
     """Return mean and standard deviation over runs, as text."""
     deviation = f" ± {np.std([float(row[name]) for row in rows], ddof=1):.3f}" if len(rows) > 1 else ""
     return f"{mean_of(rows, name):.3f}{deviation}"
