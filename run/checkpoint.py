@@ -4,7 +4,6 @@ import io
 import os
 import platform
 import subprocess
-import warnings
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from run.config import Config, check_config
 from utils import UserError, reason_of
 
 FORMAT, FORMAT_VERSION = "ppo-transformer-xl", 2
-FIRST_VERSION = 1  # without a digest at the end; its models are read all the same
 # How many checkpoints of a run are kept.
 KEPT = 2
 DIGEST_SIZE = 16
@@ -73,20 +71,17 @@ def fingerprint(weights: dict[str, Tensor]) -> str:
 
 def decode(kind: str, data: bytes) -> dict:
     """Return what `encode` was given, executing nothing of it; ValueError where the bytes are not of this kind."""
+    if xxhash.xxh3_128_digest(data[:-DIGEST_SIZE]) != data[-DIGEST_SIZE:]:
+        raise ValueError("is damaged or was not written by this program")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what PyTorch warns of is refused below
-            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # what others have written can fail in any way
-        raise ValueError(f"is damaged or was not written by this program ({reason_of(error)})") from error
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # whoever made it by hand may have made it fail in any way
+        raise ValueError(f"holds more than data ({reason_of(error)})") from error
     marks = [content.get(key) if isinstance(content, dict) else None for key in ("format", "kind", "version")]
-    if repr(marks[:2]) != repr([FORMAT, kind]):  # as text: tensors are not simply equal or not
+    if marks[:2] != [FORMAT, kind]:
         raise ValueError(f"is no {kind} of this program")
-    version = repr(marks[2])
-    if version != repr(FIRST_VERSION) and xxhash.xxh3_128_digest(data[:-DIGEST_SIZE]) != data[-DIGEST_SIZE:]:
-        raise ValueError("is damaged, its contents do not match their digest")
-    if version not in (repr(FIRST_VERSION), repr(FORMAT_VERSION)):
-        raise ValueError(f"has format version {version[:20]}, this program reads up to {FORMAT_VERSION}")
+    if marks[2] != FORMAT_VERSION:
+        raise ValueError(f"has format version {marks[2]}, this program reads {FORMAT_VERSION}")
     return content
 
 
@@ -123,27 +118,22 @@ def load_model(path: Path, device: torch.device) -> tuple[ActorCriticModel, Conf
         UserError: with one line that says what is wrong with the file.
     """
     content = load(path, "model")
+    config = check_config(content.get("config"), str(path))
     try:
-        config = check_config(content["config"], str(path))
-        lists = {key: tuple(value) for key, value in content["task"].items() if isinstance(value, list)}
-        task = Task(**content["task"] | lists)  # the first version wrote tuples as lists
+        task = Task(**content["task"])
         model = ActorCriticModel(config, task)
         model.load_state_dict(content["weights"])
         return model.to(device), config, task, dict(content["run"])
-    except UserError as error:
-        raise UserError(str(error).splitlines()[0]) from error  # a file is wrong or right
-    except Exception as error:  # the file is ours by its marks, but holds something else
+    except Exception as error:  # the file is ours by its marks, but of another version, or made by hand
         raise UserError(f"{path}: does not hold a model ({reason_of(error)})") from error
 
 
 def load_weights(path: Path, model: ActorCriticModel) -> None:
     """Give a new run's model the weights of another; UserError where that has others."""
-    own, given = model.state_dict(), load_model(path, torch.device("cpu"))[0].state_dict()
-    for name in dict.fromkeys([*own, *given]):
-        here, there = (tuple(weights[name].shape) if name in weights else "not there" for weights in (own, given))
-        if here != there:
-            raise UserError(f"--init-from: {path}: {name} is {there}, this config has it {here}")
-    model.load_state_dict(given)
+    try:
+        model.load_state_dict(load_model(path, torch.device("cpu"))[0].state_dict())
+    except RuntimeError as error:  # its first line names the class alone
+        raise UserError(f"--init-from: {path}: {str(error).splitlines()[1].strip()}") from error
 
 
 # -------------------------------------------------------------------------------------------------------- checkpoints
@@ -193,10 +183,10 @@ def package_versions() -> dict[str, str]:
 def provenance(device: torch.device) -> dict[str, str]:
     """Return the git commit, the versions of what matters to the numbers, and the device."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return package_versions() | {"device": f"{device.type} ({name})", "commit": _git_commit()}
+    return package_versions() | {"device": f"{device.type} ({name})", "commit": git_commit()}
 
 
-def _git_commit() -> str:
+def git_commit() -> str:
     """Return the checkout's commit, marked where files were changed since; "unknown" outside of one."""
     command = ["git", "-C", str(Path(__file__).parents[1]), "describe"]
     command += ["--always", "--dirty", "--abbrev=40", "--exclude=*"]
