@@ -37,15 +37,15 @@ def write_file(path: Path, data: bytes | memoryview) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def encode(kind: str, content: dict) -> bytes:
-    """Return nested dicts, lists, tensors, numbers and text as the bytes of a file, at whose end is their digest.
+def marks(kind: str) -> dict[str, Any]:
+    """Return what tells a "model" or a "checkpoint" of ours from other files."""
+    return {"format": FORMAT, "version": FORMAT_VERSION, "kind": kind}
 
-    Args:
-        kind: "model" or "checkpoint".
-        content: what `decode` will return.
-    """
+
+def encode(kind: str, content: dict) -> bytes:
+    """Return nested dicts, lists, tensors, numbers and text as the bytes of a file, at whose end is their digest."""
     stream = io.BytesIO()
-    torch.save({"format": FORMAT, "version": FORMAT_VERSION, "kind": kind} | compact(content), stream)
+    torch.save(marks(kind) | compact(content), stream)
     return stream.getvalue() + xxhash.xxh3_128_digest(stream.getbuffer())
 
 
@@ -69,30 +69,21 @@ def fingerprint(weights: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def decode(kind: str, data: bytes) -> dict:
-    """Return what `encode` was given, executing nothing of it; ValueError where the bytes are not of this kind."""
+def load(path: Path, kind: str) -> dict:
+    """Return what `encode` was given, executing nothing of it; UserError says in one line what is wrong with a file."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     if xxhash.xxh3_128_digest(data[:-DIGEST_SIZE]) != data[-DIGEST_SIZE:]:
-        raise ValueError("is damaged or was not written by this program")
+        raise UserError(f"{path}: is damaged or was not written by this program")
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # whoever made it by hand may have made it fail in any way
-        raise ValueError(f"holds more than data ({reason_of(error)})") from error
-    marks = [content.get(key) if isinstance(content, dict) else None for key in ("format", "kind", "version")]
-    if marks[:2] != [FORMAT, kind]:
-        raise ValueError(f"is no {kind} of this program")
-    if marks[2] != FORMAT_VERSION:
-        raise ValueError(f"has format version {marks[2]}, this program reads {FORMAT_VERSION}")
+        raise UserError(f"{path}: holds more than data ({reason_of(error)})") from error
+    if not isinstance(content, dict) or not marks(kind).items() <= content.items():
+        raise UserError(f"{path}: is no {kind} of format version {FORMAT_VERSION}")
     return content
-
-
-def load(path: Path, kind: str) -> dict:
-    """Read a model or a checkpoint; UserError, in one line, says what is wrong with the file."""
-    try:
-        return decode(kind, path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
 
 
 # ------------------------------------------------------------------------------------------------------------- models

@@ -133,8 +133,6 @@ class Config(ModelConfig):
             yield schedule is not None and max(schedule.initial, schedule.final) > 1, f"{name}: should be at most 1"
         count, length, minibatches = self.samples, self.segment_length, self.n_mini_batch
         yield count % minibatches > 0, f"n_mini_batch: {minibatches} should divide n_workers·worker_steps, {count}"
-        alone = count == minibatches and self.normalize_advantages
-        yield alone, f"n_mini_batch: {minibatches} leaves one sample, whose advantage cannot be normalised"
         size = count // minibatches
         yield (
             self.worker_steps % length + size % length > 0,
@@ -157,17 +155,11 @@ class Loader(yaml.SafeLoader):
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read and check a YAML config.
+    """Read and check a YAML config; UserError names all that is wrong with it, a line each.
 
     Args:
         path: the file.
         overrides: changes to what the file says, such as "transformer.num_blocks=2"; the value is YAML.
-
-    Returns:
-        The config with every default filled in.
-
-    Raises:
-        UserError: naming all that is wrong with it, a line each.
     """
     try:
         given = _parse(Path(path).read_text(encoding="utf-8"), str(path))
@@ -179,17 +171,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def check_config(given: object, source: str) -> Config:
-    """Check a config against what is declared and the rules between its keys.
+    """Return a config with every default filled in; UserError names all that is wrong with it, a line each.
 
     Args:
         given: what was read.
         source: where it came from, for the messages.
-
-    Returns:
-        The config, numbers as numbers and every default filled in.
-
-    Raises:
-        UserError: naming all that is wrong with it, a line each.
     """
     try:
         config = Config.model_validate(given)

@@ -113,12 +113,6 @@ def together(arguments: Computing) -> Iterator[tuple[Ranks, torch.device]]:
     """Join the processes that were started together, and leave when all do: torchrun ends all once one has failed.
 
     A UserError, or an exit, has to be that of all ranks: see `Ranks.agree_on`.
-
-    Args:
-        arguments: of the command line, for the device.
-
-    Yields:
-        The ranks, and the device to compute on.
     """
     ranks, device = describe(arguments)
     if ranks.size == 1:
@@ -137,8 +131,7 @@ def together(arguments: Computing) -> Iterator[tuple[Ranks, torch.device]]:
     except RuntimeError as error:
         if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
             raise
-        lost = f"rank {ranks.rank}: another rank of the run is gone{ranks.how_to_go_on}"
-        print(lost, file=sys.stderr, flush=True)
+        print(f"rank {ranks.rank}: another rank of the run is gone{ranks.how_to_go_on}", file=sys.stderr, flush=True)
         leaving = SystemExit(1)
     torch.distributed.destroy_process_group()  # otherwise its threads may abort the process at its end
     if leaving is not None:
@@ -166,12 +159,7 @@ def describe(arguments: Computing) -> tuple[Ranks, torch.device]:
 
 
 def check_alike(ranks: Ranks, arguments: dict) -> None:
-    """Raise UserError on all ranks where one has another flag, package, commit or backend than rank 0.
-
-    Args:
-        ranks: all of them.
-        arguments: of the command line.
-    """
+    """Raise UserError on all ranks where one has another flag, package, commit or backend than rank 0."""
     own = {name: value for name, value in arguments.items() if name not in OWN_FLAGS} | package_versions()
     first, *others = ranks.gather(own | {"backend": ranks.backend, "commit": git_commit()})
     for rank, other in enumerate(others, start=1):

@@ -27,12 +27,7 @@ class Evaluations:
         self.wanted: set[str] = set()  # of the one that waits
 
     def offer(self, model: bytes, wanted: set[str]) -> None:
-        """Have a model played as soon as none other is; OSError where it cannot be written for that.
-
-        Args:
-            model: of `model_file`.
-            wanted: some of eval and video.
-        """
+        """Have a `model_file` played for eval, video or both, as soon as none other is."""
         write_file(self.waiting, model)
         self.wanted |= wanted
 

@@ -17,15 +17,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from environments.contract import Task
-from run.checkpoint import (
-    compact,
-    list_checkpoints,
-    load_newest,
-    model_file,
-    provenance,
-    save_checkpoint,
-    write_file,
-)
+from run.checkpoint import compact, list_checkpoints, load_newest, model_file, provenance, save_checkpoint, write_file
 from run.cli import RUN_ID, check_writable, cores
 from run.config import Config, check_config, load_config
 from run.distributed import Interrupted, Ranks, check_alike, check_divisible
@@ -73,8 +65,6 @@ class Options:
     Attributes:
         device: where the model and the buffer live.
         processes: how many processes step the environments.
-        overlap: whether half of the environments step while the policy looks at the other half; by default where a GPU
-            computes, or from `OVERLAP_WORTH` environments with frames on.
         precision: "float32", or "bf16" for matrix products.
         compile: whether to compile the model with torch.compile.
         folder: where the folders models, checkpoints and summaries lie.
@@ -84,7 +74,6 @@ class Options:
 
     device: torch.device
     processes: int = 1
-    overlap: bool | None = None
     precision: str = "float32"
     compile: bool = False
     folder: Path = Path(".")
@@ -93,8 +82,6 @@ class Options:
 
     def overlaps(self, task: Task, n_workers: int) -> bool:
         """Return whether half of a run's environments step while the policy looks at the other half."""
-        if self.overlap is not None:
-            return self.overlap
         return self.device.type == "cuda" or (task.frame is not None and n_workers >= OVERLAP_WORTH)
 
 
@@ -153,9 +140,6 @@ class Run:
     def open(self, state: dict[str, Any]) -> Iterator[None]:
         """Take the run's folders, let signals ask to stop, and lose nothing where the block ends early.
 
-        Args:
-            state: of the trainer, at the beginning.
-
         Raises:
             UserError: if the folders cannot be written to.
             SystemExit: where the run was stopped or failed, which has been told, its last state being saved.
@@ -187,12 +171,7 @@ class Run:
                 self.lock.release()
 
     def after_update(self, state: dict[str, Any], scalars: dict[str, float]) -> None:
-        """Keep the state after an update, log it, and do what is due.
-
-        Args:
-            state: of the trainer.
-            scalars: what is logged of the update, by tag.
-        """
+        """Keep the trainer's state after an update, log its scalars by tag, and do what is due."""
         self.state, update = state, state["update"]
         intervals = {name: getattr(self.config, f"{name}_interval") for name in
                      ("checkpoint", "model", "eval", "video", "histogram")}  # fmt: skip
@@ -317,12 +296,7 @@ def joined(parts: list[Any]) -> Any:
 
 
 def chosen_run(arguments: Any, ranks: Ranks, device: torch.device) -> Run:
-    """Return the run that a command line means: rank 0 reads and draws, all know.
-
-    Args:
-        arguments: of train.py.
-        ranks: all that train together.
-        device: of this rank.
+    """Return the run that train.py's command line means: rank 0 reads and draws, all know.
 
     Raises:
         UserError: on all ranks, where anything is wrong or they are not alike.
@@ -344,15 +318,7 @@ def chosen_run(arguments: Any, ranks: Ranks, device: torch.device) -> Run:
 
 
 def new_run(arguments: Any, restarted: bool) -> tuple[str, Config, int, None]:
-    """Return id, config and seed of a new run.
-
-    Args:
-        arguments: of train.py.
-        restarted: by torchrun, so that what is there is its own.
-
-    Raises:
-        UserError: where its id is not free.
-    """
+    """Return id, config and seed of a new run; UserError where its id is not free, unless torchrun restarted it."""
     config, run_id = load_config(arguments.config, arguments.set), arguments.run_id or Path(arguments.config).stem
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and (arguments.overwrite or not arguments.run_id):
         raise UserError("torchrun's --max-restarts, which goes on with the run, needs its --run-id, no --overwrite")

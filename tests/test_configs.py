@@ -123,7 +123,6 @@ def test_bad_value(key, value):
         ({"transformer__embed_dim": 63, "transformer__num_heads": 1}, "transformer.embed_dim: 63 should be even"),
         ({"gamma_schedule": {"initial": 0.9, "final": 1.2, "max_decay_steps": 5}}, "gamma_schedule: should be at most"),
         ({"n_mini_batch": 3}, "n_mini_batch: 3 should divide n_workers·worker_steps, 2048"),
-        ({"n_mini_batch": 2048}, "n_mini_batch: 2048 leaves one sample"),
         ({"segment_length": 3}, "segment_length: 3 should divide worker_steps, 128, and a minibatch, 256"),
         ({"segment_length": 128, "n_mini_batch": 32}, "segment_length: 128 should divide"),
         ({"transformer__query_position": True}, "transformer.query_position: needs a positional_encoding"),

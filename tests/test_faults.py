@@ -499,26 +499,6 @@ def disturbed_at(update: int, disturb, monkeypatch) -> None:
     monkeypatch.setattr(PPOTrainer, "train_update", train_update)
 
 
-def test_file_size_limit(tmp_path):
-    """From the third update on files cannot become as large as a checkpoint, anywhere."""
-    patch = """
-import resource
-from run import start
-true = start.Run.after_update
-def after_update(self, state, scalars):
-    if state["update"] == 3:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2**18, resource.RLIM_INFINITY))
-    return true(self, state, scalars)
-start.Run.after_update = after_update
-"""
-    process = Process(tmp_path, "--config", write_config(tmp_path, LARGE), "--seed=5", patch=patch)
-    code = process.finish()
-    assert "File too large" in process.text and "Traceback" not in process.text
-    assert (code, newest(tmp_path)["update"]) == (1, 2), process.text
-    assert not leftovers(tmp_path)
-    assert resume(tmp_path)[0] == 0
-
-
 @pytest.fixture
 def small_disk(tmp_path):
     """A disk of 28 megabytes."""
@@ -530,24 +510,28 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def test_disk_fills_up(small_disk, tmp_path, monkeypatch):
-    """The run goes on without its curves; its state goes where there is room, and it says where."""
+@pytest.mark.parametrize("elsewhere", ["other", "disk"])
+def test_disk_fills_up(elsewhere, small_disk, tmp_path, monkeypatch):
+    """The run goes on without its curves; its state goes where there is room, and it says where, or that it failed."""
 
     def fill():
         with contextlib.suppress(OSError), open("ballast", "wb", buffering=0) as file:
             while file.write(bytes(4096)):
                 pass
 
-    disturbed_at(3, fill, monkeypatch)
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "other"))
-    code, said = start(small_disk, LARGE | {"checkpoint_interval": 2, "histogram_interval": 1})
-    assert code == 0 and "Traceback" not in said, said
-    assert "No space left on device" in said and f"written to {tmp_path / 'other' / 'run'}" in said
+    place = tmp_path / elsewhere / "run"
+    monkeypatch.setattr("tempfile.tempdir", str(place.parent))
+    with monkeypatch.context() as patch:
+        disturbed_at(3, fill, patch)
+        code, said = start(small_disk, LARGE | {"checkpoint_interval": 2, "histogram_interval": 1})
+    assert "No space left on device" in said and "Traceback" not in said, said
     assert newest(small_disk)["update"] == 2 and not leftovers(small_disk)
-    place = tmp_path / "other" / "run"
-    assert read(place / "run.nn")["run"]["updates"] == 6
     (small_disk / "ballast").unlink()
-    shutil.copy(place / "checkpoint-000000006.pt", small_disk / "checkpoints" / "run")
+    if elsewhere == "disk":
+        assert code == 1 and "the model could not be written; to go on from checkpoints/run/checkpoint" in said, said
+    else:
+        assert code == 0 and f"written to {place}" in said and read(place / "run.nn")["run"]["updates"] == 6, said
+        shutil.copy(place / "checkpoint-000000006.pt", small_disk / "checkpoints" / "run")
     code, said = resume(small_disk, "--updates=7")
     assert code == 0 and newest(small_disk)["update"] == 7, said
 

@@ -199,36 +199,6 @@ def test_several_ranks_do_as_one(folder, count):
         assert len(played[0]["episodes"]) == 6 and played[0]["episodes"] == played[1]["episodes"]
 
 
-COLLECTIVES = """
-import torch
-from run.cli import Computing
-from run.distributed import Interrupted, together
-from utils import EnvironmentFailure
-if __name__ == "__main__":
-    with together(Computing.model_validate({"--cpu": True})) as (ranks, device):
-        own = torch.full((2,), ranks.rank + 1.0, requires_grad=True)
-        total = ranks.sum_with_gradient(own)
-        assert total.tolist() == [3.0, 3.0]
-        (total * (ranks.rank + 1)).sum().backward()
-        assert own.grad.tolist() == [3.0, 3.0]  # 1 of the first and 2 of the second
-        assert ranks.gather(ranks.rank) == [0, 1] and ranks.from_first(ranks.rank) == 0
-        assert ranks.join_rows(torch.full((1, 2), ranks.rank)).tolist() == [[0, 0], [1, 1]]
-        assert ranks.any(ranks.rank == 1) and not ranks.any(False)
-        try:
-            with ranks.agree_on(Interrupted, EnvironmentFailure):
-                raise (Interrupted, EnvironmentFailure)[ranks.rank](str(ranks.rank))
-        except EnvironmentFailure as error:
-            assert str(error) == "1"
-            print("all fail alike")
-"""
-
-
-def test_what_ranks_tell_each_other(tmp_path):
-    (tmp_path / "collectives.py").write_text(COLLECTIVES)
-    launch = Launch(tmp_path, 2, "collectives.py")
-    assert launch.finish() == [0, 0] and len(launch.lines("all fail alike")) == 2, "\n".join(launch.lines())
-
-
 # ------------------------------------------------------------------------------------------------------------ failures
 
 
