@@ -1,6 +1,5 @@
 """On a GPU everything is as on the CPU, and nothing waits for it inside the minibatch loop. Skipped without one."""
 
-from pathlib import Path
 
 import canonical
 import numpy as np
@@ -8,7 +7,7 @@ import pytest
 import test_parity
 import torch
 from test_memories import MEMORIES, recomputed
-from test_ranks import Ranks, small, write
+from test_ranks import Launch, small, write
 from walk import walk
 
 from run.checkpoint import load
@@ -21,7 +20,6 @@ pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here"),
 ]
-ROOT = Path(__file__).parent.parent
 TASKS = {f"{task}_coefficient": 0.1 for task in ("prediction", "recall", "reconstruction")}
 CONFIGS = {
     "grid": small("mortar_mayhem_grid", prediction_coefficient=0.1, recall_coefficient=0.2),
@@ -151,15 +149,16 @@ def test_a_run_goes_on(train, name):
     assert (resumed.optimizer.weights - whole.optimizer.weights).abs().max() < 1e-3
 
 
-def test_two_processes_share_a_gpu(tmp_path):
+def test_two_processes_share_a_gpu(tmp_path, monkeypatch):
     """By Gloo; they train as one does."""
-    config = write(tmp_path, CONFIGS["grid"] | {"updates": 2})
-    command = [str(ROOT / "train.py"), config, "--seed=5", "--device=cuda", "--processes=1"]
+    write(tmp_path, CONFIGS["grid"] | {"updates": 2})
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    command = ("train.py", "--config=run.yaml", "--seed=5", "--device=cuda", "--processes=1")
     text = []
     for count in (1, 2):
-        ranks = Ranks(tmp_path, [[*command, f"--run-id=run{count}"]] * count, CUDA_VISIBLE_DEVICES="0")
-        assert ranks.finish(300) == [0] * count, ranks.text()
-        text.append(ranks.text())
+        launch = Launch(tmp_path, count, *command, f"--run-id=run{count}")
+        assert launch.finish() == [0] * count, launch.lines()
+        text.append("\n".join(launch.lines()))
     one, two = (load(tmp_path / "models" / f"run{count}.nn", "model")["weights"] for count in (1, 2))
     assert max((one[name] - two[name]).abs().max() for name in one) < 1e-3
     rewards = [
