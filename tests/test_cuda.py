@@ -1,6 +1,5 @@
 """On a GPU everything is as on the CPU, and nothing waits for it inside the minibatch loop. Skipped without one."""
 
-
 import canonical
 import numpy as np
 import pytest

@@ -12,6 +12,7 @@ import sys
 import time
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -483,8 +484,7 @@ def test_bad_files(toy_copy, tmp_path):
 # ---------------------------------------------------------------------------------------------------- disks, folders
 
 # Its checkpoints are larger than a megabyte, which is what the program tries to write before it starts.
-LARGE = small_config(toy("Toy"), 6, hidden_layer_size=2000)
-LARGE["transformer"] = LARGE["transformer"] | {"embed_dim": 128}
+LARGE = small_config(toy("Toy"), 6, hidden_layer_size=400)
 
 
 def disturbed_at(update: int, disturb, monkeypatch) -> None:
@@ -520,7 +520,7 @@ def test_disk_fills_up(elsewhere, small_disk, tmp_path, monkeypatch):
                 pass
 
     place = tmp_path / elsewhere / "run"
-    monkeypatch.setattr("tempfile.tempdir", str(place.parent))
+    monkeypatch.setattr(run.start, "tempfile", SimpleNamespace(gettempdir=lambda: place.parent))
     with monkeypatch.context() as patch:
         disturbed_at(3, fill, patch)
         code, said = start(small_disk, LARGE | {"checkpoint_interval": 2, "histogram_interval": 1})
@@ -707,7 +707,7 @@ def test_flags(tmp_path):
     code, said = command(tmp_path, *options, "--set", learning_rate)
     assert code == 0 and same(read(tmp_path / "models" / "next.nn")["weights"], model["weights"]), said
     code, said = command(tmp_path, *options, "--overwrite", "--set", "hidden_layer_size=8")
-    assert code == 2 and "models/named.nn: size mismatch for hidden.weight" in said.splitlines()[-1], said
+    assert code == 2 and "models/named.nn: size mismatch for policy_hidden.weight" in said.splitlines()[-1], said
 
 
 @pytest.mark.slow
