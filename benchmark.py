@@ -92,9 +92,10 @@ def started(arguments: Arguments, stack: ExitStack) -> dict[str, subprocess.Pope
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
         if arguments.threads:
             environment["OMP_NUM_THREADS"] = str(arguments.threads)
-        command = [sys.executable, "-P", str(SERVER), json.dumps(given)]
-        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        process = subprocess.Popen(command, env=environment, **pipes)
+        process = subprocess.Popen(
+            [sys.executable, "-P", str(SERVER), json.dumps(given)],
+            env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
         processes[f"{Path(config).stem} {version}".strip()] = stack.enter_context(process)
     return processes
 
@@ -108,18 +109,12 @@ def answer(process: subprocess.Popen, what: str) -> dict[str, Any]:
 
 
 def checkout(version: str, stack: ExitStack) -> Path:
-    """Return the folder of another version; UserError if there is none such.
-
-    Args:
-        version: a folder, or a git revision, which is written to a temporary folder.
-        stack: removes that one.
-    """
+    """Return the folder of another version: its own, or a temporary one for a git revision, which `stack` removes."""
     if Path(version, "trainer.py").is_file():
         return Path(version).resolve()
     done = subprocess.run(["git", "-C", ROOT, "archive", version], capture_output=True)
     if done.returncode:
-        reason = " ".join(done.stderr.decode(errors="replace").split())
-        raise UserError(f"--against: {version} is neither a checkout of this project nor a revision ({reason})")
+        raise UserError(f"--against: {version} is no checkout of this project, and git says {done.stderr.decode()!r}")
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     tarfile.open(fileobj=io.BytesIO(done.stdout)).extractall(folder, filter="data")
     return folder

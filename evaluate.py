@@ -56,39 +56,27 @@ class Arguments(Computing):
 def main() -> None:
     """Parse the command line and evaluate, together with the other ranks that torchrun started."""
     arguments = arguments_of(__doc__, Arguments)
+    from evaluation.published import read_references
+    from run.checkpoint import provenance
     from run.distributed import check_alike, together
 
     with together(arguments) as (ranks, device):
+        check_alike(ranks, arguments.model_dump(by_alias=True))
         with ranks.agree_on(UserError):
-            protocol, references = checked(arguments, device)
-        check_alike(ranks, None, arguments.model_dump(by_alias=True))
-        with ranks.agree_on(UserError):
+            if arguments.reference and arguments.plot is None:
+                raise UserError("--reference: is for a figure; name one with --plot=<file>")
+            references = read_references(arguments.reference, arguments.metric)
             models = load(arguments, device)
             check_tasks([evaluated for evaluated, _ in models], references)
-            protocol["seeds"], note = seeds_of(models, arguments)
+            seeds, note = seeds_of(models, arguments)
         if ranks.first and note:
             print(note, file=sys.stderr)
-        play([(evaluated, agent) for evaluated, agent in models if agent], protocol, arguments, ranks)
+        play([(evaluated, agent) for evaluated, agent in models if agent], seeds, arguments, ranks)
         with ranks.agree_on(UserError, OSError):
             if ranks.first:
+                protocol = {"command": ["python", *sys.argv], "seeds": seeds, "versions": provenance(device)}
+                protocol |= arguments.model_dump(include={"repetitions", "seed", "deterministic"})
                 report([evaluated for evaluated, _ in models], protocol, arguments, references)
-
-
-def checked(arguments: Arguments, device) -> tuple[dict, list]:
-    """Return how is evaluated, and published curves; UserError where the command line is wrong."""
-    from evaluation.published import read_references
-    from run.checkpoint import provenance
-
-    if arguments.reference and arguments.plot is None:
-        raise UserError("--reference: is for a figure; name one with --plot=<file>")
-    protocol = {
-        "command": ["python", *sys.argv],
-        "repetitions": arguments.repetitions,
-        "seed": arguments.seed,
-        "deterministic": arguments.deterministic,
-        "versions": provenance(device),
-    }
-    return protocol, read_references(arguments.reference, arguments.metric)
 
 
 def load(arguments: Arguments, device) -> list[tuple]:
@@ -139,8 +127,8 @@ def seeds_of(models: list[tuple], arguments: Arguments) -> tuple[list[int], str]
     return sorted({episode["seed"] for evaluated, _ in models for episode in evaluated.episodes}), ""
 
 
-def play(models: list[tuple], protocol: dict, arguments: Arguments, ranks) -> None:
-    """Let all models play the seeds of `protocol`."""
+def play(models: list[tuple], seeds: list[int], arguments: Arguments, ranks) -> None:
+    """Let all models play the seeds."""
     import torch
     from tqdm import tqdm
 
@@ -150,14 +138,13 @@ def play(models: list[tuple], protocol: dict, arguments: Arguments, ranks) -> No
     # The environments need the other cores. Must not depend on --processes: it decides how sums are rounded.
     torch.set_num_threads(max(1, mine // 2))
     processes = arguments.processes or mine - max(1, mine // 2) or 1
-    seeds, repetitions = protocol["seeds"], protocol["repetitions"]
-    total, quiet = len(seeds) * repetitions, not (ranks.first and sys.stderr.isatty())
+    total, quiet = len(seeds) * arguments.repetitions, not (ranks.first and sys.stderr.isatty())
     for number, (evaluated, (model, config, task)) in enumerate(models, start=1):
         name, started = f"{number}/{len(models)} {Path(evaluated.path).name}", time.perf_counter()
         with tqdm(desc=name[-30:], total=total // ranks.size, unit="episode", dynamic_ncols=True, disable=quiet) as bar:
             evaluated.episodes = play_episodes(
-                model, config, task, seeds, repetitions, action_seed=protocol["seed"],
-                deterministic=protocol["deterministic"], processes=processes,
+                model, config, task, seeds, arguments.repetitions, action_seed=arguments.seed,
+                deterministic=arguments.deterministic, processes=processes,
                 progress=bar.update,  # type: ignore[arg-type]
                 max_steps=evaluated.max_steps, ranks=ranks,
             )  # fmt: skip

@@ -75,9 +75,9 @@ def train(arguments: Arguments, ranks, device) -> None:
     from worker import inspect_environment
 
     run = chosen_run(arguments, ranks, device)
-    if run.done():
-        done = f"{run.name} has had its {run.config.updates:,} updates, nothing is left to do"
-        return run.tell(f"{done}; --updates=<n> trains for longer")
+    if run.done:
+        run.write_model()  # it is missing where the run was killed before that, or its folder copied
+        return run.tell(f"{run.name} has had its updates, {run.model} is written; --updates=<n> trains for longer")
     use_cores(device, ranks.local_size)
     with ranks.agree_on(UserError):
         task, notices = inspect_environment(run.config.environment)
@@ -93,8 +93,6 @@ def train(arguments: Arguments, ranks, device) -> None:
         notices.append("--precision=bf16: is emulated here, several times slower than float32")
     for notice in notices:
         run.tell(notice)
-    run.tell(f"run {run.name}, seed {run.seed}, {run.config.environment.type} on {run.about['device']}, "
-             f"{run.config.updates} updates of {run.config.samples:,} steps")  # fmt: skip
     trainer.train(run)
     run.tell(f"The model is {run.model}. To watch it: python enjoy.py --model={run.model}\n"
              "The curves: tensorboard --logdir=summaries")  # fmt: skip

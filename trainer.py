@@ -102,8 +102,9 @@ class PPOTrainer:
         groups = 2 if options.overlaps(task, config.n_workers) and len(own) > 1 else 1
         episode_seed = partial(training_seed, seed, config.environment)
         self.workers = Workers(
-            config.environment, task, len(own), episode_seed, options.processes, groups, own.start, stop=options.stop
-        )
+            config.environment, task, len(own), episode_seed, options.processes, groups, own.start,
+            stop=lambda: options.stop.asked,
+        )  # fmt: skip
         self.step = np.zeros(len(own), dtype=np.int64)  # episode step of each environment
         self.novelty = Novelty(config.novelty_schedule, len(own))
         self.episodes = Episodes(self.ranks)
@@ -187,7 +188,8 @@ class PPOTrainer:
 
     def _act(self, group: range, t: int, noise: Tensor) -> None:
         """Let the policy act in the environments of a group by their noise (n, entries), and let them step."""
-        self.options.stop.check()
+        if self.options.stop.asked:
+            raise Interrupted
         buffer, arrays, rows = self.buffer, self.workers.arrays, slice(group.start, group.stop)
         step = self.step[rows].copy()
         output, index, mask = policy_step(
@@ -228,7 +230,8 @@ class PPOTrainer:
         statistics = []
         for epoch in range(self.config.epochs):
             for samples in self.buffer.minibatches(np.random.default_rng((self.seed, self.update, epoch))):
-                self.options.stop.check_together()
+                if self.ranks.any(self.options.stop.asked):
+                    raise Interrupted
                 statistics.append(self._train_minibatch(samples))
         losses, norms = torch.stack(statistics).tensor_split([-len(self.optimizer.modules) - 1], dim=1)
         losses = losses.contiguous()

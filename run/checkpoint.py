@@ -4,7 +4,6 @@ import io
 import os
 import platform
 import subprocess
-import warnings
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from run.config import Config, check_config
 from utils import UserError, reason_of
 
 FORMAT, FORMAT_VERSION = "ppo-transformer-xl", 2
-FIRST_VERSION = 1  # without a digest at the end; its models are read all the same
 # How many checkpoints of a run are kept.
 KEPT = 2
 DIGEST_SIZE = 16
@@ -39,15 +37,15 @@ def write_file(path: Path, data: bytes | memoryview) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def encode(kind: str, content: dict) -> bytes:
-    """Return nested dicts, lists, tensors, numbers and text as the bytes of a file, at whose end is their digest.
+def marks(kind: str) -> dict[str, Any]:
+    """Return what tells a "model" or a "checkpoint" of ours from other files."""
+    return {"format": FORMAT, "version": FORMAT_VERSION, "kind": kind}
 
-    Args:
-        kind: "model" or "checkpoint".
-        content: what `decode` will return.
-    """
+
+def encode(kind: str, content: dict) -> bytes:
+    """Return nested dicts, lists, tensors, numbers and text as the bytes of a file, at whose end is their digest."""
     stream = io.BytesIO()
-    torch.save({"format": FORMAT, "version": FORMAT_VERSION, "kind": kind} | compact(content), stream)
+    torch.save(marks(kind) | compact(content), stream)
     return stream.getvalue() + xxhash.xxh3_128_digest(stream.getbuffer())
 
 
@@ -71,33 +69,21 @@ def fingerprint(weights: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def decode(kind: str, data: bytes) -> dict:
-    """Return what `encode` was given, executing nothing of it; ValueError where the bytes are not of this kind."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what PyTorch warns of is refused below
-            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # what others have written can fail in any way
-        raise ValueError(f"is damaged or was not written by this program ({reason_of(error)})") from error
-    marks = [content.get(key) if isinstance(content, dict) else None for key in ("format", "kind", "version")]
-    if repr(marks[:2]) != repr([FORMAT, kind]):  # as text: tensors are not simply equal or not
-        raise ValueError(f"is no {kind} of this program")
-    version = repr(marks[2])
-    if version != repr(FIRST_VERSION) and xxhash.xxh3_128_digest(data[:-DIGEST_SIZE]) != data[-DIGEST_SIZE:]:
-        raise ValueError("is damaged, its contents do not match their digest")
-    if version not in (repr(FIRST_VERSION), repr(FORMAT_VERSION)):
-        raise ValueError(f"has format version {version[:20]}, this program reads up to {FORMAT_VERSION}")
-    return content
-
-
 def load(path: Path, kind: str) -> dict:
-    """Read a model or a checkpoint; UserError, in one line, says what is wrong with the file."""
+    """Return what `encode` was given, executing nothing of it; UserError says in one line what is wrong with a file."""
     try:
-        return decode(kind, path.read_bytes())
+        data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
+    if xxhash.xxh3_128_digest(data[:-DIGEST_SIZE]) != data[-DIGEST_SIZE:]:
+        raise UserError(f"{path}: is damaged or was not written by this program")
+    try:
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # whoever made it by hand may have made it fail in any way
+        raise UserError(f"{path}: holds more than data ({reason_of(error)})") from error
+    if not isinstance(content, dict) or not marks(kind).items() <= content.items():
+        raise UserError(f"{path}: is no {kind} of format version {FORMAT_VERSION}")
+    return content
 
 
 # ------------------------------------------------------------------------------------------------------------- models
@@ -123,27 +109,22 @@ def load_model(path: Path, device: torch.device) -> tuple[ActorCriticModel, Conf
         UserError: with one line that says what is wrong with the file.
     """
     content = load(path, "model")
+    config = check_config(content.get("config"), str(path))
     try:
-        config = check_config(content["config"], str(path))
-        lists = {key: tuple(value) for key, value in content["task"].items() if isinstance(value, list)}
-        task = Task(**content["task"] | lists)  # the first version wrote tuples as lists
+        task = Task(**content["task"])
         model = ActorCriticModel(config, task)
         model.load_state_dict(content["weights"])
         return model.to(device), config, task, dict(content["run"])
-    except UserError as error:
-        raise UserError(str(error).splitlines()[0]) from error  # a file is wrong or right
-    except Exception as error:  # the file is ours by its marks, but holds something else
+    except Exception as error:  # the file is ours by its marks, but of another version, or made by hand
         raise UserError(f"{path}: does not hold a model ({reason_of(error)})") from error
 
 
 def load_weights(path: Path, model: ActorCriticModel) -> None:
     """Give a new run's model the weights of another; UserError where that has others."""
-    own, given = model.state_dict(), load_model(path, torch.device("cpu"))[0].state_dict()
-    for name in dict.fromkeys([*own, *given]):
-        here, there = (tuple(weights[name].shape) if name in weights else "not there" for weights in (own, given))
-        if here != there:
-            raise UserError(f"--init-from: {path}: {name} is {there}, this config has it {here}")
-    model.load_state_dict(given)
+    try:
+        model.load_state_dict(load_model(path, torch.device("cpu"))[0].state_dict())
+    except RuntimeError as error:  # its first line names the class alone
+        raise UserError(f"--init-from: {path}: {str(error).splitlines()[1].strip()}") from error
 
 
 # -------------------------------------------------------------------------------------------------------- checkpoints
@@ -193,10 +174,10 @@ def package_versions() -> dict[str, str]:
 def provenance(device: torch.device) -> dict[str, str]:
     """Return the git commit, the versions of what matters to the numbers, and the device."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return package_versions() | {"device": f"{device.type} ({name})", "commit": _git_commit()}
+    return package_versions() | {"device": f"{device.type} ({name})", "commit": git_commit()}
 
 
-def _git_commit() -> str:
+def git_commit() -> str:
     """Return the checkout's commit, marked where files were changed since; "unknown" outside of one."""
     command = ["git", "-C", str(Path(__file__).parents[1]), "describe"]
     command += ["--always", "--dirty", "--abbrev=40", "--exclude=*"]

@@ -4,14 +4,15 @@ import difflib
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from docopt import DocoptExit, docopt
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from environments.contract import shorten
 from kernels.allocator import keep_memory
 from utils import EnvironmentFailure, UserError
 
@@ -83,8 +84,8 @@ def problems(error: ValidationError, given: Any, known: Iterable[str] = ()) -> l
         elif found["type"] == "extra_forbidden":
             text = f"is not known here{nearest(path, list(known))}"
         elif path and not isinstance(value, dict):
-            text = f"{text}, not {shown(value)}"
-        lines.setdefault(shorten(".".join(path)), text)  # of a value that fits none of several types, the first
+            text = f"{text}, not {shorten(value)}"
+        lines.setdefault(".".join(path), text)  # of a value that fits none of several types, the first
     return [f"{key}: {line}" if key else line for key, text in lines.items() for line in text.splitlines()]
 
 
@@ -95,19 +96,6 @@ def nearest(path: list[str], known: list[str]) -> str:
     near = difflib.get_close_matches(path[-1], beside, 1)
     near += [name for name in known if name.rpartition(".")[2] == path[-1]]  # it belongs elsewhere
     return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(beside)}" * bool(beside)
-
-
-def shown(value: object) -> str:
-    """Return a value on one short line."""
-    try:
-        return shorten(repr(value))
-    except (ValueError, RecursionError):  # Python writes no whole numbers of more than 4,300 digits
-        return "something that is too large to be shown"
-
-
-def shorten(text: str) -> str:
-    """Return a text on one short line."""
-    return " ".join(text[:60].split()) + "…" * (len(text) > 60)
 
 
 def to_file(*suffixes: str) -> AfterValidator:
@@ -151,35 +139,33 @@ def command_line(main: Callable[[], None]) -> None:
 
     The exit code is 1 where an environment fails while it is played.
     """
-    with lasting_output():
-        try:
-            main()
-        except UserError as error:
-            if os.environ.get("LOCAL_RANK", "0") == "0":  # of the processes that torchrun started, one speaks
-                print(error, file=sys.stderr)
-            sys.exit(2)
-        except EnvironmentFailure as error:
+    while (free := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass  # no file of ours may take the place of a stream that is closed
+    os.close(free)
+    sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)
+    try:
+        main()
+    except (UserError, EnvironmentFailure) as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of the processes that torchrun started, one a machine speaks
             print(error, file=sys.stderr)
-            sys.exit(1)
-        except KeyboardInterrupt:
-            sys.exit(130)
+        sys.exit(2 if isinstance(error, UserError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 class Lasting:
     """A standard stream that may be closed or full: then what it should show is lost, and nothing else.
 
     Args:
-        stream: text stream; what it cannot encode is shown as an escape sequence.
+        stream: text stream, None where there is none.
     """
 
     def __init__(self, stream: Any) -> None:
-        self.stream = stream
-        with suppress(AttributeError):  # of tests
-            stream.reconfigure(errors="backslashreplace")
+        self.stream = stream or open(os.devnull, "w")
 
     def write(self, text: str) -> int:
         """Write what can be written."""
-        with suppress(OSError, ValueError):  # ValueError: it is closed
+        with suppress(OSError, ValueError):  # ValueError: it is closed, or cannot show a letter
             self.stream.write(text)
         return len(text)
 
@@ -190,26 +176,6 @@ class Lasting:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
-
-
-@contextmanager
-def lasting_output() -> Iterator[None]:
-    """Let standard output and error be `Lasting` within the block."""
-    while (free := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass  # no file of ours may take the place of a stream that is closed
-    os.close(free)
-    before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (Lasting(stream or open(os.devnull, "w")) for stream in before)
-    try:
-        yield
-    finally:
-        for stream in before:
-            try:
-                stream.flush()
-            except (OSError, ValueError, AttributeError):  # lest Python complains at its end
-                with suppress(OSError, ValueError, AttributeError):
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        sys.stdout, sys.stderr = before
 
 
 # ---------------------------------------------------------------------------------------------- where it computes
@@ -224,8 +190,6 @@ def choose_device(arguments: Computing):
     """Return the torch.device that --device and --cpu ask for; UserError where there is none such."""
     import torch
 
-    if arguments.cpu and arguments.device not in (None, "cpu"):
-        raise UserError(f"--cpu: contradicts --device={arguments.device}")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     device = torch.device("cpu" if arguments.cpu else arguments.device or ("cuda" if count else "cpu"))
     if device.type == "cuda" and (device.index or 0) >= count:
@@ -251,9 +215,9 @@ def use_cores(device, processes: int = 1) -> None:
     """
     import torch
 
-    threads = max(1, cores() // processes)
-    if os.environ.get("OMP_NUM_THREADS", "").isdecimal():
-        threads = max(1, int(os.environ["OMP_NUM_THREADS"]))
-    torch.set_num_threads(1 if device.type == "cuda" else threads)
-    if device.type == "cpu":
-        keep_memory()
+    if device.type == "cuda":
+        torch.set_num_threads(1)
+        return
+    if "OMP_NUM_THREADS" not in os.environ:  # PyTorch reads it
+        torch.set_num_threads(max(1, cores() // processes))
+    keep_memory()

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, JsonValue, TypeAdapter, ValidationError, 
 from environments import SECTIONS, Environment
 from environments.section import Flag, Number, Schedule, Section, Whole
 from model import ModelConfig
-from run.cli import problems, shorten
+from run.cli import problems
 from utils import UserError, polynomial_decay
 
 # What models, checkpoints and summaries can hold. YAML reads more, such as dates.
@@ -133,8 +133,6 @@ class Config(ModelConfig):
             yield schedule is not None and max(schedule.initial, schedule.final) > 1, f"{name}: should be at most 1"
         count, length, minibatches = self.samples, self.segment_length, self.n_mini_batch
         yield count % minibatches > 0, f"n_mini_batch: {minibatches} should divide n_workers·worker_steps, {count}"
-        alone = count == minibatches and self.normalize_advantages
-        yield alone, f"n_mini_batch: {minibatches} leaves one sample, whose advantage cannot be normalised"
         size = count // minibatches
         yield (
             self.worker_steps % length + size % length > 0,
@@ -145,35 +143,23 @@ class Config(ModelConfig):
 
 
 class Loader(yaml.SafeLoader):
-    """YAML without keys that are there twice, of which all but the last are lost, and aliases, which can explode."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """Read a node that is no alias."""
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"aliases such as *{self.peek_event().anchor} are not supported")
-        return super().compose_node(parent, index)
+    """YAML without keys that are there twice, of which all but the last are lost."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         """Return a mapping of distinct keys."""
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.YAMLError(f"the key {shorten(key)} is there {keys.count(key)} times")
+                raise yaml.YAMLError(f"the key {key} is there {keys.count(key)} times")
         return super().construct_mapping(node, deep)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read and check a YAML config.
+    """Read and check a YAML config; UserError names all that is wrong with it, a line each.
 
     Args:
         path: the file.
         overrides: changes to what the file says, such as "transformer.num_blocks=2"; the value is YAML.
-
-    Returns:
-        The config with every default filled in.
-
-    Raises:
-        UserError: naming all that is wrong with it, a line each.
     """
     try:
         given = _parse(Path(path).read_text(encoding="utf-8"), str(path))
@@ -185,17 +171,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def check_config(given: object, source: str) -> Config:
-    """Check a config against what is declared and the rules between its keys.
+    """Return a config with every default filled in; UserError names all that is wrong with it, a line each.
 
     Args:
         given: what was read.
         source: where it came from, for the messages.
-
-    Returns:
-        The config, numbers as numbers and every default filled in.
-
-    Raises:
-        UserError: naming all that is wrong with it, a line each.
     """
     try:
         config = Config.model_validate(given)
@@ -220,7 +200,7 @@ def known_keys(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
 def _parse(text: str, source: str) -> Any:
     try:
         return yaml.load(text, Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date
         raise UserError(f"{source}: is not valid YAML: {' '.join(str(error).split())}") from error
 
 
@@ -228,11 +208,11 @@ def _override(given: Any, override: str) -> None:
     """Change one key of what a file says."""
     name, equals, text = override.partition("=")
     if not equals or "" in name.split("."):
-        raise UserError(f"--set {shorten(override)}: should be key=value, as in transformer.num_blocks=2")
+        raise UserError(f"--set {override}: should be key=value, as in transformer.num_blocks=2")
     *path, last = name.split(".")
     try:
         for key in path:
             given = given.setdefault(key, {})
-        given[last] = _parse(text, f"--set {shorten(override)}")
+        given[last] = _parse(text, f"--set {override}")
     except (AttributeError, TypeError) as error:  # what it would be a key of has none
-        raise UserError(f"--set {shorten(name)}: is no key of a section") from error
+        raise UserError(f"--set {name}: is no key of a section") from error

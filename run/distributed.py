@@ -3,9 +3,8 @@
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +12,9 @@ import torch
 # Once imported, and optimisers do, it keeps the process group that there is for a default, and its threads until Python
 # has ended, which may abort the process: so it has to come first.
 import torch.distributed.nn
-import xxhash
 from torch import Tensor
 
-from run.checkpoint import package_versions
+from run.checkpoint import compact, git_commit, package_versions
 from run.cli import Computing, choose_device
 from run.config import Config
 from utils import EnvironmentFailure, UserError
@@ -32,22 +30,6 @@ OWN_FLAGS = ("--processes", "--device", "--cpu")
 
 class Interrupted(Exception):
     """Somebody asked the run to stop."""
-
-
-class Sum(torch.autograd.Function):
-    """The sum of a tensor over all ranks; its gradient is the sum of what all of them do with it."""
-
-    @staticmethod
-    def forward(context: Any, tensor: Tensor) -> Tensor:
-        """Return the sum of a tensor over all ranks."""
-        total = tensor.clone()
-        torch.distributed.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(context: Any, gradient: Tensor) -> Tensor:
-        """Return the sum of the gradients of all ranks."""
-        return Sum.forward(context, gradient)
 
 
 class Ranks:
@@ -67,27 +49,11 @@ class Ranks:
         self.rank, self.size, self.local_rank, self.local_size = rank, size, local_rank, local_size
         self.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
         self.backend, self.how_to_go_on = "gloo", ""
-        self.store: Any = None
-
-    def join(self) -> None:
-        """Meet the others and form a process group; UserError where not all arrive."""
-        try:
-            self.store, *_ = next(torch.distributed.rendezvous("env://", timeout=JOIN))
-            own = {"rank": self.rank, "world_size": self.size, "store": self.store}
-            torch.distributed.init_process_group(self.backend, timeout=PATIENCE, **own)
-        except RuntimeError as error:
-            place = ":".join(os.environ[name] for name in VARIABLES[2:])
-            raise UserError(f"rank {self.rank}: not all of the {self.size} ranks came to {place}") from error
 
     @property
     def first(self) -> bool:
         """Whether this is the process that prints, logs and writes."""
         return self.rank == 0
-
-    @property
-    def stopping(self) -> bool:
-        """Whether any rank wants all to stop; a question to the store, so not to be asked at every step."""
-        return self.store is not None and self.store.check(["stop"])
 
     def share(self, count: int) -> range:
         """Return which of `count` environments belong to this rank."""
@@ -95,12 +61,7 @@ class Ranks:
 
     def join_rows(self, rows: Tensor) -> Tensor:
         """Return the rows (n, …) of all ranks, in the order of their environments (W, …)."""
-        if self.size == 1:
-            return rows
-        own = rows.cpu().contiguous()
-        parts = [torch.empty_like(own) for _ in range(self.size)]
-        torch.distributed.all_gather(parts, own)
-        return torch.cat(parts).to(rows.device)
+        return rows if self.size == 1 else torch.cat(self.gather(compact(rows))).to(rows.device)
 
     def add(self, tensor: Tensor) -> None:
         """Replace a tensor by its sum over all ranks."""
@@ -109,7 +70,7 @@ class Ranks:
 
     def sum_with_gradient(self, tensor: Tensor) -> Tensor:
         """Return the sum of a tensor over all ranks; its gradient is the sum of what all of them do with it."""
-        return tensor if self.size == 1 else Sum.apply(tensor)
+        return tensor if self.size == 1 else torch.distributed.nn.functional.all_reduce(tensor)
 
     def any(self, flag: bool) -> bool:
         """Return whether a flag is set on any rank."""
@@ -142,18 +103,9 @@ class Ranks:
             yield
         except kinds as caught:
             error = caught
-            if self.store is not None:
-                self.store.set("stop", "")
         errors = [found for found in self.gather(error) if found is not None]
         if errors:
             raise next((found for found in errors if not isinstance(found, Interrupted)), errors[0])
-
-    def tell_loss(self) -> None:
-        """Say that another rank is gone, unless one has said so before."""
-        with suppress(RuntimeError):  # the store is gone, too
-            if self.store.add("told", 1) > 1:
-                return
-        print(f"rank {self.rank}: another rank of the run is gone{self.how_to_go_on}", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -161,36 +113,29 @@ def together(arguments: Computing) -> Iterator[tuple[Ranks, torch.device]]:
     """Join the processes that were started together, and leave when all do: torchrun ends all once one has failed.
 
     A UserError, or an exit, has to be that of all ranks: see `Ranks.agree_on`.
-
-    Args:
-        arguments: of the command line, for the device.
-
-    Yields:
-        The ranks, and the device to compute on.
     """
     ranks, device = describe(arguments)
     if ranks.size == 1:
         yield ranks, device
         return
-    ranks.join()
-    code: Any = 0
+    store, *_ = next(torch.distributed.rendezvous("env://", timeout=JOIN))
+    own = {"rank": ranks.rank, "world_size": ranks.size, "store": store}
+    torch.distributed.init_process_group(ranks.backend, timeout=PATIENCE, **own)
+    leaving: BaseException | None = None
     try:
         try:
             yield ranks, device
-        except (UserError, EnvironmentFailure) as error:
-            code = 2 if isinstance(error, UserError) else 1
-            if ranks.local_rank == 0:  # a line on each machine
-                print(error, file=sys.stderr)
-        except SystemExit as leaving:
-            code = leaving.code
+        except (UserError, EnvironmentFailure, SystemExit) as error:
+            leaving = error
         ranks.gather(None)
     except RuntimeError as error:
         if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
             raise
-        ranks.tell_loss()
-        code = 1
+        print(f"rank {ranks.rank}: another rank of the run is gone{ranks.how_to_go_on}", file=sys.stderr, flush=True)
+        leaving = SystemExit(1)
     torch.distributed.destroy_process_group()  # otherwise its threads may abort the process at its end
-    sys.exit(code)
+    if leaving is not None:
+        raise leaving
 
 
 def describe(arguments: Computing) -> tuple[Ranks, torch.device]:
@@ -213,24 +158,14 @@ def describe(arguments: Computing) -> tuple[Ranks, torch.device]:
     return ranks, device
 
 
-def check_alike(ranks: Ranks, config: Config | None, arguments: dict) -> None:
-    """Raise UserError on all ranks where one has another config, flag, package, backend or code than rank 0.
-
-    Args:
-        ranks: all of them.
-        config: of the run, None where it comes from a file that rank 0 reads.
-        arguments: of the command line.
-    """
-    if ranks.size == 1:
-        return
-    own = {f"flag {name}": value for name, value in arguments.items() if name not in OWN_FLAGS}
-    own |= leaves({} if config is None else config.model_dump(), "config ") | package_versions()
-    described = ranks.gather(own | {"backend": ranks.backend, "code": code_digest()})
-    for rank, other in enumerate(described):
-        for name in {**described[0], **other}:
-            values = [str(found.get(name, "missing")) for found in (described[0], other)]
-            if values[0] != values[1]:
-                raise UserError(f"ranks 0 and {rank} differ in {name}: {values[0]}, {values[1]}")
+def check_alike(ranks: Ranks, arguments: dict) -> None:
+    """Raise UserError on all ranks where one has another flag, package, commit or backend than rank 0."""
+    own = {name: value for name, value in arguments.items() if name not in OWN_FLAGS} | package_versions()
+    first, *others = ranks.gather(own | {"backend": ranks.backend, "commit": git_commit()})
+    for rank, other in enumerate(others, start=1):
+        for name, value in first.items():
+            if value != other[name]:
+                raise UserError(f"ranks 0 and {rank} differ in {name}: {value}, {other[name]}")
 
 
 def check_divisible(ranks: Ranks, config: Config) -> None:
@@ -239,20 +174,3 @@ def check_divisible(ranks: Ranks, config: Config) -> None:
         fitting = ", ".join(str(size) for size in range(1, config.n_workers + 1) if config.n_workers % size == 0)
         raise UserError(f"n_workers: {config.n_workers} environments cannot be divided among {ranks.size} ranks; "
                         f"allowed numbers of ranks are {fitting}")  # fmt: skip
-
-
-def leaves(section: dict, prefix: str) -> dict[str, str]:
-    """Return the values of a nested config by dotted keys after a prefix."""
-    found: dict[str, str] = {}
-    for key, value in section.items():
-        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: repr(value)}
-    return found
-
-
-def code_digest() -> str:
-    """Return a digest of this program's files."""
-    digest, root = xxhash.xxh3_128(), Path(__file__).parents[1]
-    for path in sorted([*root.glob("*.py"), *root.glob("[!.]*/*.py")]):
-        if path.parent.name != "tests":
-            digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()

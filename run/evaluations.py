@@ -23,38 +23,27 @@ class Evaluations:
     def __init__(self, summaries: Path, best: Path) -> None:
         self.command = [sys.executable, "-P", "-m", "evaluation.during", f"--summaries={summaries}", f"--best={best}"]
         self.process: subprocess.Popen | None = None
-        self.played: Path | None = None
-        self.waiting: tuple[Path, set[str]] | None = None
+        self.waiting, self.played = summaries / ".waiting.nn", summaries / ".played.nn"
+        self.wanted: set[str] = set()  # of the one that waits
 
-    def offer(self, folder: Path, update: int, model: bytes, wanted: set[str]) -> None:
-        """Have a model played as soon as none other is; OSError where it cannot be written for that.
-
-        Args:
-            folder: takes the model until it has been played.
-            update: finished updates.
-            model: of `model_file`.
-            wanted: some of eval and video.
-        """
-        if self.waiting is not None:
-            wanted = wanted | self.waiting[1]
-            self.waiting[0].unlink(missing_ok=True)
-        self.waiting = folder / f".evaluated-{update:09d}", wanted
-        write_file(self.waiting[0], model)
+    def offer(self, model: bytes, wanted: set[str]) -> None:
+        """Have a `model_file` played for eval, video or both, as soon as none other is."""
+        write_file(self.waiting, model)
+        self.wanted |= wanted
 
     def go_on(self) -> None:
         """Start what waits, unless there is nothing or a model is being played."""
         if self.process is not None and self.process.poll() is None:
             return
         self.end()
-        if self.waiting is not None:
-            (self.played, wanted), self.waiting = self.waiting, None
-            options = [f"--{name}" for name in sorted(wanted)]
+        if self.wanted:
+            options, self.wanted = [f"--{name}" for name in sorted(self.wanted)], set()
+            self.waiting.replace(self.played)
             paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-            environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
             # It ends when its standard input does, that is with this process at the latest.
             self.process = subprocess.Popen(
                 [*self.command, str(self.played), *options], stdin=subprocess.PIPE, start_new_session=True,
-                env=environment,
+                env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
             )  # fmt: skip
 
     def finish(self, stopped: Callable[[], bool]) -> None:

@@ -71,15 +71,14 @@ class Logger:
         self.config, self.about, self.resumed = config, about, len(about["starts"]) > 1
         earlier = sorted(path for path in folder.glob("[0-9]*") if path.is_dir()) if self.resumed else []
         self.folder = earlier[-1] if earlier else folder / f"{datetime.now():%Y%m%d-%H%M%S-%f}"
-        self.started, self.first, self.failed = time.perf_counter(), update, False
+        self.started, self.first = time.perf_counter(), update
         # The thread that writes hands its errors on to whoever logs next; they need not be shown as well.
         threading.excepthook = lambda error: None if error.exc_type is OSError else sys.__excepthook__(*error[:3])
         self.writer: Any = self._open(update)
-        self.bar: tqdm | None = None
-        if sys.stderr.isatty():
-            layout = "{desc} {percentage:3.0f}%|{bar}| {n}/{total} {elapsed}<{remaining}"
-            self.bar = tqdm(total=config.updates, initial=update, desc=about["run_id"][:16], bar_format=layout,
-                            dynamic_ncols=True)  # fmt: skip
+        # None: there is none where there is no terminal.
+        layout = "{desc} {percentage:3.0f}%|{bar}| {n}/{total} {elapsed}<{remaining}"
+        self.bar = tqdm(total=config.updates, initial=update, desc=about["run_id"][:16], bar_format=layout,
+                        dynamic_ncols=True, disable=None)  # fmt: skip
 
     def _open(self, update: int) -> SummaryWriter:
         writer: Any = SummaryWriter(self.folder, purge_step=update * self.config.samples + 1)
@@ -92,13 +91,7 @@ class Logger:
         return writer
 
     def log(self, update: int, scalars: dict[str, float], weights: dict[str, Tensor]) -> None:
-        """Log an update, over environment steps, and show progress.
-
-        Args:
-            update: finished updates.
-            scalars: by tag.
-            weights: whose histograms are logged.
-        """
+        """Log scalars by tag and histograms of weights after an update, over environment steps, and show progress."""
         steps = update * self.config.samples
         try:
             self.writer = self.writer or self._open(update - 1)
@@ -108,9 +101,7 @@ class Logger:
                 self.writer.add_histogram(f"weights/{name}", weight.detach().cpu(), steps)
             self.writer.flush()
         except OSError as error:  # the disk is full or gone: the run goes on, and so do its curves once they can
-            if not self.failed:
-                print(f"\n{self.folder}: the curves have a gap: {error.strerror}", file=sys.stderr)
-            self.failed = True
+            print(f"\n{self.folder}: the curves have a gap: {error.strerror}", file=sys.stderr)
             self._close_writer()
         self._show(update, scalars)
 
@@ -119,7 +110,7 @@ class Logger:
         shown = [f"{name} {mean:.2f}" for name, mean in means.items() if mean is not None]
         shown = shown or ["no episode has ended yet"]
         shown.append(f"{scalars['performance/update_steps_per_second']:,.0f} steps/s")
-        if self.bar is not None:
+        if not self.bar.disable:
             self.bar.set_description_str(" ".join(word for word in shown if "length" not in word), refresh=False)
             self.bar.update()
             return
@@ -129,8 +120,7 @@ class Logger:
 
     def close(self) -> None:
         """Finish the files and the bar."""
-        if self.bar is not None:
-            self.bar.close()
+        self.bar.close()
         self._close_writer()
 
     def _close_writer(self) -> None:
@@ -139,12 +129,10 @@ class Logger:
         self.writer = None
 
 
-def flatten(section: dict, prefix: str = "") -> dict[str, float | str | bool]:
+def flatten(section: dict, prefix: str = "") -> dict[str, float | str]:
     """Return a nested config as one level of dotted keys."""
-    flat: dict[str, float | str | bool] = {}
+    flat: dict[str, float | str] = {}
     for key, value in section.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value if isinstance(value, (int, float, str, bool)) else str(value)
+        plain = value if isinstance(value, (int, float)) else str(value)
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: plain}
     return flat

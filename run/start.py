@@ -3,7 +3,6 @@
 import os
 import re
 import secrets
-import shutil
 import signal
 import sys
 import tempfile
@@ -15,23 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import BaseFileLock, FileLock, Timeout
-from pydantic import BaseModel, ValidationError
+from filelock import FileLock, Timeout
 
 from environments.contract import Task
-from run.checkpoint import (
-    compact,
-    fingerprint,
-    list_checkpoints,
-    load,
-    load_newest,
-    model_file,
-    provenance,
-    save_checkpoint,
-    write_file,
-)
-from run.cli import RUN_ID, Precision, Seed, check_writable, cores, problems
-from run.config import Config, load_config
+from run.checkpoint import compact, list_checkpoints, load_newest, model_file, provenance, save_checkpoint, write_file
+from run.cli import RUN_ID, check_writable, cores
+from run.config import Config, check_config, load_config
 from run.distributed import Interrupted, Ranks, check_alike, check_divisible
 from run.evaluations import Evaluations
 from run.logger import Logger
@@ -42,35 +30,13 @@ from utils import EnvironmentFailure, NonFinite, UserError
 OVERLAP_WORTH = 32
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # the last two are what clusters send before the end
 LOCK = ".lock"
-Lock = BaseFileLock | None
 
 
 class StopRequest:
-    """Whether somebody asked the run to stop.
+    """Whether somebody asked this rank to stop: `asked`."""
 
-    Args:
-        ranks: of the run, by default this one alone; who asks one of them asks all.
-
-    Attributes:
-        asked: whether this rank was.
-    """
-
-    def __init__(self, ranks: Ranks | None = None) -> None:
-        self.ranks, self.asked = ranks or Ranks(), False
-
-    def __call__(self) -> bool:
-        """Return whether any rank was asked, as far as is known here; not to be called at every step."""
-        return self.asked or self.ranks.stopping
-
-    def check(self) -> None:
-        """Raise Interrupted if this rank was asked."""
-        if self.asked:
-            raise Interrupted
-
-    def check_together(self) -> None:
-        """Raise Interrupted on all ranks if any of them was asked; all have to call this at the same place."""
-        if self.ranks.any(self.asked):
-            raise Interrupted
+    def __init__(self) -> None:
+        self.asked = False
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
@@ -99,8 +65,6 @@ class Options:
     Attributes:
         device: where the model and the buffer live.
         processes: how many processes step the environments.
-        overlap: whether half of the environments step while the policy looks at the other half; by default where a GPU
-            computes, or from `OVERLAP_WORTH` environments with frames on.
         precision: "float32", or "bf16" for matrix products.
         compile: whether to compile the model with torch.compile.
         folder: where the folders models, checkpoints and summaries lie.
@@ -110,20 +74,14 @@ class Options:
 
     device: torch.device
     processes: int = 1
-    overlap: bool | None = None
     precision: str = "float32"
     compile: bool = False
     folder: Path = Path(".")
     ranks: Ranks = field(default_factory=Ranks)
-    stop: StopRequest = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.stop = StopRequest(self.ranks)
+    stop: StopRequest = field(default_factory=StopRequest)
 
     def overlaps(self, task: Task, n_workers: int) -> bool:
         """Return whether half of a run's environments step while the policy looks at the other half."""
-        if self.overlap is not None:
-            return self.overlap
         return self.device.type == "cuda" or (task.frame is not None and n_workers >= OVERLAP_WORTH)
 
 
@@ -138,20 +96,13 @@ class Run:
         seed: everything random derives from it.
         options: how it is carried out.
         checkpoint: what it goes on from, None for a new run.
-        lock: of its folder, held, where there is that folder already.
     """
 
     def __init__(
-        self,
-        run_id: str,
-        config: Config,
-        seed: int,
-        options: Options,
-        checkpoint: dict | None = None,
-        lock: Lock = None,
+        self, run_id: str, config: Config, seed: int, options: Options, checkpoint: dict | None = None
     ) -> None:
         self.name, self.config, self.seed, self.options = run_id, config, seed, options
-        self.checkpoint, self.lock, self.ranks = checkpoint, lock, options.ranks
+        self.checkpoint, self.ranks = checkpoint, options.ranks
         self.state: dict[str, Any] = checkpoint or {"update": 0}  # after the last update
         self.ranks.how_to_go_on = f"; to go on from the last checkpoint: {self.command}"
         made_by = provenance(options.device)
@@ -163,27 +114,22 @@ class Run:
     @property
     def folder(self) -> Path:
         """Where the checkpoints lie."""
-        return self.options.folder / "checkpoints" / self.name
+        return places(self.options.folder, self.name)[1]
 
     @property
     def model(self) -> Path:
         """The file of the trained model."""
-        return self.options.folder / "models" / f"{self.name}.nn"
+        return places(self.options.folder, self.name)[0]
 
     @property
     def command(self) -> str:
         """What goes on with the run."""
         return f"{'python' if self.ranks.size == 1 else 'torchrun …'} train.py --resume={self.name}"
 
+    @property
     def done(self) -> bool:
-        """Return whether all updates are done, and the model is that of the last of them."""
-        done = self.checkpoint is not None and self.checkpoint["update"] >= self.config.updates
-        if done and self.ranks.first:
-            try:
-                done = fingerprint(load(self.model, "model")["weights"]) == fingerprint(self.checkpoint["weights"])
-            except (UserError, LookupError, AttributeError, RuntimeError):  # there is none, or another's
-                done = False
-        return self.ranks.from_first(done)
+        """Whether it has had all its updates."""
+        return self.state["update"] >= self.config.updates
 
     def tell(self, line: str) -> None:
         """Show a line once."""
@@ -194,9 +140,6 @@ class Run:
     def open(self, state: dict[str, Any]) -> Iterator[None]:
         """Take the run's folders, let signals ask to stop, and lose nothing where the block ends early.
 
-        Args:
-            state: of the trainer, at the beginning.
-
         Raises:
             UserError: if the folders cannot be written to.
             SystemExit: where the run was stopped or failed, which has been told, its last state being saved.
@@ -205,6 +148,9 @@ class Run:
         with self.ranks.agree_on(UserError):
             if self.ranks.first:
                 self._settle()
+        config, after = self.config, f"continuing after update {state['update']}, " if self.checkpoint else ""
+        self.tell(f"run {self.name}, seed {self.seed}, {config.environment.type} on {self.about['device']}, "
+                  f"{after}{config.updates} updates of {config.samples:,} steps")  # fmt: skip
         self.checkpoint = None  # as large as three models
         try:
             with self.options.stop.on_signals():
@@ -225,12 +171,7 @@ class Run:
                 self.lock.release()
 
     def after_update(self, state: dict[str, Any], scalars: dict[str, float]) -> None:
-        """Keep the state after an update, log it, and do what is due.
-
-        Args:
-            state: of the trainer.
-            scalars: what is logged of the update, by tag.
-        """
+        """Keep the trainer's state after an update, log its scalars by tag, and do what is due."""
         self.state, update = state, state["update"]
         intervals = {name: getattr(self.config, f"{name}_interval") for name in
                      ("checkpoint", "model", "eval", "video", "histogram")}  # fmt: skip
@@ -238,24 +179,24 @@ class Run:
         if self.ranks.first:
             self.log.log(update, scalars, state["weights"] if "histogram" in due else {})
             if "model" in due:
-                path = self._home() / f"model-{update * self.config.samples:012d}.nn"
-                self._write(lambda folder: write_file(folder / path.name, self._model()), path.parent)
-            with self._telling(self.folder):
+                self._write_file(self._home() / f"model-{update * self.config.samples:012d}.nn")
+            with self._telling(self.log.folder):
                 if due & {"eval", "video"}:
-                    self.evaluations.offer(self._home(), update, self._model(), due & {"eval", "video"})
+                    self.evaluations.offer(self._model(), due & {"eval", "video"})
                 self.evaluations.go_on()
         if "checkpoint" in due:  # last: a resumed run repeats nothing before it
             self._save()
 
     def finish(self) -> None:
-        """Write the last checkpoint and the model, and wait for evaluations; SystemExit where there is no place."""
+        """Write the last checkpoint and the model, and wait for evaluations."""
         self._save()
-        written = False
+        self.write_model()
         if self.ranks.first:
-            places = self.model.parent, self._home()
-            written = self._write(lambda folder: write_file(folder / self.model.name, self._model()), *places)
             self.evaluations.finish(lambda: self.options.stop.asked)
-        if not self.ranks.from_first(written):
+
+    def write_model(self) -> None:
+        """Write the model of the last update; SystemExit where there is no place."""
+        if not self.ranks.from_first(self.ranks.first and self._write_file(self.model)):
             self.tell(f"the model could not be written; {self._how_to_go_on()}")
             sys.exit(1)
 
@@ -282,36 +223,31 @@ class Run:
     # -------------------------------------------------------------------------------------------------- where it lies
 
     def _settle(self) -> None:
-        """Make the folders and take them; UserError where that fails, and they are gone again."""
-        made: list[Path] = []
+        """Make the folders and take the run's; UserError where that fails."""
         summaries = self.options.folder / "summaries"
-        try:
-            for place in (self.model.parent, summaries, self.folder.parent, self.folder):
-                if place == self.folder or not place.exists():
-                    place.mkdir(exist_ok=self.lock is not None or place != self.folder)
-                    made.append(place)
-                check_writable(place)
-            if self.model.is_dir():
-                raise UserError(f"{self.model}: is a folder, should be a file")
-            self._take(self.lock or locked(self.folder))
-        except (OSError, UserError) as error:
-            for folder in reversed(made):
-                with suppress(OSError):  # it is not empty
-                    folder.rmdir()
-            reason = f"{place}: cannot be written to: {getattr(error, 'strerror', None)}"
-            raise UserError(str(error) if isinstance(error, UserError) else reason) from error
-        for left in self.folder.glob(".evaluated-*"):  # by a run that was killed
-            left.unlink()
+        for place in (self.model.parent, summaries, self.folder.parent):
+            with suppress(OSError):  # which is said next
+                place.mkdir(parents=True, exist_ok=True)
+            check_writable(place)
+        self._take_folder()
         best = self.model.with_name(f"{self.name}-best.nn")
         if self.checkpoint is None:  # what is there is an earlier run's
-            for path in (*self.folder.iterdir(), best):
-                if path.name != LOCK:
-                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+            for path in (*self.folder.glob("*.pt"), *self.folder.glob("*.nn"), best):
+                path.unlink(missing_ok=True)
         self.log = Logger(summaries / self.name, self.config, self.about, self.state["update"])
         self.evaluations = Evaluations(self.log.folder / "evaluation", best)
 
-    def _take(self, lock: BaseFileLock) -> None:
-        self.lock, self.own = lock, os.stat(self.folder / LOCK)
+    def _take_folder(self) -> None:
+        """Make the run's folder, if there is none, and lock it; UserError where that fails."""
+        self.lock = FileLock(self.folder / LOCK)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock.acquire(timeout=0)
+            self.own = os.stat(self.folder / LOCK)
+        except Timeout as error:
+            raise UserError(f"{self.folder}: another process trains this run") from error
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot be written to: {error.strerror}") from error
 
     def _home(self) -> Path:
         """Return the run's folder, a new one where somebody has moved it or put another in its place."""
@@ -319,20 +255,22 @@ class Run:
             if os.path.samestat(os.stat(self.folder / LOCK), self.own):
                 return self.folder
         lost, self.name = self.folder, free_run_id(self.options.folder, self.name)
-        with self._telling(self.folder):
-            self.folder.mkdir(parents=True)
-            self.lock.release()
-            self._take(locked(self.folder))
-            self.tell(f"\n{lost}: is not where it was; the run goes on in {self.folder}")
+        self.tell(f"\n{lost}: is not where it was; the run goes on in {self.folder}")
+        self.lock.release()
+        with suppress(UserError):  # whoever writes there will say so
+            self._take_folder()
         return self.folder
 
-    def _write(self, write: Callable[[Path], object], *folders: Path) -> bool:
-        """Let a file be written into the first folder where it can be; the system's for temporary ones is the last."""
-        for folder in (*folders, Path(tempfile.gettempdir()) / self.name):
-            with self._telling(folder):
-                write(folder)
-                if folder != folders[0]:
-                    self.tell(f"it was written to {folder}")
+    def _write_file(self, path: Path) -> bool:
+        return self._write(lambda folder: write_file(folder / path.name, self._model()), path.parent)
+
+    def _write(self, write: Callable[[Path], object], folder: Path) -> bool:
+        """Let a file be written into a folder, or where that fails into the system's for temporary ones."""
+        for place in (folder, Path(tempfile.gettempdir()) / self.name):
+            with self._telling(place):
+                write(place)
+                if place != folder:
+                    self.tell(f"it was written to {place}")
                 return True
         return False
 
@@ -357,99 +295,60 @@ def joined(parts: list[Any]) -> Any:
 # ------------------------------------------------------------------------------------------------ which run is meant
 
 
-class Described(BaseModel):
-    """What a checkpoint says about its run."""
-
-    precision: Precision
-    starts: list[dict[str, Any]]
-
-
-class Stored(BaseModel):
-    """What has to be known of a checkpoint before a trainer takes the rest."""
-
-    config: Config
-    seed: Seed
-    update: int
-    run: Described
-
-
 def chosen_run(arguments: Any, ranks: Ranks, device: torch.device) -> Run:
-    """Return the run that a command line means: rank 0 reads and draws, all know.
-
-    Args:
-        arguments: of train.py.
-        ranks: all that train together.
-        device: of this rank.
+    """Return the run that train.py's command line means: rank 0 reads and draws, all know.
 
     Raises:
         UserError: on all ranks, where anything is wrong or they are not alike.
     """
-    config, lock, chosen = None, None, None
-    with ranks.agree_on(UserError):
-        if arguments.resume is None:
-            config = load_config(arguments.config, arguments.set)
-        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and (arguments.overwrite or not arguments.run_id):
-            raise UserError("torchrun's --max-restarts, which goes on with the run, needs its --run-id, no --overwrite")
-    check_alike(ranks, config, arguments.model_dump(by_alias=True))
+    check_alike(ranks, arguments.model_dump(by_alias=True))
+    chosen = None
     with ranks.agree_on(UserError):
         if ranks.first:
             again = ranks.restarts and list_checkpoints(Path("checkpoints", str(arguments.run_id)))
             resumed = arguments.run_id if again else arguments.resume
-            lock, *chosen = resumed_run(resumed) if resumed else new_run(config, arguments, ranks)
+            chosen = resumed_run(resumed) if resumed else new_run(arguments, bool(ranks.restarts))
     run_id, config, seed, checkpoint = ranks.from_first(chosen)
     config = config.model_copy(update={"updates": arguments.updates or config.updates})
     check_divisible(ranks, config)
     processes = arguments.processes or max(1, cores() // ranks.local_size)
     precision = arguments.precision or (checkpoint["run"]["precision"] if checkpoint else "float32")
     options = Options(device, processes, precision=precision, compile=arguments.compile, ranks=ranks)
-    return Run(run_id, config, seed, options, checkpoint, lock)
+    return Run(run_id, config, seed, options, checkpoint)
 
 
-def new_run(config: Config, arguments: Any, ranks: Ranks) -> tuple[Lock, str, Config, int, None]:
-    """Return lock, id, config and seed of a new run; UserError where its id is not free."""
-    run_id = arguments.run_id or Path(arguments.config).stem
+def new_run(arguments: Any, restarted: bool) -> tuple[str, Config, int, None]:
+    """Return id, config and seed of a new run; UserError where its id is not free, unless torchrun restarted it."""
+    config, run_id = load_config(arguments.config, arguments.set), arguments.run_id or Path(arguments.config).stem
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and (arguments.overwrite or not arguments.run_id):
+        raise UserError("torchrun's --max-restarts, which goes on with the run, needs its --run-id, no --overwrite")
     if not re.fullmatch(RUN_ID, run_id):
         raise UserError(f"--run-id: should match {RUN_ID!r}, not {run_id!r}")
     if not arguments.run_id and not arguments.overwrite:
         run_id = free_run_id(Path("."), run_id)
-    folder = Path("checkpoints", run_id)
-    taken = [path for path in (Path("models", f"{run_id}.nn"), folder) if path.exists()]
-    if taken and not arguments.overwrite and not ranks.restarts:
-        raise UserError(f"--run-id: {taken[0]} exists; choose another id, or --overwrite, or --resume={run_id}")
+    if not arguments.overwrite and not restarted:
+        for path in places(Path("."), run_id):
+            if path.exists():
+                raise UserError(f"--run-id: {path} exists; choose another id, or --overwrite, or --resume={run_id}")
     seed = secrets.randbelow(2**31) if arguments.seed is None else arguments.seed
-    return locked(folder) if folder.exists() else None, run_id, config, seed, None
+    return run_id, config, seed, None
 
 
-def resumed_run(run_id: str) -> tuple[Lock, str, Config, int, dict]:
-    """Return lock, id, config, seed and newest checkpoint of an interrupted run."""
-    folder = Path("checkpoints", run_id)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: there is no such folder; --resume takes the id of a started run")
-    lock = locked(folder)  # first: what is read must not change
-    checkpoint, path = load_newest(folder)
-    try:
-        stored = Stored.model_validate(checkpoint)
-    except ValidationError as error:
-        raise UserError(f"{path}: {problems(error, checkpoint)[0]}") from error
-    print(f"continuing {run_id} after update {stored.update} from {path}", file=sys.stderr)
-    return lock, run_id, stored.config, stored.seed, checkpoint
-
-
-def locked(folder: Path) -> BaseFileLock:
-    """Return the lock of a run's folder, which is now held; UserError where somebody else holds it."""
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise UserError(f"{folder}: another process trains this run") from error
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written to: {error.strerror}") from error
-    return lock
+def resumed_run(run_id: str) -> tuple[str, Config, int, dict]:
+    """Return id, config, seed and newest checkpoint of an interrupted run."""
+    checkpoint, path = load_newest(Path("checkpoints", run_id))
+    config = check_config(checkpoint["config"], str(path))
+    return run_id, config, checkpoint["seed"], checkpoint
 
 
 def free_run_id(root: Path, name: str) -> str:
     """Return the first of name, name-2, name-3, … that no run has."""
     run_id, number = name, 2
-    while any(path.exists() for path in (root / "models" / f"{run_id}.nn", root / "checkpoints" / run_id)):
+    while any(path.exists() for path in places(root, run_id)):
         run_id, number = f"{name}-{number}", number + 1
     return run_id
+
+
+def places(root: Path, run_id: str) -> tuple[Path, Path]:
+    """Return the model and the folder of a run."""
+    return root / "models" / f"{run_id}.nn", root / "checkpoints" / run_id

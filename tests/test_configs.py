@@ -1,22 +1,13 @@
-"""Configs: every mistake is named before anything starts, and every shipped config trains.
+"""Configs: every mistake is named before anything starts, and every shipped config trains."""
 
-Set FAULT_TESTS=full for 2,000 generated configs instead of 150.
-"""
-
-import copy
 import math
-import os
-import signal
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from environments import SECTIONS
 from run.config import Config, check_config, load_config
@@ -29,7 +20,6 @@ from worker import inspect_environment
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
 TEXTS = {path.stem: path.read_text() for path in SHIPPED}
-FULL = os.environ.get("FAULT_TESTS") == "full"
 
 
 def scaled_down(checked: Config) -> Config:
@@ -68,13 +58,6 @@ def test_shipped_config_trains(path, tmp_path, monkeypatch):
     ended = any(state["environments"]["workers"]["number"])
     assert {tag in scalars for tag in ("episode/reward_mean", "episode/length_std")} == {ended}
     assert (tmp_path / "models" / "run.nn").is_file()
-
-
-def test_command_count_is_as_shipped():
-    """The length of an episode of Mortar Mayhem Grid follows from it."""
-    config = load_config(ROOT / "configs" / "mortar_mayhem_grid.yaml")
-    assert config.environment.options["command_count"] == [10]
-    assert config.environment.options["explosion_delay"] == [6]
 
 
 # ----------------------------------------------------------------------------------------------- what is to be noticed
@@ -140,7 +123,6 @@ def test_bad_value(key, value):
         ({"transformer__embed_dim": 63, "transformer__num_heads": 1}, "transformer.embed_dim: 63 should be even"),
         ({"gamma_schedule": {"initial": 0.9, "final": 1.2, "max_decay_steps": 5}}, "gamma_schedule: should be at most"),
         ({"n_mini_batch": 3}, "n_mini_batch: 3 should divide n_workers·worker_steps, 2048"),
-        ({"n_mini_batch": 2048}, "n_mini_batch: 2048 leaves one sample"),
         ({"segment_length": 3}, "segment_length: 3 should divide worker_steps, 128, and a minibatch, 256"),
         ({"segment_length": 128, "n_mini_batch": 32}, "segment_length: 128 should divide"),
         ({"transformer__query_position": True}, "transformer.query_position: needs a positional_encoding"),
@@ -237,44 +219,21 @@ def test_bad_override(override, said):
     assert said in line and len(line) < 1200, line
 
 
-@contextmanager
-def patience(seconds: int):
-    """Fail where something hangs."""
-
-    def give_up(number: int, frame: object) -> None:
-        pytest.fail(f"took longer than {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
-BOMB = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
-BOMB += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12)]
-
-
 @pytest.mark.parametrize(
     "text",
     ["", "5", "- a", "a: [", "a: b: c", "\t", "\0", "a: &x {b: *x}", "? {a: b}\n: 1", "a: 2024-13-45",
-     "!!python/object/apply:os.system ['touch canary']", "a: !!binary x", "\ufeff", "%YAML 9.9\n---\na: 1",
-     "a: " + "[" * 5000, "gamma: 0x" + "f" * 5000, "gamma: " + "9" * 5000, "--- 1\n--- 2", "{[a]: 1}",
-     "\n".join([*BOMB, TEXTS["poc_memory_env"].replace("gamma: 0.99", "gamma: *a11")]),
+     "!!python/object/apply:os.system ['touch canary']", "%YAML 9.9\n---\na: 1", "--- 1\n--- 2", "{[a]: 1}",
      TEXTS["poc_memory_env"] + "epochs: 7\n"],
     ids=lambda text: repr(text)[:30],
 )  # fmt: skip
-def test_texts_that_are_no_configs(text, tmp_path):
-    """Bombs, code, keys that are there twice: a short line each, at once."""
-    path = tmp_path / "a.yaml"
-    path.write_text(text)
-    with patience(20), pytest.raises(UserError) as caught:
-        load_config(path)
-    for line in str(caught.value).split("\n"):
-        assert line.startswith(f"{path}: ") and len(line) < 700 + len(str(path)), line
-    assert not (tmp_path / "canary").exists() and not Path("canary").exists()
+def test_texts_that_are_no_configs(text, tmp_path, monkeypatch):
+    """Code and keys that are there twice among them: a short line each."""
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_config("a.yaml")
+    assert all(line.startswith("a.yaml: ") and len(line) < 700 for line in str(caught.value).split("\n"))
+    assert not Path("canary").exists()
 
 
 def test_files_that_cannot_be_read(tmp_path):
@@ -310,53 +269,3 @@ def test_configs_of_shipped_models(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_what_is_written_from_the_declarations(path):
     assert path.read_text(encoding="utf-8") == FILES[path](), "to be written anew by `python -m tools.write_docs`"
-
-
-# ----------------------------------------------------------------------------------------------- generated bad configs
-
-JUNK = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.sampled_from([-3, 0, 5, 7, 31, 33, 100, 10**4, 10**9, 2**31, 2**63, 2**70, -(2**40), 10**400]),
-    st.floats(),
-    st.text(max_size=8),
-    st.sampled_from(["3e-4", "nan", "-inf", "", "True", "0x10", "1_000", "PocMemoryEnv", "absolute", "post"]),
-    st.sampled_from([[], {}, [[]], {"a": {"b": {"c": []}}}, [1, 2], {1: 2}, {None: None}, b"bytes"]),
-).map(copy.deepcopy)
-
-
-@st.composite
-def mutated(draw) -> str:
-    """The text of a shipped config in which something was changed."""
-    text = TEXTS[draw(st.sampled_from(sorted(TEXTS)))]
-    if draw(st.integers(0, 3)) == 0:
-        place = draw(st.integers(0, len(text)))
-        inserted = draw(st.sampled_from(["", *":-{}[]&*!|>%@`#'\"\t\n ,?0e.\0é", "---\n", "\n" + text]))
-        return text[:place] + inserted + text[place + draw(st.sampled_from((0, 1, 10**5))) :]
-    config = yaml.safe_load(text)
-    for _ in range(draw(st.integers(1, 3))):
-        sections = [config, *(value for value in config.values() if isinstance(value, dict) and value)]
-        section = draw(st.sampled_from(sections))
-        key = draw(st.sampled_from(sorted(map(str, section))))
-        value = section.pop(key, None)
-        new = draw(st.sampled_from([key, key, key[1:], key + "x", "view_size", "num-seeds", "", "gamma"]))
-        draw(st.sampled_from(sections))[new] = draw(JUNK | st.just(value))
-    return yaml.dump(config)
-
-
-@settings(max_examples=2000 if FULL else 150)
-@given(text=mutated())
-def test_generated_configs(text, tmp_path_factory):
-    """Each is refused with a line per problem, or is a config that can be written down and read again."""
-    path = tmp_path_factory.mktemp("generated") / "a.yaml"
-    path.write_text(text, encoding="utf-8")
-    try:
-        with patience(20):
-            config = load_config(path)
-    except UserError as error:
-        lines = str(error).split("\n")
-        assert all(line.startswith(f"{path}: ") and len(line) < 700 + len(str(path)) for line in lines), lines
-        assert len(set(lines)) == len(lines)
-    else:
-        assert repr(check_config(config.model_dump(), "")) == repr(config)
-        yaml.safe_dump(config.model_dump())

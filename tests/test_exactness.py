@@ -605,7 +605,8 @@ def test_training_run(name):
     environment, transformer, changes = RUNS[name]
     transformer = {"num_blocks": 2, "embed_dim": 12, "num_heads": 3, "query_position": True} | transformer
     config = check_config(RUN | {"environment": environment, "transformer": transformer} | changes, name)
-    options = Options(CPU, processes=2, overlap=name != "PocMemoryEnv")
+    options = Options(CPU, processes=2)
+    options.overlaps = lambda task, n_workers: name != "PocMemoryEnv"
     trainer = CheckedTrainer(config, inspect_environment(config.environment)[0], 3, options)
     try:
         trainer.start()

@@ -2,7 +2,6 @@
 
 import ast
 import sys
-from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -61,21 +60,6 @@ def imported_modules(tree: ast.AST) -> list[tuple[int, str]]:
     return found
 
 
-def files_of(tree: ast.AST) -> set[str]:
-    """Return our own files that a node imports: a module's, or that of the package that a name comes from."""
-    names = {name for _, name in imported_modules(tree)}
-    names |= {
-        f"{node.module}.{alias.name}"
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
-    }
-    files = {name.replace(".", "/") for name in names}
-    inner = {f"{file}.py" for file in files}
-    packages = {f"{file}/__init__.py" for file in files if not any(f"{file}/" in name for name in inner)}
-    return (inner | packages) & SOURCES.keys()
-
-
 def late_imports(tree: ast.AST) -> list[tuple[int, str]]:
     """Return the imports inside functions."""
     return sorted({found for node in ast.walk(tree) if isinstance(node, FUNCTIONS) for found in imported_modules(node)})
@@ -108,11 +92,6 @@ def test_imports_go_one_way(path):
         and not (target == room and "/" in path)
     ]
     assert not wrong
-
-
-def test_modules_do_not_go_round_in_circles():
-    """CycleError names one that do."""
-    TopologicalSorter({path: files_of(tree) - {path} for path, tree in TREES.items()}).prepare()
 
 
 @pytest.mark.parametrize("path", [path for path in SOURCES if path not in LATE_IMPORTERS])

@@ -1,12 +1,11 @@
 """Environments that go wrong in a chosen way, registered by importing this module: `tests.toy_environments:Exit-v0`.
 
-They are quick, and all but `Random` are determined by their reset seed and their actions. What goes wrong does so
+They are quick, and determined by their reset seed and their actions. What goes wrong does so
 after the first step, because the trainer plays one step itself before it starts any process.
 """
 
 import multiprocessing
 import os
-import random
 import signal
 import time
 from pathlib import Path
@@ -115,21 +114,6 @@ class InfiniteReward(Toy):
         return observation, float("inf") if self.age == FAULT_STEP else reward, *rest
 
 
-class Random(Toy):
-    """Is determined by nothing."""
-
-    def step(self, action):
-        self.place += random.SystemRandom().random()
-        return super().step(action)
-
-
-class Slow(Toy):
-    """Takes its time."""
-
-    def fault(self):
-        time.sleep(0.02)
-
-
 class Hangs(Toy):
     """Never returns from a step."""
 
@@ -194,7 +178,7 @@ class Masked(Toy):
 
 
 TOYS = (
-    Toy, Exit, ExitOnce, Raise, Hang, Hangs, KillTrainerOnce, NotANumber, InfiniteReward, Random, Slow, WrongShape,
+    Toy, Exit, ExitOnce, Raise, Hang, Hangs, KillTrainerOnce, NotANumber, InfiniteReward, WrongShape,
     Often, Seldom, Acted, Masked,
 )  # fmt: skip
 for toy in TOYS:

@@ -1,9 +1,8 @@
 """One side of benchmark.py: does what it reads, an update or another measurement a line, and answers in JSON.
 
-It imports the version of this project that comes first on PYTHONPATH, which may be an older one.
+It imports the version of this project that comes first on PYTHONPATH.
 """
 
-import importlib
 import itertools
 import json
 import os
@@ -12,61 +11,38 @@ import sys
 import time
 from contextlib import closing
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import psutil
 import torch
 
-from run.cli import command_line, cores, use_cores
+from run.cli import Computing, command_line, cores, use_cores
 from run.config import load_config
+from run.distributed import together
+from run.start import Options
 from trainer import PPOTrainer
-
-try:
-    from run.cli import Computing
-    from run.distributed import together
-    from run.start import Options
-    from worker import inspect_environment
-
-    OLDER = False
-except ImportError:  # commit 5144ffa and before
-    OLDER = True
+from worker import inspect_environment
 
 MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes
 
 
 def main() -> None:
-    """Make a trainer of what the command line says in JSON, and serve."""
+    """Make a trainer of what the command line says in JSON, and answer until nobody asks any more."""
     given = SimpleNamespace(**json.loads(sys.argv[1]))
     # What environments print must not come between the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    if OLDER:
-        return serve(older_trainer(given), answers)
     with together(Computing(**{"--device": given.device, "--cpu": given.cpu})) as (ranks, device):
         config = load_config(given.config, given.set)
         use_cores(device, ranks.local_size)
         processes = given.processes or max(1, cores() // ranks.local_size)
         options = Options(device, processes, precision=given.precision, compile=given.compile, ranks=ranks)
-        serve(PPOTrainer(config, inspect_environment(config.environment)[0], 1, options), answers)
-
-
-def older_trainer(given: SimpleNamespace) -> Any:
-    """Return the trainer of a version whose trainers find their task themselves."""
-    device = torch.device("cpu" if given.cpu else given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    use_cores(device)
-    kind = importlib.import_module("run.options").Options
-    options = kind(device, given.processes or cores(), precision=given.precision, compile=given.compile)
-    return PPOTrainer(load_config(given.config, given.set), "benchmark", 1, options)  # type: ignore[arg-type]
-
-
-def serve(trainer: PPOTrainer, answers: Any) -> None:
-    """Answer until nobody asks any more."""
-    with closing(trainer.workers):
-        trainer.start_workers()
-        for line in sys.stdin:
-            found = {"update": measured, "environments": stepped, "profile": profiled}[line.strip()](trainer)
-            print(json.dumps(found), file=answers, flush=True)
+        trainer = PPOTrainer(config, inspect_environment(config.environment)[0], 1, options)
+        with closing(trainer.workers):
+            trainer.start_workers()
+            for line in sys.stdin:
+                found = {"update": measured, "environments": stepped, "profile": profiled}[line.strip()](trainer)
+                print(json.dumps(found), file=answers, flush=True)
 
 
 def measured(trainer: PPOTrainer) -> dict[str, float]:
