@@ -97,7 +97,8 @@ class KeyToDoor(EpisodeEnv):
         self._observation = np.concatenate((np.eye(3)[self._room], view.ravel())).astype(np.float32)
         return self._observation.copy()
 
-    def _draw(self) -> np.ndarray:
+    def render(self) -> np.ndarray:
+        """Return the rooms, walls, objects and the agent."""
         board = np.full((SIDE, 3, SIDE + 1, 3), WALL)  # the rooms side by side, a wall after each
         board[:, :, :SIDE] = FLOOR
         for room, objects in enumerate(self._objects):

@@ -67,7 +67,8 @@ class PocMemoryEnv(EpisodeEnv):
         self._observation = np.array([-side, self._position / FIFTHS, side], dtype=np.float32)
         return self._observation.copy()
 
-    def _draw(self) -> np.ndarray:
+    def render(self) -> np.ndarray:
+        """Return the rooms, walls, objects and the agent."""
         cells = np.full((1, 2 * FIFTHS + 1, 3), 225)
         cells[0, 0], cells[0, -1] = COLOURS[int(self._observation[0])], COLOURS[int(self._observation[2])]
         cells[0, FIFTHS + self._position] = (40, 90, 200)

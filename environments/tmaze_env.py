@@ -95,7 +95,8 @@ class TMaze(EpisodeEnv):
         sideways = self._position < self._junction
         return {"action_mask": np.array([sideways, True, sideways, True])}
 
-    def _draw(self) -> np.ndarray:
+    def render(self) -> np.ndarray:
+        """Return the rooms, walls, objects and the agent."""
         cells = min(self._junction, DRAWN_CELLS) + 2  # the first one is that to the left of the start
         board = np.full((3, cells, 3), WALL)
         board[1, (1 if self.section.passive else 0) :] = FLOOR

@@ -1,7 +1,6 @@
 """Watching an agent: an episode at a time, drawn with what the agent remembers, as a video or for TensorBoard."""
 
 import math
-import traceback
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,8 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.tensorboard.summary import Summary
 
-from environments import BrokenContract
-from environments.contract import Task, check_observation, checked_step
+from environments.contract import Task, check_observation, checked_step, failure_of
 from environments.numbers import episode_means, episode_numbers
 from evaluation.agent import Agent, first_unseen_seed, task_name
 from evaluation.video import encode_gif
@@ -198,14 +196,6 @@ class Player:
             else:
                 found[name] = Entry(name, f"{number:.2f}", (0.5, half_open(number)))
         return [Entry(entry.name, "= –") if entry.text == "=" else entry for entry in found.values()]
-
-
-def failure_of(error: Exception) -> str:
-    """Return what went wrong in an environment on one line; where, too, unless the line is meant for its user."""
-    if isinstance(error, BrokenContract):
-        return str(error)
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{reason_of(error)} ({type(error).__name__}, {where.filename}:{where.lineno})"
 
 
 class Painter:
