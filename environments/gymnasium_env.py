@@ -2,7 +2,7 @@
 
 import textwrap
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import gymnasium
 import numpy as np
@@ -17,51 +17,10 @@ from environments.section import Flag, Nothing, Number, Section, Steps, Text, Wh
 from environments.spaces import Actor, Observer, hidden_entries
 
 
-class GymnasiumSection(Section):
-    """Any environment that is registered with Gymnasium."""
-
-    type: Literal["Gymnasium"] = Field(description="Which environment.")
-    name: Text = Field(min_length=1, description="The registered id; `package.module:Id-v0` imports the module first.")
-    max_episode_steps: Steps | Nothing = Field(
-        None, description="Episodes are truncated there: by default where the environment says."
-    )
-    arguments: dict[Text, Any] = Field({}, description="Passed on to `gymnasium.make`.")
-    observe: Annotated[list[Text], Field(min_length=1)] | Nothing = Field(
-        None, description="Which entries of a Dict space are observed: by default all."
-    )
-    hide: list[Whole | Annotated[str, Field(strict=True, pattern=r"^(-?\d+)?:(-?\d+)?$")]] = Field(
-        [], description="Entries of the observed vector that are set to zero."
-    )
-    previous_action: Flag = Field(False, description="The previous action is appended to the observed vector.")
-    previous_reward: Flag = Field(False, description="The previous reward is appended to the observed vector.")
-    reward_scale: Number = Field(
-        1.0, ge=1e-6, le=10**6, description="Rewards are multiplied by it for learning, not for what is reported."
-    )
-
-    def create(self, render_mode: str | None = None) -> "GymnasiumEnv":
-        """Return a new environment of this section."""
-        return GymnasiumEnv(self, render_mode)
-
-
-class CartPoleSection(Section):
-    """CartPole, whose velocities `CartPoleMasked` hides."""
-
-    type: Literal["CartPole", "CartPoleMasked"] = Field(description="Which environment.")
-    max_episode_steps: Steps = Field(200, description="Episodes are truncated there.")
-
-    def create(self, render_mode: str | None = None) -> "GymnasiumEnv":
-        """Return a new CartPole; a step's reward is 1/100 for learning, the return in the info is not divided."""
-        entries = {"type": "Gymnasium", "name": "CartPole-v1", "max_episode_steps": self.max_episode_steps}
-        entries |= {"reward_scale": 0.01, "hide": [1, 3] if self.type == "CartPoleMasked" else []}
-        env = GymnasiumSection.model_validate(entries).create(render_mode)
-        env.vector_names = ("cart position", "cart velocity", "pole angle", "pole velocity")
-        return env
-
-
 class GymnasiumEnv(WrappedEnv):
     """A registered environment as the trainer expects it; BrokenContract where it leaves its spaces."""
 
-    def __init__(self, section: GymnasiumSection, render_mode: str | None = None):
+    def __init__(self, section: "GymnasiumSection", render_mode: str | None = None):
         super().__init__(section, render_mode)
         self.reward_scale = section.reward_scale
         arguments = {"max_episode_steps": section.max_episode_steps, **section.arguments}
@@ -172,3 +131,41 @@ class GymnasiumEnv(WrappedEnv):
             return super().render()
         view = self.agent_view()
         return vector_picture(self._observation) if view is None else view
+
+
+class GymnasiumSection(Section):
+    """Any environment that is registered with Gymnasium."""
+
+    makes: ClassVar[type] = GymnasiumEnv
+    type: Literal["Gymnasium"] = Field(description="Which environment.")
+    name: Text = Field(min_length=1, description="The registered id; `package.module:Id-v0` imports the module first.")
+    max_episode_steps: Steps | Nothing = Field(
+        None, description="Episodes are truncated there: by default where the environment says."
+    )
+    arguments: dict[Text, Any] = Field({}, description="Passed on to `gymnasium.make`.")
+    observe: Annotated[list[Text], Field(min_length=1)] | Nothing = Field(
+        None, description="Which entries of a Dict space are observed: by default all."
+    )
+    hide: list[Whole | Annotated[str, Field(strict=True, pattern=r"^(-?\d+)?:(-?\d+)?$")]] = Field(
+        [], description="Entries of the observed vector that are set to zero."
+    )
+    previous_action: Flag = Field(False, description="The previous action is appended to the observed vector.")
+    previous_reward: Flag = Field(False, description="The previous reward is appended to the observed vector.")
+    reward_scale: Number = Field(
+        1.0, ge=1e-6, le=10**6, description="Rewards are multiplied by it for learning, not for what is reported."
+    )
+
+
+class CartPoleSection(Section):
+    """CartPole, whose velocities `CartPoleMasked` hides."""
+
+    type: Literal["CartPole", "CartPoleMasked"] = Field(description="Which environment.")
+    max_episode_steps: Steps = Field(200, description="Episodes are truncated there.")
+
+    def create(self, render_mode: str | None = None) -> "GymnasiumEnv":
+        """Return a new CartPole; a step's reward is 1/100 for learning, the return in the info is not divided."""
+        entries = {"type": "Gymnasium", "name": "CartPole-v1", "max_episode_steps": self.max_episode_steps}
+        entries |= {"reward_scale": 0.01, "hide": [1, 3] if self.type == "CartPoleMasked" else []}
+        env = GymnasiumSection.model_validate(entries).create(render_mode)
+        env.vector_names = ("cart position", "cart velocity", "pole angle", "pole velocity")
+        return env

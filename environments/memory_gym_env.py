@@ -5,7 +5,7 @@ import math
 import os
 import sys
 import types
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 from unittest import mock
 
 import gymnasium
@@ -33,24 +33,6 @@ TaskOptions = TypedDict("TaskOptions", {"start-seed": StartSeed, "num-seeds": Se
 with_config(ConfigDict(extra="allow"))(TaskOptions)
 
 NO_STEP_LIMIT = -1
-
-
-class MemoryGymSection(Section):
-    """The tasks of Memory Gym."""
-
-    type: MemoryGymType = Field(description="Which environment.")
-    reset_params: TaskOptions = Field(  # type: ignore[assignment]  # more keys, beside the same ones
-        TaskOptions(), description=f"The task's own options, and {SEEDS}"
-    )
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Return the reset options of the task."""
-        return {key: value for key, value in self.reset_params.items() if key not in Seeds.__annotations__}
-
-    def create(self, render_mode: str | None = None) -> "MemoryGymEnv":
-        """Return a new environment of this section."""
-        return MemoryGymEnv(self, render_mode)
 
 
 def copy_pixels(surface: Any) -> np.ndarray:
@@ -127,7 +109,7 @@ class MemoryGymEnv(EpisodeEnv):
     steps as its commands take, Searing Spotlights is to be solved in time), so that no value lies beyond them.
     """
 
-    def __init__(self, section: MemoryGymSection, render_mode: str | None = None):
+    def __init__(self, section: "MemoryGymSection", render_mode: str | None = None):
         super().__init__(section, render_mode)
         self._type, self._options, self._display = section.type, section.options, off_screen()
         self._task = make_task(self._type)
@@ -145,7 +127,6 @@ class MemoryGymEnv(EpisodeEnv):
         return self._observe(pixels), {}
 
     def step(self, action: np.ndarray | int) -> Step:
-        """Take an action."""
         pixels, reward, terminated, truncated, task_info = self._step_task(action)
         # Memory Gym counts reward and length too.
         numbers = task_numbers({key: value for key, value in task_info.items() if key not in COUNTED})
@@ -180,7 +161,6 @@ class MemoryGymEnv(EpisodeEnv):
         return self._observation
 
     def render(self) -> np.ndarray:
-        """Return the global view (336, 336, 3), a copy."""
         return self._global_view.copy()
 
     def _mortar_mayhem_results(self) -> dict[str, float]:
@@ -196,6 +176,21 @@ class MemoryGymEnv(EpisodeEnv):
         missed = not success and task._command_verify_step == 1
         completed = task._current_command - int(missed)
         return {"success": float(success), "commands_completed": float(completed / task.num_commands)}
+
+
+class MemoryGymSection(Section):
+    """The tasks of Memory Gym."""
+
+    makes: ClassVar[type] = MemoryGymEnv
+    type: MemoryGymType = Field(description="Which environment.")
+    reset_params: TaskOptions = Field(  # type: ignore[assignment]  # more keys, beside the same ones
+        TaskOptions(), description=f"The task's own options, and {SEEDS}"
+    )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Return the reset options of the task."""
+        return {key: value for key, value in self.reset_params.items() if key not in Seeds.__annotations__}
 
 
 def check_options(task_type: str, options: dict[str, Any], defaults: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import gymnasium
 import numpy as np
@@ -30,37 +30,13 @@ def odd(value: int) -> int:
     return value
 
 
-class MinigridSection(Section):
-    """Any environment of MiniGrid or BabyAI, seen as pictures."""
-
-    type: Literal["Minigrid"] = Field(description="Which environment.")
-    name: Text = Field(min_length=1, description="Which of the registered environments.")
-    max_episode_steps: Steps | Nothing = Field(
-        None, description="Episodes are truncated there: by default at 96 for Memory tasks, else at 64."
-    )
-    view_size: Annotated[Whole, Field(ge=3, le=99), AfterValidator(odd)] | Nothing = Field(
-        None, description="Tiles along each side of the view: by default 3 for Memory tasks, else 7."
-    )
-    tile_size: Annotated[Whole, Field(ge=1, le=64)] | Nothing = Field(
-        None, description="Pixels per tile: by default 28 for Memory tasks, else 8."
-    )
-    num_actions: Annotated[Whole, Field(ge=1, le=7)] | Nothing = Field(
-        None, description="The first so many of MiniGrid's actions: by default 3 for Memory tasks, else all."
-    )
-    mission: Flag = Field(False, description="The mission's words are observed as a vector beside the picture.")
-
-    def create(self, render_mode: str | None = None) -> "MinigridEnv":
-        """Return a new environment of this section."""
-        return MinigridEnv(self, render_mode)
-
-
 class MinigridEnv(WrappedEnv):
     """A MiniGrid environment whose observation is a picture of the part of the grid before the agent.
 
     With `mission` it is a dict of the picture (`frame`) and of the mission's words (`vector`).
     """
 
-    def __init__(self, section: MinigridSection, render_mode: str | None = None):
+    def __init__(self, section: "MinigridSection", render_mode: str | None = None):
         import minigrid  # noqa: F401  (registers its environments)
 
         super().__init__(section, render_mode)
@@ -127,6 +103,27 @@ class MinigridEnv(WrappedEnv):
             picture.setflags(write=False)
             _kept_pictures[key] = picture.transpose(2, 0, 1)
         return _kept_pictures[key]
+
+
+class MinigridSection(Section):
+    """Any environment of MiniGrid or BabyAI, seen as pictures."""
+
+    makes: ClassVar[type] = MinigridEnv
+    type: Literal["Minigrid"] = Field(description="Which environment.")
+    name: Text = Field(min_length=1, description="Which of the registered environments.")
+    max_episode_steps: Steps | Nothing = Field(
+        None, description="Episodes are truncated there: by default at 96 for Memory tasks, else at 64."
+    )
+    view_size: Annotated[Whole, Field(ge=3, le=99), AfterValidator(odd)] | Nothing = Field(
+        None, description="Tiles along each side of the view: by default 3 for Memory tasks, else 7."
+    )
+    tile_size: Annotated[Whole, Field(ge=1, le=64)] | Nothing = Field(
+        None, description="Pixels per tile: by default 28 for Memory tasks, else 8."
+    )
+    num_actions: Annotated[Whole, Field(ge=1, le=7)] | Nothing = Field(
+        None, description="The first so many of MiniGrid's actions: by default 3 for Memory tasks, else all."
+    )
+    mission: Flag = Field(False, description="The mission's words are observed as a vector beside the picture.")
 
 
 def words_of(mission: str) -> list[str]:

@@ -68,11 +68,6 @@ class EpisodeMean:
     reported: int
     episodes: int
 
-    @property
-    def note(self) -> str:
-        """Say how many episodes report it, where some do not."""
-        return "" if self.reported == self.episodes else f"in {self.reported:,} of {self.episodes:,} episodes"
-
 
 def count_missing_success(episodes: Sequence[dict[str, float]]) -> None:
     """Set `success` to 0 where an episode lacks it, if any of the task reports it: some tell only successes.

@@ -248,7 +248,7 @@ class Actor:
         if action is not None and self.branches:
             features[self._offsets + np.ravel(action)] = 1.0
         elif action is not None:
-            features[:] = np.clip(action, *self.bounds)
+            features[:] = flatten(self._own, self.action(action))
         return features
 
     def action(self, action: Any) -> Any:

@@ -377,7 +377,8 @@ def describe_means(results: list[dict[str, float]]) -> list[str]:
     """Return the mean of each number in words, with how many episodes report it where some do not."""
     words = []
     for name, found in episode_means(results).items():
-        words.append(f"{name.replace('_', ' ')} {found.mean:.2f}" + (f" ({found.note})" if found.note else ""))
+        some = f" (in {found.reported:,} of {found.episodes:,} episodes)" if found.reported < found.episodes else ""
+        words.append(f"{name.replace('_', ' ')} {found.mean:.2f}{some}")
     cut = sum("cut" in result for result in results)
     return words + ([f"{cut:,} of {len(results):,} episodes cut"] if cut else [])
 
