@@ -12,7 +12,7 @@ import numpy as np
 # one of 590×590 in colour.
 MOST_ENTRIES, MOST_PIXELS = 2**16, 2**20
 # What Python says of environments that were written for gym.
-OLD_SIGNS = ("unexpected keyword argument 'seed'", "values to unpack")
+OLD_SIGNS = ("reset() got an unexpected keyword argument", "values to unpack")
 OLD_API = (
     "that is the API of gym, which Gymnasium has replaced: https://gymnasium.farama.org/introduction/migration_guide"
 )
