@@ -320,8 +320,8 @@ def serve(connection: Any, make: Callable[[], EnvironmentRunner], folder: str) -
                 answer = command, getattr(runner, command)(argument)
             except (UserError, BrokenContract) as error:
                 answer = "refused", str(error)
-            except SystemExit as leaving:
-                answer = "failed", f"it called sys.exit({'' if leaving.code is None else repr(leaving.code)})"
+            except SystemExit as error:
+                answer = "failed", failure_of(error)
             except BaseException:
                 answer = "failed", f"it raised\n{traceback.format_exc().rstrip()}"
             connection.send(answer)

@@ -109,8 +109,11 @@ class VectorPart:
     """A part of an observation in the vector: choices one-hot, or numbers; `size` is how many entries it has."""
 
     def __init__(self, space: Any, name: str) -> None:
+        if not isinstance(space, Choices | spaces.MultiBinary | spaces.Box):
+            raise ValueError(f"{name} is {type(space).__name__}, which cannot be seen: leave it out with `observe`")
         self._space, self._name, self.size = space, name, flatdim(space)
-        self._low, self._range = np.zeros(self.size), np.ones(self.size)
+        self._low: Any = np.float64(0.0)
+        self._range: Any = np.float64(1.0)
         if isinstance(space, spaces.Box) and space.dtype.kind in "biu":
             low, high = (np.ravel(end).astype(np.float64) for end in (space.low, space.high))
             if (high - low).max(initial=0) < WIDEST_RANGE:
@@ -156,33 +159,30 @@ class Observer:
         for key in observe or ():
             if key not in there:
                 raise ValueError(f"observe: {key!r} is not there; there are {', '.join(map(str, there)) or 'none'}")
-        found = {path: part for path, part in leaves(space) if observe is None or path[0] in observe}
-        pictures = {path: part for path, part in found.items() if picture_axes(part)}
-        vectors = {path: part for path, part in found.items() if path not in pictures}
-        for path, part in vectors.items():
-            if not isinstance(part, Choices | spaces.MultiBinary | spaces.Box):
-                name = type(part).__name__
-                raise ValueError(f"{path_name(path)} is {name}, which cannot be seen: leave it out with `observe`")
-        if len(pictures) > 1:
-            named = ", ".join(map(path_name, pictures))
-            raise ValueError(f"it has {len(pictures)} pictures, {named}: choose one, and what else, with `observe`")
-        self._pictures = {path: FramePart(part, path_name(path)) for path, part in pictures.items()}
-        self.frame_shape = next((part.shape for part in self._pictures.values()), None)
-        self.size = sum(map(flatdim, vectors.values()))
-        check_sizes(self.frame_shape, self.size)  # before there are arrays of these sizes
-        self._parts = {path: VectorPart(part, path_name(path)) for path, part in vectors.items()}
+        self._frames, self._vectors = {}, {}
+        for path, part in leaves(space):
+            if observe is None or path[0] in observe:
+                if picture_axes(part):
+                    self._frames[path] = FramePart(part, path_name(path))
+                else:
+                    self._vectors[path] = VectorPart(part, path_name(path))
+        if len(self._frames) > 1:
+            raise ValueError(f"{', '.join(map(path_name, self._frames))} are pictures: choose one with `observe`")
+        self.frame_shape = next((part.shape for part in self._frames.values()), None)
+        self.size = sum(part.size for part in self._vectors.values())
+        check_sizes(self.frame_shape, self.size)
 
     def names(self) -> list[str]:
         """Return what each entry of the vector is."""
-        return [name for part in self._parts.values() for name in part.names()]
+        return [name for part in self._vectors.values() for name in part.names()]
 
     def frame(self, observation: Any) -> np.ndarray | None:
         """Return the frame of an observation, a copy of shape `frame_shape`; None if there is none."""
-        return next((part(reduce(getitem, path, observation)) for path, part in self._pictures.items()), None)
+        return next((part(reduce(getitem, path, observation)) for path, part in self._frames.items()), None)
 
     def vector(self, observation: Any) -> list[np.ndarray]:
         """Return the vector of an observation in pieces, of `size` entries in all."""
-        return [part(reduce(getitem, path, observation)) for path, part in self._parts.items()]
+        return [part(reduce(getitem, path, observation)) for path, part in self._vectors.items()]
 
 
 def hidden_entries(hide: Iterable[int | str], size: int) -> np.ndarray:
