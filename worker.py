@@ -239,7 +239,7 @@ class EnvironmentRunner:
             notices.append(f"environment: close() fails, which is ignored: {failure_of(error)}")
         return astuple(task), notices
 
-    def replay(self, episodes: dict[int, tuple[int, bytes, bytes]]) -> list[int]:
+    def replay(self, episodes: dict[int, tuple[int, bytearray, bytes]]) -> list[int]:
         """Bring running episodes back, by environment the entries of an `Episode`.
 
         Returns:
@@ -247,7 +247,7 @@ class EnvironmentRunner:
         """
         return [index for index, episode in episodes.items() if not self._replay(index, *episode)]
 
-    def _replay(self, index: int, number: int, packed: bytes, digest: bytes) -> bool:
+    def _replay(self, index: int, number: int, packed: bytearray, digest: bytes) -> bool:
         arrays, task = self.arrays, self.task
         self._turn_to(index)
         self._reset(index, number)
@@ -516,8 +516,6 @@ class Workers:
     def send(self, group: range, actions: np.ndarray) -> None:
         """Let the environments of a group step with actions (n, branches)."""
         self.arrays.actions[group.start : group.stop] = actions
-        for index, action in zip(group, actions.astype(self.packed), strict=True):
-            self.episodes[index].actions += action.tobytes()
         for process in self.processes:
             if any(index in group for index in process.indices):
                 process.pending.append(group)
@@ -538,6 +536,8 @@ class Workers:
         for index in group:
             if arrays.terminated[index] or arrays.truncated[index]:
                 self.episodes[index] = Episode(self.episodes[index].number + 1)
+            else:
+                self.episodes[index].actions += arrays.actions[index].astype(self.packed).tobytes()
             self.episodes[index].digest = arrays.digests[index].tobytes()
         self.restarts = 0
         return sorted(ended, key=lambda pair: pair[0])
@@ -551,14 +551,9 @@ class Workers:
             process.end(deadline)
 
     def _launched(self, indices: range, pending: list[range]) -> Process:
-        """Return a new process that replays its episodes without the step that is still pending, and then steps."""
-        episodes = {}
+        """Return a new process that replays its episodes, and then steps the groups that are pending."""
         self.arrays.at_work[indices] = False
-        for index in indices:
-            episode, steps = self.episodes[index], sum(index in group for group in pending)
-            size = len(episode.actions) - steps * self.packed.itemsize * self.arrays.actions.shape[1]
-            episodes[index] = episode.number, bytes(episode.actions[:size]), episode.digest
-        process = Process(self.make, indices, "replay", episodes)
+        process = Process(self.make, indices, "replay", {index: astuple(self.episodes[index]) for index in indices})
         process.pending = pending
         for group in pending:
             process.tell("step", group)
