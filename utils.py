@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 import kernels.allocator  # noqa: F401  (sets what PyTorch reads when it is loaded)
+from environments.contract import failure_of
 from environments.section import Schedule, Section
 
 
@@ -38,15 +39,14 @@ def create_env(section: Section, render_mode: str | None = None) -> Any:
         An environment that speaks the Gymnasium API and has `max_episode_steps` (None if endless).
 
     Raises:
-        UserError: if the section names something that does not exist or cannot be played.
+        UserError: if the section names something that does not exist or cannot be played, in whatever way it fails.
     """
     try:
         return section.create(render_mode)
-    except ValueError as error:
-        raise UserError(f"environment: {error}") from error
-    except ModuleNotFoundError as error:
-        how = "pip install --no-deps memory-gym==1.0.2" if error.name == "memory_gym" else f"pip install {error.name}"
-        raise UserError(f"environment.type: {section.type!r} needs a package that is not installed: {how}") from error
+    except Exception as error:
+        is_memory_gym = isinstance(error, ModuleNotFoundError) and error.name == "memory_gym"
+        hint = "; pip install --no-deps memory-gym==1.0.2" if is_memory_gym else ""
+        raise UserError(f"environment: {failure_of(error)}{hint}") from error
 
 
 def seed_range(section: Section) -> tuple[int, int]:

@@ -6,10 +6,10 @@ reset seed and its actions, so that one whose process died, or whose run was int
 The user's code runs there alone: what it does to its process does not reach the trainer.
 """
 
+import math
 import multiprocessing
 import os
 import random
-import select
 import signal
 import sys
 import threading
@@ -30,10 +30,10 @@ import numpy as np
 import xxhash
 
 from environments import BrokenContract
-from environments.contract import Task, check_observation, checked_step, try_out
+from environments.contract import Task, check_observation, checked_step, failure_of, try_out
 from environments.numbers import episode_numbers
 from environments.section import Section
-from utils import EnvironmentFailure, UserError, create_env, reason_of, training_seed
+from utils import EnvironmentFailure, UserError, create_env, training_seed
 
 # A frame, a vector, or both by these names.
 Observation = np.ndarray | dict[str, np.ndarray]
@@ -51,12 +51,12 @@ CONTEXT.set_forkserver_preload(["worker", "gymnasium"])
 class SharedArrays:
     """What W environments and the trainer tell each other, in anonymous shared memory.
 
-    The memory has no name: it disappears with the last process that maps it, however that process ends. What a task
-    does not have is None. Digests are of whole observations; frames beside vectors have their own.
+    The memory has no name: it disappears with the last process that maps it, however that process ends. Each array has
+    a row per environment. Digests are of whole observations, and of their frames.
 
     Args:
         n_workers: W.
-        task: gives the shapes.
+        task: gives the shapes; what it does not have is None.
         context: multiprocessing context.
     """
 
@@ -78,24 +78,22 @@ class SharedArrays:
     at_work: np.ndarray  # whether it is this environment that its process is busy with
 
     def __init__(self, n_workers: int, task: Task, context: Any = CONTEXT) -> None:
-        digest: tuple[tuple[int, ...], Any] = (DIGEST_SIZE,), np.uint8
-        shown = {"digests": digest}
-        if task.frame is not None:
-            shown["frames"] = (*task.frame[1:], task.frame[0]), np.uint8
-        if task.vector:
-            shown["vectors"] = (task.vector,), np.float32
-        if task.frame is not None and task.vector:
-            shown["frame_digests"] = digest
-        layout = shown | {f"final_{name}": entry for name, entry in shown.items()}
-        layout |= {"rewards": ((), np.float64), "episode": ((), np.int64), "steps": ((), np.int64)}
-        layout |= dict.fromkeys(("terminated", "truncated", "at_work"), ((), np.bool_))
-        layout["actions"] = (task.action_size,), np.float32 if task.continuous else np.int64
+        layout: dict[str, tuple[tuple[int, ...], Any]] = {
+            "rewards": ((), np.float64), "episode": ((), np.int64), "steps": ((), np.int64),
+            "actions": ((task.action_size,), np.float32 if task.continuous else np.int64),
+        } | dict.fromkeys(("terminated", "truncated", "at_work"), ((), np.bool_))  # fmt: skip
         if task.masked:
             layout["masks"] = (sum(task.branches),), np.bool_
+        for prefix in ("", "final_"):
+            layout |= dict.fromkeys((f"{prefix}digests", f"{prefix}frame_digests"), ((DIGEST_SIZE,), np.uint8))
+            if task.frame is not None:
+                layout[f"{prefix}frames"] = (*task.frame[1:], task.frame[0]), np.uint8
+            if task.vector:
+                layout[f"{prefix}vectors"] = (task.vector,), np.float32
         memory = {}
         for name, (shape, dtype) in layout.items():
-            size = n_workers * int(np.prod(shape)) * np.dtype(dtype).itemsize
-            memory[name] = context.RawArray("b", size), dtype, (n_workers, *shape)
+            size = n_workers * math.prod(shape) * np.dtype(dtype).itemsize
+            memory[name] = (n_workers, *shape), dtype, context.RawArray("b", size)
         self.__setstate__(memory)
 
     def __getstate__(self) -> dict:
@@ -104,34 +102,28 @@ class SharedArrays:
     def __setstate__(self, memory: dict) -> None:
         self.memory = memory
         self.frames = self.vectors = self.final_frames = self.final_vectors = self.masks = None
-        for name, (block, dtype, shape) in memory.items():
-            setattr(self, name, np.frombuffer(block, dtype).reshape(shape))
-        if "frame_digests" not in memory:
-            self.frame_digests, self.final_frame_digests = self.digests, self.final_digests
+        for name, block in memory.items():
+            setattr(self, name, np.ndarray(*block))
 
     def show(self, index: int, observation: Observation, mask: np.ndarray | None = None, final: bool = False) -> None:
         """Write what environment `index` shows, its digest, and which actions are allowed (sum of actions,)."""
-        frames, vectors = (self.final_frames, self.final_vectors) if final else (self.frames, self.vectors)
-        digests, own = (self.final_digests, self.final_frame_digests) if final else (self.digests, self.frame_digests)
-        if both := isinstance(observation, dict):
+        names = ("frames", "frame_digests", "vectors", "digests")
+        frames, frame_digests, vectors, digests = (getattr(self, f"final_{name}" if final else name) for name in names)
+        frame: Any = observation
+        vector: Any = observation
+        if isinstance(observation, dict):
             frame, vector = observation["frame"], observation["vector"]
-        else:
-            frame = vector = observation
+        digest = b""
         if frames is not None:
             frames[index] = frame.transpose(1, 2, 0)
-            own[index] = np.frombuffer(xxhash.xxh3_128_digest(frames[index]), np.uint8)
+            digest = xxhash.xxh3_128_digest(frames[index])
+            frame_digests[index] = np.frombuffer(digest, np.uint8)
         if vectors is not None:
             vectors[index] = vector
-            content = vectors[index].tobytes() + (own[index].tobytes() if both else b"")
-            digests[index] = np.frombuffer(xxhash.xxh3_128_digest(content), np.uint8)
+            digest = xxhash.xxh3_128_digest(vectors[index].tobytes() + digest)
+        digests[index] = np.frombuffer(digest, np.uint8)
         if self.masks is not None:
             self.masks[index] = True if mask is None else mask
-
-    def copy_to_final(self, index: int) -> None:
-        """Take what environment `index` shows now for what it showed at the end of its episode."""
-        for name in ("frames", "vectors", "digests", "frame_digests"):
-            if getattr(self, name) is not None:
-                getattr(self, f"final_{name}")[index] = getattr(self, name)[index]
 
 
 @dataclass
@@ -167,8 +159,7 @@ class Generators:
 
     def __init__(self) -> None:
         self.index = -1
-        self.seeds: dict[int, int] = {}
-        self.python: dict[int, random.Random] = {}
+        self.python: dict[int, random.Random] = defaultdict(random.Random)
         self.numpy: dict[int, np.random.MT19937] = defaultdict(np.random.MT19937)
         self.torch: dict[int, Any] = {}
         for name in random.__all__:
@@ -176,9 +167,6 @@ class Generators:
                 setattr(random, name, partial(self._draw, name))
 
     def _draw(self, name: str, *arguments: Any, **options: Any) -> Any:
-        """Call a function of `random`; its generator is seeded at its first use, for few environments use it."""
-        if self.index not in self.python:
-            self.python[self.index] = random.Random(self.seeds[self.index])
         return getattr(self.python[self.index], name)(*arguments, **options)
 
     def use(self, index: int) -> None:
@@ -193,8 +181,7 @@ class Generators:
     def seed(self, *numbers: int) -> None:
         """Seed those that are in use, by all of the numbers."""
         seed = xxhash.xxh3_64_intdigest(repr(numbers).encode())
-        self.seeds[self.index] = seed
-        self.python.pop(self.index, None)
+        self.python[self.index].seed(seed)
         np.random.seed(seed % 2**32)
         if torch := sys.modules.get("torch"):
             torch.default_generator.manual_seed(seed)
@@ -214,20 +201,11 @@ class EnvironmentRunner:
 
     def __post_init__(self) -> None:
         self.generators, self.current = Generators(), self.indices[0]
-        self.cut: set[int] = set()  # environments whose next step was lost with an episode that cannot be repeated
         self.envs: dict[int, Any] = {}
         for index in self.indices:
             self._turn_to(index)
-            self.envs[index] = self._create(index)
-
-    def _create(self, index: int) -> Any:
-        known = "torch" in sys.modules
-        self._seed(index)
-        env = create_env(self.section)
-        if known == ("torch" in sys.modules):
-            return env
-        env.close()  # it has imported PyTorch, which was not there to be seeded
-        return self._create(index)
+            self._seed(index)
+            self.envs[index] = create_env(self.section)
 
     def _turn_to(self, index: int) -> None:
         self.arrays.at_work[self.current] = False
@@ -251,40 +229,37 @@ class EnvironmentRunner:
     def inspect(self, _: None) -> tuple[tuple, list[str]]:
         """Play a step of the first environment and close it; return the entries of its `Task`, and notices."""
         env = self.envs.pop(self.indices[0])
-        task, notices = try_out(env, self.episode_seed(0, 0))
+        try:
+            task, notices = try_out(env, self.episode_seed(0, 0))
+        except Exception as error:
+            raise UserError(f"environment: {failure_of(error)}") from error
         try:
             env.close()
         except Exception as error:
-            notices.append(f"environment: close() fails, which is ignored: {type(error).__name__}: {reason_of(error)}")
+            notices.append(f"environment: close() fails, which is ignored: {failure_of(error)}")
         return astuple(task), notices
 
-    def replay(self, episodes: dict[int, tuple[int, bytes, bytes, bool]]) -> list[int]:
-        """Bring running episodes back; return the environments where that failed and a fresh episode began.
+    def replay(self, episodes: dict[int, tuple[int, bytearray, bytes]]) -> list[int]:
+        """Bring running episodes back, by environment the entries of an `Episode`.
 
-        Args:
-            episodes: by environment, number, actions and digest of an `Episode`, and whether it is brought back in the
-                middle of a rollout, which has to be told if that fails.
+        Returns:
+            The environments where that failed, for they are not deterministic, and a fresh episode began.
         """
         return [index for index, episode in episodes.items() if not self._replay(index, *episode)]
 
-    def _replay(self, index: int, number: int, packed: bytes, digest: bytes, midway: bool) -> bool:
-        arrays, task, env = self.arrays, self.task, self.envs[index]
+    def _replay(self, index: int, number: int, packed: bytearray, digest: bytes) -> bool:
+        arrays, task = self.arrays, self.task
         self._turn_to(index)
-        if midway:
-            arrays.copy_to_final(index)
         self._reset(index, number)
         actions = np.frombuffer(packed, packed_type(task)).reshape(-1, task.action_size)
         for action in actions.astype(arrays.actions.dtype):
             arrays.steps[index] += 1
-            observation, _, terminated, truncated, info = checked_step(env, action, task)
+            observation, _, terminated, truncated, info = checked_step(self.envs[index], action, task)
             if terminated or truncated:
                 break
             arrays.show(index, observation, info.get("action_mask"))
         if arrays.steps[index] == len(actions) and (not digest or arrays.digests[index].tobytes() == digest):
             return True
-        if midway:
-            self.cut.add(index)
-            arrays.final_digests[index] = np.frombuffer(digest, np.uint8)
         self._reset(index, number + 1)
         return False
 
@@ -295,10 +270,6 @@ class EnvironmentRunner:
     def _step(self, index: int) -> list[tuple[int, dict]]:
         arrays, env = self.arrays, self.envs[index]
         self._turn_to(index)
-        if index in self.cut:
-            self.cut.remove(index)
-            arrays.rewards[index], arrays.terminated[index], arrays.truncated[index] = 0.0, False, True
-            return []
         arrays.steps[index] += 1
         steps, limit = int(arrays.steps[index]), self.task.max_episode_steps
         result = checked_step(env, arrays.actions[index].copy(), self.task)
@@ -328,7 +299,7 @@ def serve(connection: Any, make: Callable[[], EnvironmentRunner], folder: str) -
     """Run in a process of its own: let a runner do what is told until the trainer is gone.
 
     Args:
-        connection: receives (method, argument); answers ("done", result), or ("refused" or "failed", the reason).
+        connection: receives (method, argument); answers (method, result), or ("refused" or "failed", the reason).
         make: creates the runner.
         folder: that the trainer runs in.
     """
@@ -346,11 +317,11 @@ def serve(connection: Any, make: Callable[[], EnvironmentRunner], folder: str) -
             command, argument = connection.recv()
             try:
                 runner = runner or make()
-                answer = "done", getattr(runner, command)(argument)
+                answer = command, getattr(runner, command)(argument)
             except (UserError, BrokenContract) as error:
                 answer = "refused", str(error)
-            except SystemExit as leaving:
-                answer = "failed", f"it called sys.exit({'' if leaving.code is None else repr(leaving.code)})"
+            except SystemExit as error:
+                answer = "failed", failure_of(error)
             except BaseException:
                 answer = "failed", f"it raised\n{traceback.format_exc().rstrip()}"
             connection.send(answer)
@@ -406,7 +377,6 @@ class Process:
         start_server()
         self.indices = indices
         self.pending: list[range] = []  # groups that it was told to step and has not answered for
-        self.replays = False  # whether it has to answer first that it has replayed its episodes
         self.connection, theirs = CONTEXT.Pipe()
         self.handle = CONTEXT.Process(target=serve, args=(theirs, partial(make, indices), os.getcwd()), daemon=True)
         main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
@@ -415,18 +385,12 @@ class Process:
         finally:
             sys.modules["__main__"] = main
         theirs.close()
-        self.poll = select.poll()  # ten times as fast as the connection's own
-        self.poll.register(self.connection.fileno(), select.POLLIN)
         self.tell(command, argument)
 
     def tell(self, command: str, argument: Any) -> None:
         """Send a command; that the process is dead is noticed when its answer is read."""
         with suppress(OSError):
             self.connection.send((command, argument))
-
-    def answers_within(self, seconds: float) -> bool:
-        """Return whether `read` would not have to wait for longer."""
-        return bool(self.poll.poll(1000 * seconds))
 
     def read(self) -> tuple[str, Any]:
         """Wait for the next answer of `serve`; or return ("died", how)."""
@@ -469,9 +433,11 @@ def inspect_environment(section: Section) -> tuple[Task, list[str]]:
         kind, answer = process.read()
     finally:
         process.end(time.monotonic() + CLOSE_SECONDS)
-    if kind == "done":
-        return Task(*answer[0]), answer[1]
-    raise UserError(answer) if kind == "refused" else EnvironmentFailure(f"environment: {answer}")
+    if kind == "refused":
+        raise UserError(answer)
+    if kind != "inspect":
+        raise EnvironmentFailure(f"environment: {answer}")
+    return Task(*answer[0]), answer[1]
 
 
 class Workers:
@@ -538,7 +504,9 @@ class Workers:
         """Start all processes and bring `episodes` back; return the environments that had to begin a fresh one."""
         self.processes = [self._launched(share, []) for share in self.shares]
         fresh = sorted(index for place in range(len(self.shares)) for index in self._answer(place))
-        self._tell_of(fresh)
+        if fresh:
+            numbers = [self.first + index for index in fresh]
+            print(f"environments {numbers} are not deterministic and began fresh episodes", file=sys.stderr)
         for index in fresh:
             self.episodes[index] = Episode(self.episodes[index].number + 1)
         for episode, digest in zip(self.episodes, self.arrays.digests, strict=True):
@@ -548,8 +516,6 @@ class Workers:
     def send(self, group: range, actions: np.ndarray) -> None:
         """Let the environments of a group step with actions (n, branches)."""
         self.arrays.actions[group.start : group.stop] = actions
-        for index, action in zip(group, actions.astype(self.packed), strict=True):
-            self.episodes[index].actions += action.tobytes()
         for process in self.processes:
             if any(index in group for index in process.indices):
                 process.pending.append(group)
@@ -570,6 +536,8 @@ class Workers:
         for index in group:
             if arrays.terminated[index] or arrays.truncated[index]:
                 self.episodes[index] = Episode(self.episodes[index].number + 1)
+            else:
+                self.episodes[index].actions += arrays.actions[index].astype(self.packed).tobytes()
             self.episodes[index].digest = arrays.digests[index].tobytes()
         self.restarts = 0
         return sorted(ended, key=lambda pair: pair[0])
@@ -583,15 +551,10 @@ class Workers:
             process.end(deadline)
 
     def _launched(self, indices: range, pending: list[range]) -> Process:
-        """Return a new process that replays its episodes without the step that is still pending, and then steps."""
-        episodes = {}
+        """Return a new process that replays its episodes, and then steps the groups that are pending."""
         self.arrays.at_work[indices] = False
-        for index in indices:
-            episode, steps = self.episodes[index], sum(index in group for group in pending)
-            size = len(episode.actions) - steps * self.packed.itemsize * self.arrays.actions.shape[1]
-            episodes[index] = episode.number, bytes(episode.actions[:size]), episode.digest, bool(pending)
-        process = Process(self.make, indices, "replay", episodes)
-        process.pending, process.replays = pending, bool(pending)
+        process = Process(self.make, indices, "replay", {index: astuple(self.episodes[index]) for index in indices})
+        process.pending = pending
         for group in pending:
             process.tell("step", group)
         return process
@@ -606,11 +569,10 @@ class Workers:
                 raise EnvironmentFailure(f"{self._where(process)}: {answer}")
             if kind == "died":
                 self._replace(place, answer)
-            elif process.replays:
-                self._tell_of(answer)
-                process.replays = False
-            else:
+            elif kind == "step" or not process.pending:
                 return answer
+            elif answer:  # a successor, in the middle of a rollout
+                raise EnvironmentFailure(f"{self._where(process)}: was lost, and is not deterministic")
 
     def _replace(self, place: int, death: str) -> None:
         """Put a new process in the place of one that died, unless that goes on and on."""
@@ -623,19 +585,13 @@ class Workers:
 
     def _wait_for(self, process: Process) -> None:
         """Wait for a process; raise EnvironmentFailure where it takes too long after a stop was asked for."""
-        while not process.answers_within(LOOK_SECONDS):
+        while not process.connection.poll(LOOK_SECONDS):
             if self.stop():
                 self.deadline = min(self.deadline, time.monotonic() + STOP_SECONDS)
             if time.monotonic() > self.deadline:
                 for late in self.processes:
                     late.end(0.0)
                 raise EnvironmentFailure(f"{self._where(process)}: hangs, {STOP_SECONDS} s after a stop was asked for")
-
-    def _tell_of(self, fresh: list[int]) -> None:
-        """Say which environments could not be brought back."""
-        if fresh:
-            numbers = [self.first + index for index in fresh]
-            print(f"environments {numbers} are not deterministic and began fresh episodes", file=sys.stderr)
 
     def _where(self, process: Process) -> str:
         """Name the environment that a process is busy with, its episode and its step."""

@@ -16,7 +16,6 @@ if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get(
 from pydantic import Field
 
 from environments.contract import BrokenContract as BrokenContract
-from environments.contract import Task as Task
 from environments.gymnasium_env import CartPoleSection, GymnasiumSection
 from environments.key_to_door_env import KeyToDoorSection
 from environments.memory_gym_env import MEMORY_GYM_TYPES as MEMORY_GYM_TYPES

@@ -1,13 +1,12 @@
 """What all environments share: counting an episode, and pictures of it."""
 
-import difflib
-from collections.abc import Iterable
+import warnings
 from typing import Any
 
 import gymnasium
 import numpy as np
 
-from environments.contract import BrokenContract, shorten
+from environments.contract import BrokenContract
 from environments.section import Section
 
 Info = dict[str, Any]
@@ -23,10 +22,11 @@ MOST_COLUMNS, SHORTEST_SIDE, SMALLEST_CELL = 16, 96, 12
 
 
 class EpisodeEnv(gymnasium.Env):
-    """Base of all environments: counts reward and length of the episode and guards the rendering.
+    """Base of all environments: counts reward and length of the episode.
 
     An action is int64 (branches,), or an int where there is one branch, or float32 (n,) where it is numbers. An episode
-    is determined by its seed and its actions. The info is empty before the end, but for an `action_mask`.
+    is determined by its seed and its actions. The info is empty before the end, but for an `action_mask`. `render`
+    returns the global view as a picture (height, width, 3), uint8.
 
     Attributes:
         max_episode_steps: the longest episode, None where episodes have no limit.
@@ -40,13 +40,11 @@ class EpisodeEnv(gymnasium.Env):
     vector_names: tuple[str, ...] = ()
     action_bounds: tuple[np.ndarray, np.ndarray] | None = None
     reward_scale: float = 1.0
+    _observation: Observation
 
     def __init__(self, section: Section, render_mode: str | None = None):
-        if render_mode not in (None, "rgb_array"):
-            raise ValueError(f"render_mode: {render_mode!r} is not known; allowed: None, 'rgb_array'")
         self.section: Any = section
         self.render_mode = render_mode
-        self._observation: Observation | None = None
         self._start_episode()
 
     def _start_episode(self) -> None:
@@ -64,14 +62,8 @@ class EpisodeEnv(gymnasium.Env):
         self._episode_length += 1
         return {**numbers, **self.numbers_so_far()} if ended else {}
 
-    def render(self) -> np.ndarray:
-        """Return the global view as a picture (height, width, 3), uint8; RuntimeError without render mode or reset."""
-        self._check_rendering()
-        return self._draw()
-
     def agent_view(self) -> np.ndarray | None:
         """Return the frame that the agent sees as `render` does, None where it sees numbers only."""
-        self._check_rendering()
         frame = self._observation["frame"] if isinstance(self._observation, dict) else self._observation
         return frame_picture(frame) if frame.ndim == 3 else None
 
@@ -79,27 +71,30 @@ class EpisodeEnv(gymnasium.Env):
         """Return what someone who trains on this environment had better know, a line each."""
         return []
 
-    def _check_rendering(self) -> None:
-        if self.render_mode is None or self._observation is None:
-            raise RuntimeError("there is nothing to look at before the first reset, or without render_mode='rgb_array'")
-
-    def _draw(self) -> np.ndarray:
-        raise NotImplementedError
-
 
 class WrappedEnv(EpisodeEnv):
     """Base of the environments that pass their calls on to an environment made by Gymnasium, `self._env`."""
 
-    _env: gymnasium.Env | None = None
+    _env: Any
 
-    def _draw(self) -> np.ndarray:
-        return as_picture(self._env.render(), self._env.spec.id)
+    def render(self) -> np.ndarray:
+        """Return what the environment draws, a copy; BrokenContract if it is no picture."""
+        picture: Any = np.asarray(self._env.render())
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+            found = f"{picture.dtype} {picture.shape}"
+            raise BrokenContract(f"{self._env.spec.id}: render returned {found}, should be uint8 (height, width, 3)")
+        return picture.copy()
 
     def close(self) -> None:
-        """Close the environment; closing it again does nothing."""
-        environment, self._env = self._env, None
-        if environment is not None:
-            environment.close()
+        """Close the environment."""
+        self._env.close()
+
+
+def make_registered(name: str, **arguments: Any) -> Any:
+    """Make an environment that is registered with Gymnasium, without its checker and its warnings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return gymnasium.make(name, disable_env_checker=True, **arguments)
 
 
 def picture_space(channels: int, height: int, width: int) -> gymnasium.spaces.Box:
@@ -110,37 +105,6 @@ def picture_space(channels: int, height: int, width: int) -> gymnasium.spaces.Bo
 def discrete(action: Any) -> int:
     """Return a single action as an int, whether it comes as an int or as an array of shape (1,)."""
     return int(np.asarray(action).item())
-
-
-def suggest(name: Any, known: Iterable[str]) -> str:
-    """Return the end of an error message: the known names that are nearest to the given one."""
-    return "; the nearest: " + ", ".join(difflib.get_close_matches(str(name), known, n=3, cutoff=0.0))
-
-
-def as_picture(rendered: Any, name: str) -> np.ndarray:
-    """Return what an environment's `render` returned as a picture (height, width, 3), uint8, a copy.
-
-    Args:
-        rendered: grey, RGB or RGBA, of bytes, bools or floats (0..1 or 0..255); of several pictures the last is taken.
-        name: what the environment is called in the error message.
-
-    Raises:
-        BrokenContract: if it is no picture.
-    """
-    is_list = isinstance(rendered, list | tuple) and rendered and getattr(rendered[-1], "ndim", 0) >= 2
-    try:
-        picture = np.asarray(rendered[-1] if is_list else rendered)
-    except ValueError:  # nested lists of different lengths
-        picture = np.empty(0)
-    picture = picture[:, :, None] if picture.ndim == 2 else picture
-    if picture.ndim != 3 or picture.size == 0 or picture.shape[2] not in (1, 3, 4) or picture.dtype.kind not in "biuf":
-        raise BrokenContract(f"{name}: render returned {shorten(rendered)}, should be a picture (height, width, 3)")
-    if not (picture.min() >= 0 and picture.max() <= 255):  # NaN included
-        raise BrokenContract(f"{name}: render returned values outside of 0..255")
-    if picture.dtype.kind in "bf" and picture.max() <= 1:
-        picture = picture * 255.0
-    channels = picture.repeat(3, axis=2) if picture.shape[2] == 1 else picture[:, :, :3]
-    return np.array(np.rint(channels), np.uint8, order="C")
 
 
 def frame_picture(frame: np.ndarray) -> np.ndarray:
@@ -160,7 +124,7 @@ def vector_picture(vector: np.ndarray) -> np.ndarray:
     columns = min(len(vector), MOST_COLUMNS)
     rows = -(-len(vector) // columns)
     cells = np.zeros(rows * columns)
-    cells[: len(vector)] = np.nan_to_num(vector)
+    cells[: len(vector)] = vector
     # 0 is grey, ±1 is three quarters of the way to white and black, however large an entry gets.
     grey = np.uint8(127.5 + 127.5 * np.tanh(cells)).reshape(rows, columns)
     return cell_picture(grey[:, :, None].repeat(3, axis=2))

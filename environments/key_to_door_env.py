@@ -1,6 +1,6 @@
 """Three rooms: a key, apples that distract, a door that pays with the key only (Hung et al. 2019, Ni et al. 2023)."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import gymnasium
 import numpy as np
@@ -16,19 +16,6 @@ MOVES = ((-1, 0), (0, 1), (1, 0), (0, -1))
 APPLE_REWARD, DOOR_REWARD = 0.1, 1.0
 WALL, FLOOR, AGENT, HOLDER = (60, 60, 60), (225, 225, 225), (40, 90, 200), (40, 190, 220)
 OBJECTS = ((230, 180, 40), (200, 50, 50), (130, 80, 40))  # key, apples, door
-
-
-class KeyToDoorSection(Section):
-    """A key in the first room, apples in the second, and in the third a door that pays only who has the key."""
-
-    type: Literal["KeyToDoor"] = Field(description="Which environment.")
-    episode_length: Annotated[Whole, Field(ge=40, le=10**5)] = Field(
-        60, description="Steps of an episode: 15 in the first room, 15 in the last, and all others among the apples."
-    )
-
-    def create(self, render_mode: str | None = None) -> "KeyToDoor":
-        """Return a new environment of this section."""
-        return KeyToDoor(self, render_mode)
 
 
 class KeyToDoor(EpisodeEnv):
@@ -51,7 +38,7 @@ class KeyToDoor(EpisodeEnv):
     observation_space = gymnasium.spaces.Box(-1.0, 1.0, (len(vector_names),), np.float32)
     action_space = gymnasium.spaces.Discrete(len(MOVES))
 
-    def __init__(self, section: KeyToDoorSection, render_mode: str | None = None):
+    def __init__(self, section: "KeyToDoorSection", render_mode: str | None = None):
         super().__init__(section, render_mode)
         self.max_episode_steps = section.episode_length
 
@@ -97,7 +84,7 @@ class KeyToDoor(EpisodeEnv):
         self._observation = np.concatenate((np.eye(3)[self._room], view.ravel())).astype(np.float32)
         return self._observation.copy()
 
-    def _draw(self) -> np.ndarray:
+    def render(self) -> np.ndarray:
         board = np.full((SIDE, 3, SIDE + 1, 3), WALL)  # the rooms side by side, a wall after each
         board[:, :, :SIDE] = FLOOR
         for room, objects in enumerate(self._objects):
@@ -105,3 +92,13 @@ class KeyToDoor(EpisodeEnv):
                 board[row, room, column] = OBJECTS[room]
         board[self._cell[0], self._room, self._cell[1]] = HOLDER if self._has_key else AGENT
         return cell_picture(board.reshape(SIDE, -1, 3))
+
+
+class KeyToDoorSection(Section):
+    """A key in the first room, apples in the second, and in the third a door that pays only who has the key."""
+
+    makes: ClassVar[type] = KeyToDoor
+    type: Literal["KeyToDoor"] = Field(description="Which environment.")
+    episode_length: Annotated[Whole, Field(ge=40, le=10**5)] = Field(
+        60, description="Steps of an episode: 15 in the first room, 15 in the last, and all others among the apples."
+    )

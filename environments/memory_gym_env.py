@@ -5,17 +5,18 @@ import math
 import os
 import sys
 import types
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
+from unittest import mock
 
 import gymnasium
 import numpy as np
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic import ConfigDict, Field, ValidationError, create_model, with_config
 from typing_extensions import TypedDict
 
-from environments.contract import shorten
-from environments.episode import EpisodeEnv, Info, Step, discrete, picture_space, suggest
+from environments.contract import BrokenContract
+from environments.episode import EpisodeEnv, Info, Step, discrete, make_registered, picture_space
 from environments.numbers import COUNTED, task_numbers
-from environments.section import SEEDS, Flag, Section, SeedCount, Seeds, StartSeed, Whole
+from environments.section import SEEDS, Section, SeedCount, Seeds, StartSeed
 
 MemoryGymType = Literal[
     "MortarMayhem",
@@ -32,24 +33,6 @@ TaskOptions = TypedDict("TaskOptions", {"start-seed": StartSeed, "num-seeds": Se
 with_config(ConfigDict(extra="allow"))(TaskOptions)
 
 NO_STEP_LIMIT = -1
-
-
-class MemoryGymSection(Section):
-    """The tasks of Memory Gym."""
-
-    type: MemoryGymType = Field(description="Which environment.")
-    reset_params: TaskOptions = Field(  # type: ignore[assignment]  # more keys, beside the same ones
-        TaskOptions(), description=f"The task's own options, and {SEEDS}"
-    )
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Return the reset options of the task."""
-        return {key: value for key, value in self.reset_params.items() if key not in Seeds.__annotations__}
-
-    def create(self, render_mode: str | None = None) -> "MemoryGymEnv":
-        """Return a new environment of this section."""
-        return MemoryGymEnv(self, render_mode)
 
 
 def copy_pixels(surface: Any) -> np.ndarray:
@@ -113,14 +96,10 @@ def off_screen() -> Any:
 def make_task(task_type: str) -> Any:
     """Return a task of Memory Gym that is looked at by nobody and has no wrappers around it."""
     off_screen()
-    # A new task sets it to a driver that shows nothing, for the whole process.
-    driver = os.environ.pop("SDL_VIDEODRIVER", None)
-    # This render mode draws only when asked to; with None, the task would want the events of a window.
-    task = gymnasium.make(f"{task_type}-v0", render_mode="debug_rgb_array", disable_env_checker=True).unwrapped
-    os.environ.pop("SDL_VIDEODRIVER", None)
-    if driver is not None:
-        os.environ["SDL_VIDEODRIVER"] = driver
-    return task
+    # A new task sets SDL_VIDEODRIVER to one that shows nothing, for the whole process.
+    with mock.patch.dict(os.environ):
+        # This render mode draws only when asked to; with None, the task would want the events of a window.
+        return make_registered(f"{task_type}-v0", render_mode="debug_rgb_array").unwrapped
 
 
 class MemoryGymEnv(EpisodeEnv):
@@ -130,21 +109,14 @@ class MemoryGymEnv(EpisodeEnv):
     steps as its commands take, Searing Spotlights is to be solved in time), so that no value lies beyond them.
     """
 
-    def __init__(self, section: MemoryGymSection, render_mode: str | None = None):
+    def __init__(self, section: "MemoryGymSection", render_mode: str | None = None):
         super().__init__(section, render_mode)
         self._type, self._options, self._display = section.type, section.options, off_screen()
         self._task = make_task(self._type)
         self.action_space = self._task.action_space
         self.observation_space = picture_space(3, self._task.screen_dim, self._task.screen_dim)
         check_options(self._type, self._options, self._task.default_reset_parameters)
-        try:
-            # No seed, so that a later reset without one does not continue from the same state in all environments
-            self._reset_task(None)
-            self._step_task(np.zeros(self.action_space.shape, dtype=int))
-        except Exception as error:  # Searing Spotlights, for instance, fails without an exit
-            raise ValueError(
-                f"reset_params: {self._options!r} does not work in {self._type} ({shorten(error, 200)})"
-            ) from error
+        self._reset_task(None)  # the limit is known only now; a seed would be that of later resets without one, too
         max_episode_steps = int(self._task.max_episode_steps)
         self.max_episode_steps = None if max_episode_steps == NO_STEP_LIMIT else max_episode_steps
 
@@ -155,7 +127,6 @@ class MemoryGymEnv(EpisodeEnv):
         return self._observe(pixels), {}
 
     def step(self, action: np.ndarray | int) -> Step:
-        """Take an action."""
         pixels, reward, terminated, truncated, task_info = self._step_task(action)
         # Memory Gym counts reward and length too.
         numbers = task_numbers({key: value for key, value in task_info.items() if key not in COUNTED})
@@ -189,7 +160,7 @@ class MemoryGymEnv(EpisodeEnv):
         self._observation = pixels.transpose(2, 1, 0)
         return self._observation
 
-    def _draw(self) -> np.ndarray:
+    def render(self) -> np.ndarray:
         return self._global_view.copy()
 
     def _mortar_mayhem_results(self) -> dict[str, float]:
@@ -207,25 +178,31 @@ class MemoryGymEnv(EpisodeEnv):
         return {"success": float(success), "commands_completed": float(completed / task.num_commands)}
 
 
+class MemoryGymSection(Section):
+    """The tasks of Memory Gym."""
+
+    makes: ClassVar[type] = MemoryGymEnv
+    type: MemoryGymType = Field(description="Which environment.")
+    reset_params: TaskOptions = Field(  # type: ignore[assignment]  # more keys, beside the same ones
+        TaskOptions(), description=f"The task's own options, and {SEEDS}"
+    )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Return the reset options of the task."""
+        return {key: value for key, value in self.reset_params.items() if key not in Seeds.__annotations__}
+
+
 def check_options(task_type: str, options: dict[str, Any], defaults: dict[str, Any]) -> None:
-    """Raise a ValueError if a reset option of a task is not among its defaults or has another type than there."""
-    for key, value in options.items():
-        if key not in defaults:
-            raise ValueError(f"reset_params: {key}: {value!r} is not known in {task_type}{suggest(key, defaults)}")
-        try:
-            TypeAdapter(type_of(key, defaults[key])).validate_python(value)
-        except ValidationError as error:
-            said = error.errors()[0]["msg"]
-            raise ValueError(f"reset_params: {key}: {value!r} is not allowed in {task_type}: {said}") from error
-
-
-def type_of(key: str, default: Any) -> Any:
-    """Return what a reset option may be: of the type of its default, and only rewards below 0."""
-    if isinstance(default, list):
-        return Annotated[list[type_of(key, default[0])], Field(min_length=1)]  # type: ignore[misc]
-    if isinstance(default, bool):
-        return Flag
-    if key == "max_steps":
-        return Literal[-1] | Annotated[Whole, Field(ge=1)]
-    kind = Whole if isinstance(default, int) else Annotated[float, Field(strict=True, allow_inf_nan=False)]
-    return Annotated[kind, Field(ge=None if key.startswith("reward_") else 0)]
+    """Raise BrokenContract if a reset option of a task is not among its defaults or has another type than there."""
+    types: dict[str, Any] = {
+        key: (list[type(default[0])] if isinstance(default, list) else type(default), default)  # type: ignore[misc]
+        for key, default in defaults.items()
+    }
+    allowed = create_model("Options", __config__=ConfigDict(extra="forbid", strict=True), **types)
+    try:
+        allowed.model_validate(options)
+    except ValidationError as error:
+        found = error.errors()[0]
+        key, known = found["loc"][0], ", ".join(defaults)
+        raise BrokenContract(f"reset_params: {key}: {found['msg']}; {task_type} has {known}") from error

@@ -1,6 +1,5 @@
 """What episodes report: numbers under clean names, whatever a task puts into its infos, and their means."""
 
-import hashlib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,8 +11,7 @@ import numpy as np
 # What the program itself says of an episode; a task's own number of that name goes by another, `info_reward`.
 COUNTED = ("reward", "length")
 PLAYED = ("seed", "repetition", "cut")
-# The longest name of a number, and how deep in nested dictionaries numbers are looked for.
-NAME_LENGTH, DEPTH = 64, 8
+NAME_LENGTH = 64
 
 
 def task_numbers(info: Any) -> dict[str, float]:
@@ -29,31 +27,25 @@ def episode_numbers(info: Any, reserved: Sequence[str] = PLAYED) -> dict[str, fl
     digits, `_`, `-`, `.` and `/`, which TensorBoard and spreadsheets can take, and have 64 characters at most.
 
     Args:
-        info: a dictionary, or anything else, which holds no numbers.
+        info: a dictionary, or None.
         reserved: names that the program itself uses.
     """
-    numbers: dict[str, float] = {}
-    for path, value in _leaves(info, (), DEPTH):
+    numbers = {}
+    for path, value in _leaves(info or {}):
         number = _number(value)
-        if number is None or path == ("action_mask",):  # that of one action looks like a number
-            continue
-        name = re.sub(r"[^\w./-]+", "_", "/".join(map(str, path)))
-        name = re.sub(r"/+", "/", name).strip("/") or "_"
-        name = f"info_{name}" if name in reserved else name
-        if name in numbers or len(name) > NAME_LENGTH:  # no other path has its digest
-            digest = hashlib.sha256(repr(path).encode(errors="replace")).hexdigest()[:8]
-            name = f"{name[: NAME_LENGTH - 9]}_{digest}"
-        numbers[name] = number
+        if number is not None and path != "action_mask":  # that of one action looks like a number
+            name = re.sub(r"[^\w./-]+", "_", path)
+            numbers[f"info_{name}" if name in reserved else name[:NAME_LENGTH]] = number
     return numbers
 
 
-def _leaves(info: Any, path: tuple, depth: int) -> Iterator[tuple[tuple, Any]]:
-    """Return path and value of all that lies in nested dictionaries, which may contain themselves."""
-    if isinstance(info, Mapping) and depth > 0:
-        for key, value in info.items():
-            yield from _leaves(value, (*path, key), depth - 1)
-    elif path and not isinstance(info, Mapping):
-        yield path, info
+def _leaves(info: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield path and value of all that lies in nested dictionaries."""
+    for key, value in info.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}/")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _number(value: Any) -> float | None:
@@ -75,11 +67,6 @@ class EpisodeMean:
     std: float
     reported: int
     episodes: int
-
-    @property
-    def note(self) -> str:
-        """Say how many episodes report it, where some do not."""
-        return "" if self.reported == self.episodes else f"in {self.reported:,} of {self.episodes:,} episodes"
 
 
 def count_missing_success(episodes: Sequence[dict[str, float]]) -> None:

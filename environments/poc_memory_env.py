@@ -1,6 +1,6 @@
 """The proof of concept of a memory: a corridor whose good end is shown only at first."""
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import gymnasium
 import numpy as np
@@ -16,16 +16,6 @@ SHOWN_STEPS = 2
 STEP_COST = 0.1
 END_REWARD = 1.0 + 6 * STEP_COST
 COLOURS = {-1: (200, 50, 50), 0: (160, 160, 160), 1: (40, 160, 70)}  # of a bad, a hidden and a good end
-
-
-class PocMemorySection(Section):
-    """A corridor whose good end is shown only at first."""
-
-    type: Literal["PocMemoryEnv"] = Field(description="Which environment.")
-
-    def create(self, render_mode: str | None = None) -> "PocMemoryEnv":
-        """Return a new environment of this section."""
-        return PocMemoryEnv(self, render_mode)
 
 
 class PocMemoryEnv(EpisodeEnv):
@@ -67,8 +57,15 @@ class PocMemoryEnv(EpisodeEnv):
         self._observation = np.array([-side, self._position / FIFTHS, side], dtype=np.float32)
         return self._observation.copy()
 
-    def _draw(self) -> np.ndarray:
+    def render(self) -> np.ndarray:
         cells = np.full((1, 2 * FIFTHS + 1, 3), 225)
         cells[0, 0], cells[0, -1] = COLOURS[int(self._observation[0])], COLOURS[int(self._observation[2])]
         cells[0, FIFTHS + self._position] = (40, 90, 200)
         return cell_picture(cells)
+
+
+class PocMemorySection(Section):
+    """A corridor whose good end is shown only at first."""
+
+    makes: ClassVar[type] = PocMemoryEnv
+    type: Literal["PocMemoryEnv"] = Field(description="Which environment.")

@@ -3,20 +3,12 @@
 Each environment's section lies beside its wrapper. Checking a config imports none of the simulators.
 """
 
-from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_serializer, with_config
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_serializer, with_config
 from pydantic.functional_serializers import SerializerFunctionWrapHandler
 from pydantic.json_schema import SkipJsonSchema
 from typing_extensions import TypedDict
-
-
-@dataclass(frozen=True)
-class Words:
-    """What a value should be, for messages and documentation, where the type does not say it."""
-
-    text: str
 
 
 def as_number(value: Any) -> Any:
@@ -29,18 +21,13 @@ def as_number(value: Any) -> Any:
     return value
 
 
-def refuse(value: None) -> None:
-    """Raise a ValueError."""
-    raise ValueError("a key that is there has a value")
-
-
 Whole = Annotated[int, Field(strict=True)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False), BeforeValidator(as_number)]
 Flag = Annotated[bool, Field(strict=True)]
 Text = Annotated[str, Field(strict=True)]
 Steps = Annotated[Whole, Field(ge=1, le=10**6)]
-# What optional keys are where the config does not give them; it cannot say so itself.
-Nothing = Annotated[SkipJsonSchema[None], AfterValidator(refuse)]
+# What optional keys are where the config does not give them.
+Nothing = SkipJsonSchema[None]
 
 
 class Declared(BaseModel):
@@ -67,8 +54,8 @@ class Schedule(Declared):
     max_decay_steps: Whole = Field(ge=1, le=10**9, description="The update at which the final value is reached.")
 
 
-StartSeed = Annotated[Whole, Field(ge=0, lt=2**30), Words("a whole number, at least 0")]
-SeedCount = Annotated[Whole, Field(ge=1, lt=2**30), Words("a whole number, at least 1")]
+StartSeed = Annotated[Whole, Field(ge=0, lt=2**30)]
+SeedCount = Annotated[Whole, Field(ge=1, lt=2**30)]
 # Which seeds training draws from; keys with hyphens cannot be written as a class.
 Seeds = TypedDict("Seeds", {"start-seed": StartSeed, "num-seeds": SeedCount}, total=False)
 with_config(ConfigDict(extra="forbid"))(Seeds)
@@ -78,6 +65,7 @@ SEEDS = "`start-seed` (default 0) and `num-seeds` (default 100,000): the seeds o
 class Section(Declared):
     """Base of the sections: what a config says of its environment."""
 
+    makes: ClassVar[type]
     type: str
     reset_params: Seeds = Field(Seeds(), description=SEEDS)
 
@@ -86,13 +74,5 @@ class Section(Declared):
         return {key: value for key, value in serialize(self).items() if value is not None}
 
     def create(self, render_mode: str | None = None) -> Any:
-        """Return a new environment of this section; its simulator is imported only now.
-
-        Args:
-            render_mode: "rgb_array" to be able to call `render`, else None.
-
-        Raises:
-            ValueError: if the section names something that does not exist or cannot be played.
-            ModuleNotFoundError: if a package that the type needs is not installed.
-        """
-        raise NotImplementedError
+        """Return a new environment; its simulator is imported only now. `utils.create_env` says what can go wrong."""
+        return self.makes(self, render_mode)

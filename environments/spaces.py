@@ -6,14 +6,16 @@ order of the space, as `gymnasium.spaces.utils` does; whole numbers with bounds 
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from functools import reduce
+from operator import getitem
 from typing import Any
 
 import gymnasium
 import numpy as np
 from gymnasium import spaces
-from gymnasium.spaces.utils import flatten, flatten_space
+from gymnasium.spaces.utils import flatdim, flatten, flatten_space
 
-from environments.contract import BrokenContract, check_sizes, shorten
+from environments.contract import BrokenContract, check_sizes
 from environments.episode import SMALLEST_PICTURE
 
 SMALLEST_GRID = 3
@@ -25,23 +27,13 @@ Choices = spaces.Discrete | spaces.MultiDiscrete
 
 
 def leaves(space: gymnasium.Space, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Return the spaces inside nested Dicts and Tuples, each with the keys that lead to it."""
+    """Yield the spaces inside nested Dicts and Tuples, each with the keys that lead to it."""
     if isinstance(space, spaces.Dict | spaces.Tuple):
         parts: Any = space.spaces.items() if isinstance(space, spaces.Dict) else enumerate(space.spaces)
         for key, part in parts:
             yield from leaves(part, (*path, key))
     else:
         yield path, space
-
-
-def entry(value: Any, path: Path) -> Any:
-    """Return the part of a nested value to which keys lead."""
-    for key in path:
-        try:
-            value = value[key]
-        except (KeyError, IndexError, TypeError):
-            raise BrokenContract(f"there is no entry {key!r} in {shorten(value)}") from None
-    return value
 
 
 def path_name(path: Path) -> str:
@@ -61,11 +53,9 @@ def choices_of(space: Any) -> list[int]:
 
 def pixel_scale(space: Any) -> float | None:
     """Return what turns the values of a Box into those of pixels, a factor; None if they are no pixels."""
-    if space.dtype == np.uint8:
-        return 1.0
-    if not np.all(space.low == 0):
-        return None
-    return 255.0 if np.all(space.high == 1) else 1.0 if np.all(space.high == 255) else None
+    if np.all(space.low == 0) and np.all(space.high == 1):
+        return 255.0
+    return 1.0 if space.dtype == np.uint8 or np.all(space.low == 0) and np.all(space.high == 255) else None
 
 
 def picture_axes(space: gymnasium.Space) -> tuple[int, ...] | None:
@@ -93,17 +83,14 @@ class FramePart:
     """The picture of an observation; `shape` is (channels, height, width)."""
 
     def __init__(self, space: Any, name: str) -> None:
-        self._space, self._name, self._axes = space, name, picture_axes(space)
-        height, width = (space.shape[axis] for axis in self._axes[:2])
-        self.shape = (space.shape[self._axes[2]] if len(self._axes) == 3 else 1, height, width)
-        check_sizes(self.shape)
-        is_binary = space.dtype == np.uint8 and np.all(space.high == 1) and min(height, width) >= SMALLEST_PICTURE
-        self._scale = 255.0 if is_binary else pixel_scale(space)
+        self._space, self._name, self._axes, self._scale = space, name, picture_axes(space), pixel_scale(space)
+        height, width, *channels = (space.shape[axis] for axis in self._axes)
+        self.shape = (*(channels or [1]), height, width)
 
     def __call__(self, value: Any) -> np.ndarray:
         """Return a copy of a picture as uint8 of shape (channels, height, width), channels last in memory."""
         picture, space = np.asarray(value), self._space
-        if picture.shape != space.shape or picture.dtype.kind not in ("biu" if space.dtype == np.uint8 else "biuf"):
+        if picture.shape != space.shape or (space.dtype == np.uint8 and picture.dtype.kind == "f"):
             raise BrokenContract(
                 f"{self._name} has the shape {picture.shape} of {picture.dtype}, its space says {space.shape} of "
                 f"{space.dtype}"
@@ -123,13 +110,8 @@ class VectorPart:
 
     def __init__(self, space: Any, name: str) -> None:
         if not isinstance(space, Choices | spaces.MultiBinary | spaces.Box):
-            raise ValueError(
-                f"{name} is {type(space).__name__}, which cannot be seen: leave it out with `observe`, or wrap it in "
-                "numbers"
-            )
-        self._space, self._name = space, name
-        self.size = sum(choices_of(space)) if isinstance(space, Choices) else math.prod(space.shape)
-        check_sizes(vector=self.size)
+            raise ValueError(f"{name} is {type(space).__name__}, which cannot be seen: leave it out with `observe`")
+        self._space, self._name, self.size = space, name, flatdim(space)
         self._low: Any = np.float64(0.0)
         self._range: Any = np.float64(1.0)
         if isinstance(space, spaces.Box) and space.dtype.kind in "biu":
@@ -147,20 +129,17 @@ class VectorPart:
         triples = zip(names, starts, choices_of(self._space), strict=True)
         return [f"{name}={start + choice}" for name, start, choices in triples for choice in range(choices)]
 
-    def write(self, value: Any, out: np.ndarray) -> None:
-        """Write the entries into `out`, shape (size,); BrokenContract if the value is not one of the space."""
+    def __call__(self, value: Any) -> Any:
+        """Return the entries (size,) of a value; BrokenContract if it is not one of the space."""
         space, numbers = self._space, np.asarray(value)
-        if numbers.dtype.kind not in "biuf":
-            raise BrokenContract(f"{self._name} is {shorten(value)}, should be numbers")
         if numbers.shape != space.shape and not numbers.size == math.prod(space.shape) == 1:
             raise BrokenContract(f"{self._name} has the shape {numbers.shape}, its space says {space.shape}")
-        if isinstance(space, Choices):
-            numbers = numbers.reshape(space.shape).astype(np.int64)
-            if not space.contains(numbers):
-                raise BrokenContract(f"{self._name} is {shorten(value)}, which its space does not contain")
-            out[:] = flatten(space, numbers)
-        else:
-            out[:] = (numbers.ravel() - self._low) / self._range
+        if not isinstance(space, Choices):
+            return (numbers.ravel() - self._low) / self._range
+        chosen = numbers.reshape(space.shape).astype(np.int64)
+        if not space.contains(chosen):
+            raise BrokenContract(f"{self._name} is {value}, which its space does not contain")
+        return flatten(space, chosen)
 
 
 class Observer:
@@ -180,50 +159,47 @@ class Observer:
         for key in observe or ():
             if key not in there:
                 raise ValueError(f"observe: {key!r} is not there; there are {', '.join(map(str, there)) or 'none'}")
-        found = [(path, part) for path, part in leaves(space) if observe is None or path[0] in observe]
-        pictures = [path for path, part in found if picture_axes(part)]
-        if len(pictures) > 1:
-            named = ", ".join(map(path_name, pictures))
-            raise ValueError(f"it has {len(pictures)} pictures, {named}: choose one, and what else, with `observe`")
-        self._pictures = [(path, FramePart(part, path_name(path))) for path, part in found if path in pictures]
-        self._parts = [(path, VectorPart(part, path_name(path))) for path, part in found if path not in pictures]
-        self.frame_shape = self._pictures[0][1].shape if pictures else None
-        self.size = sum(part.size for _, part in self._parts)
-        if self.frame_shape is None and self.size == 0:
-            raise ValueError("there is nothing in it to be seen")
+        self._frames, self._vectors = {}, {}
+        for path, part in leaves(space):
+            if observe is None or path[0] in observe:
+                if picture_axes(part):
+                    self._frames[path] = FramePart(part, path_name(path))
+                else:
+                    self._vectors[path] = VectorPart(part, path_name(path))
+        if len(self._frames) > 1:
+            raise ValueError(f"{', '.join(map(path_name, self._frames))} are pictures: choose one with `observe`")
+        self.frame_shape = next((part.shape for part in self._frames.values()), None)
+        self.size = sum(part.size for part in self._vectors.values())
+        check_sizes(self.frame_shape, self.size)
 
     def names(self) -> list[str]:
         """Return what each entry of the vector is."""
-        return [name for _, part in self._parts for name in part.names()]
+        return [name for part in self._vectors.values() for name in part.names()]
 
     def frame(self, observation: Any) -> np.ndarray | None:
         """Return the frame of an observation, a copy of shape `frame_shape`; None if there is none."""
-        return next((part(entry(observation, path)) for path, part in self._pictures), None)
+        return next((part(reduce(getitem, path, observation)) for path, part in self._frames.items()), None)
 
-    def write_vector(self, observation: Any, out: np.ndarray) -> None:
-        """Write the vector of an observation into `out`, shape (size,)."""
-        first = 0
-        for path, part in self._parts:
-            part.write(entry(observation, path), out[first : first + part.size])
-            first += part.size
+    def vector(self, observation: Any) -> list[np.ndarray]:
+        """Return the vector of an observation in pieces, of `size` entries in all."""
+        return [part(reduce(getitem, path, observation)) for path, part in self._vectors.items()]
 
 
 def hidden_entries(hide: Iterable[int | str], size: int) -> np.ndarray:
     """Return the indices (int64) of the entries of a vector that are to be hidden; ValueError if one is beyond it.
 
     Args:
-        hide: indices and slices such as "2:4", "2:" or ":4"; they count from the end where they are below 0.
+        hide: indices and slices such as "2:4", "2:" or ":4", as Python understands them.
         size: number of entries of the vector.
     """
-    hidden: set[int] = set()
+    hidden = np.zeros(size, bool)
     for item in hide:
-        first, is_slice, last = str(item).partition(":")
-        ends = [int(first or 0), int(last or size) if is_slice else int(first) + 1 or size]
-        start, stop = (end + size * (end < 0) for end in ends)
-        if not 0 <= start < stop <= size:
-            raise ValueError(f"hide: {item!r} is out of range; the vector has {size} entries, 0 to {size - 1}")
-        hidden.update(range(start, stop))
-    return np.array(sorted(hidden), dtype=np.int64)
+        ends = [int(end) if end else None for end in str(item).split(":")]
+        try:
+            hidden[ends[0] if len(ends) == 1 else slice(*ends)] = True
+        except IndexError:
+            raise ValueError(f"hide: {item!r} is out of range; the vector has {size} entries") from None
+    return np.flatnonzero(hidden)
 
 
 class Actor:
@@ -234,25 +210,23 @@ class Actor:
     Attributes:
         space: Discrete or MultiDiscrete, both from 0, or float32 Box (n,) without bounds.
         branches: how many actions each branch has; empty for numbers.
-        size: entries that `features` writes.
+        size: entries that `features` returns.
         bounds: lowest and highest (n,) of numbers; None where there are branches.
     """
 
     bounds: tuple[np.ndarray, np.ndarray] | None = None
 
     def __init__(self, space: gymnasium.Space) -> None:
-        self._own, self._parts = space, list(leaves(space))
-        kinds = [type(part).__name__ for _, part in self._parts]
+        self._own, parts = space, [part for _, part in leaves(space)]
+        kinds = [type(part).__name__ for part in parts]
         self.branches: tuple[int, ...] = ()
-        if kinds and all(isinstance(part, spaces.Box) for _, part in self._parts):
+        if all(isinstance(part, spaces.Box) for part in parts):
             flat: Any = flatten_space(space)
             self.size = flat.shape[0]
             self.space: gymnasium.Space = spaces.Box(-np.inf, np.inf, flat.shape, np.float32)
             self.bounds = flat.low.astype(np.float64), flat.high.astype(np.float64)
-            whole = [np.full(math.prod(part.shape), part.dtype.kind in "iu") for _, part in self._parts]
-            self._whole = np.concatenate(whole)
-        elif kinds and all(isinstance(part, Choices | spaces.MultiBinary) for _, part in self._parts):
-            self.branches = tuple(count for _, part in self._parts for count in choices_of(part))
+        elif all(isinstance(part, Choices | spaces.MultiBinary) for part in parts):
+            self.branches = tuple(count for part in parts for count in choices_of(part))
             self.size = sum(self.branches)
             is_one = isinstance(space, spaces.Discrete)
             self.space = spaces.Discrete(self.size) if is_one else spaces.MultiDiscrete(list(self.branches))
@@ -268,16 +242,19 @@ class Actor:
         """Return what each entry of `features` is: `root=1`, `root[0]=1`, or `root[0]` where actions are numbers."""
         return VectorPart(self.space, root).names()
 
-    def features(self, action: Any, out: np.ndarray) -> None:
-        """Write an action into `out`, shape (size,), which holds zeros: one-hot per branch, or numbers as passed on."""
-        if self.branches:
-            out[self._offsets + np.ravel(action)] = 1.0
-        else:
-            out[:] = self._clipped(action)
+    def features(self, action: Any) -> np.ndarray:
+        """Return an action as (size,): one-hot per branch, or numbers as passed on; zeros where it is None."""
+        features = np.zeros(self.size)
+        if action is not None and self.branches:
+            features[self._offsets + np.ravel(action)] = 1.0
+        elif action is not None:
+            features[:] = flatten(self._own, self.action(action))
+        return features
 
     def action(self, action: Any) -> Any:
         """Return the environment's own action for one of shape (branches,), (n,), or an int for one branch."""
-        return rebuilt(self._own, iter(np.ravel(action) if self.branches else self._clipped(action)))
+        numbers = action if self.branches else np.clip(np.asarray(action, np.float64), *self.bounds)
+        return rebuilt(self._own, iter(np.ravel(numbers)))
 
     def mask(self, mask: Any) -> np.ndarray:
         """Return a mask of allowed actions as bool (sum of branches,), branch after branch.
@@ -285,7 +262,7 @@ class Actor:
         It comes as an array over all of them, or nested as the action space is; BrokenContract if it fits neither.
         """
         is_nested = isinstance(mask, Mapping) or isinstance(self._own, spaces.Tuple) and len(mask) != self.size
-        parts = [entry(mask, path) for path, _ in self._parts] if is_nested else [mask]
+        parts = [reduce(getitem, path, mask) for path, _ in leaves(self._own)] if is_nested else [mask]
         arrays = [np.ravel(one) for part in parts for one in (part if isinstance(part, list | tuple) else [part])]
         flat = np.concatenate(arrays).astype(bool)
         if len(flat) != self.size:
@@ -293,10 +270,6 @@ class Actor:
         if not np.logical_or.reduceat(flat, self._offsets).all():
             raise BrokenContract("action_mask allows no action of a branch")
         return flat
-
-    def _clipped(self, action: Any) -> np.ndarray:
-        clipped = np.clip(np.asarray(action, dtype=np.float64).reshape(self.size), *self.bounds)
-        return np.where(self._whole, np.rint(clipped), clipped)
 
 
 def rebuilt(space: Any, flat: Iterator) -> Any:
@@ -306,5 +279,6 @@ def rebuilt(space: Any, flat: Iterator) -> Any:
     if isinstance(space, spaces.Tuple):
         return tuple(rebuilt(part, flat) for part in space.spaces)
     values = np.array([next(flat) for _ in range(math.prod(space.shape))]).reshape(space.shape)
+    values = np.rint(values) if space.dtype.kind in "iu" else values
     values = np.asarray(values.astype(space.dtype) + getattr(space, "start", 0), dtype=space.dtype)
     return values[()] if isinstance(space, spaces.Discrete) else values

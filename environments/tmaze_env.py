@@ -1,6 +1,6 @@
 """A T-maze: remember from the start of a corridor which way to turn at its end (Bakker 2001, Ni et al. 2023)."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import gymnasium
 import numpy as np
@@ -13,25 +13,6 @@ LEFT, UP, RIGHT, DOWN = range(4)
 # A longer corridor is drawn by this many cells.
 DRAWN_CELLS = 24
 WALL, FLOOR, GOOD, BAD, AGENT = (60, 60, 60), (225, 225, 225), (40, 160, 70), (200, 50, 50), (40, 90, 200)
-
-
-class TMazeSection(Section):
-    """A cue, a corridor, and a junction at its end where the cue says whether up or down is right."""
-
-    type: Literal["TMaze"] = Field(description="Which environment.")
-    corridor_length: Annotated[Whole, Field(ge=1, le=10**5)] = Field(100, description="Steps from start to junction.")
-    passive: Flag = Field(
-        True, description="The cue is in the first observation; else it lies one step to the left of the start."
-    )
-    guided: Flag = Field(
-        True,
-        description="Every episode comes to its decision: who is late is carried to the junction, where only up and "
-        "down are allowed. False is closer to what is published, where an agent has to walk without a mistake first.",
-    )
-
-    def create(self, render_mode: str | None = None) -> "TMaze":
-        """Return a new environment of this section."""
-        return TMaze(self, render_mode)
 
 
 class TMaze(EpisodeEnv):
@@ -51,7 +32,7 @@ class TMaze(EpisodeEnv):
     observation_space = gymnasium.spaces.Box(-1.0, 1.0, (4,), np.float32)
     action_space = gymnasium.spaces.Discrete(4)
 
-    def __init__(self, section: TMazeSection, render_mode: str | None = None):
+    def __init__(self, section: "TMazeSection", render_mode: str | None = None):
         super().__init__(section, render_mode)
         self._junction = section.corridor_length
         self.max_episode_steps = section.corridor_length + (1 if section.passive else 3)
@@ -95,10 +76,26 @@ class TMaze(EpisodeEnv):
         sideways = self._position < self._junction
         return {"action_mask": np.array([sideways, True, sideways, True])}
 
-    def _draw(self) -> np.ndarray:
+    def render(self) -> np.ndarray:
         cells = min(self._junction, DRAWN_CELLS) + 2  # the first one is that to the left of the start
         board = np.full((3, cells, 3), WALL)
         board[1, (1 if self.section.passive else 0) :] = FLOOR
         board[0, -1], board[2, -1] = (GOOD, BAD) if self._cue == 1 else (BAD, GOOD)
         board[1, 1 + round(self._position * (cells - 2) / self._junction)] = AGENT
         return cell_picture(board)
+
+
+class TMazeSection(Section):
+    """A cue, a corridor, and a junction at its end where the cue says whether up or down is right."""
+
+    makes: ClassVar[type] = TMaze
+    type: Literal["TMaze"] = Field(description="Which environment.")
+    corridor_length: Annotated[Whole, Field(ge=1, le=10**5)] = Field(100, description="Steps from start to junction.")
+    passive: Flag = Field(
+        True, description="The cue is in the first observation; else it lies one step to the left of the start."
+    )
+    guided: Flag = Field(
+        True,
+        description="Every episode comes to its decision: who is late is carried to the junction, where only up and "
+        "down are allowed. False is closer to what is published, where an agent has to walk without a mistake first.",
+    )

@@ -1,7 +1,6 @@
 """Watching an agent: an episode at a time, drawn with what the agent remembers, as a video or for TensorBoard."""
 
 import math
-import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,8 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.tensorboard.summary import Summary
 
-from environments import BrokenContract
-from environments.contract import Task, check_observation, checked_step
+from environments.contract import Task, check_observation, checked_step, failure_of
 from environments.numbers import episode_means, episode_numbers
 from evaluation.agent import Agent, first_unseen_seed, task_name
 from evaluation.video import encode_gif
@@ -184,14 +182,6 @@ def named(vector: np.ndarray, names: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def failure_of(error: Exception) -> str:
-    """Return what went wrong in an environment on one line; where, too, unless the line is meant for its user."""
-    if isinstance(error, BrokenContract):
-        return str(error)
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{reason_of(error)} ({type(error).__name__}, {where.filename}:{where.lineno})"
-
-
 class Painter:
     """Draws the moments of an episode as pictures that all have the same, even size.
 
@@ -358,7 +348,8 @@ def describe_means(results: list[dict[str, float]]) -> list[str]:
     """Return the mean of each number in words, with how many episodes report it where some do not."""
     words = []
     for name, found in episode_means(results).items():
-        words.append(f"{name.replace('_', ' ')} {found.mean:.2f}" + (f" ({found.note})" if found.note else ""))
+        some = f" (in {found.reported:,} of {found.episodes:,} episodes)" if found.reported < found.episodes else ""
+        words.append(f"{name.replace('_', ' ')} {found.mean:.2f}{some}")
     cut = sum("cut" in result for result in results)
     return words + ([f"{cut:,} of {len(results):,} episodes cut"] if cut else [])
 

@@ -15,13 +15,11 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 import pytest
-import yaml
 
 import worker
 from environments import SECTIONS, BrokenContract
 from environments.contract import Task, try_out
 from environments.section import Section
-from run.config import load_config
 from utils import EnvironmentFailure, UserError, training_seed
 from worker import Workers, inspect_environment
 
@@ -97,26 +95,29 @@ GLOBAL = """
 import torch
 class Mine(Toy):
     def draw(self):
-        return random.random() + random.gauss(0, 1) + np.random.rand() + np.random.randn() + torch.rand(()).item()
+        return random.random() + random.gauss(0, 1) + np.random.rand() + np.random.randn()
     def __init__(self, render_mode=None): self.offset = self.draw()
     def reset(self, **options):
         super().reset(**options)
-        self.place = self.draw() + self.offset
+        self.place = self.draw() + self.offset + torch.rand(()).item()
         return self.observe(), {}
     def fault(self):
-        if random.random() < .5: self.place += self.draw()
+        if random.random() < .5: self.place += self.draw() + torch.rand(()).item()
 """
 
 
-@pytest.mark.parametrize("name", ("Toy", "global"))
-def test_episodes_do_not_depend_on_who_steps_them(name, module):
-    """Nor do those whose environments draw from global generators, which differ by environment and episode."""
-    name = name if name == "Toy" else module(GLOBAL)
-    one = played(name, count=4, processes=1)
-    assert one == played(name, count=4, processes=2, groups=2)
-    assert one[2:] == played(name, count=2, processes=1, first=2)
+def test_episodes_do_not_depend_on_who_steps_them():
+    one = played("Toy", count=4, processes=1)
+    assert one == played("Toy", count=4, processes=2, groups=2)
+    assert one[2:] == played("Toy", count=2, processes=1, first=2)
+
+
+def test_global_generators_differ_by_environment_and_episode_alone(module):
+    name = module(GLOBAL)
+    one = played(name, count=2, processes=1)
+    assert one[1:] == played(name, count=1, processes=1, first=1)
     starts = [rows[t + 1][0][0][0] for rows in one for t in range(39) if rows[t][1]]  # as they are first seen
-    assert len(starts) >= 4 and len({*starts}) == len(starts)
+    assert len(starts) >= 2 and len({*starts}) == len(starts)
 
 
 @pytest.mark.parametrize("victim", ("worker", "server"))
@@ -126,7 +127,7 @@ def test_a_process_that_is_killed_is_replaced(victim, capfd):
     with started("Toy", groups=2) as workers:
         seen = []
         for t in range(40):
-            if t % 7 == 3:
+            if t in (3, 16):
                 if victim == "server":
                     server = forkserver._forkserver._forkserver_pid
                     os.kill(server, signal.SIGKILL)
@@ -159,20 +160,19 @@ def test_state_goes_on_elsewhere(module):
             assert seen == [rows[17:] for rows in expected[place : place + 2]]
 
 
-def test_an_environment_that_is_not_deterministic_begins_afresh(module, capfd):
-    """It is told; within a rollout the episode counts as truncated at the step that was lost."""
-    name = module("class Mine(Toy):\n    def fault(self): self.place += int.from_bytes(os.urandom(1))")
-    with started(name, processes=1) as workers:
+def test_an_environment_that_is_not_deterministic(capfd):
+    """Its episodes begin afresh in a resumed run, which is told; one that is lost in a rollout ends the run."""
+    with started("Random", processes=1) as workers:
         for t in range(5):
             step(workers, t)
         state = workers.state_dict()
         os.kill(workers.processes[0].handle.pid, signal.SIGKILL)
-        assert all(row[1:4] == [0.0, False, True] for row, _ in step(workers, 5))
-        assert [episode.number for episode in workers.episodes] == [1, 1, 1]
-    with started(name, state=state) as workers:
+        with pytest.raises(EnvironmentFailure, match="was lost, and is not deterministic$"):
+            step(workers, 5)
+    with started("Random", state=state) as workers:
         assert [episode.number for episode in workers.episodes] == [1, 1, 1]
         step(workers, 0)
-    assert capfd.readouterr().err.count("environments [0, 1, 2] are not deterministic and began fresh episodes") == 2
+    assert capfd.readouterr().err.count("environments [0, 1, 2] are not deterministic and began fresh episodes") == 1
 
 
 # -------------------------------------------------------------------------------------------------------------- faults
@@ -180,9 +180,7 @@ def test_an_environment_that_is_not_deterministic_begins_afresh(module, capfd):
 FAILURES = {
     "Exit": r"its process died \(exit code 7\) 4 times at the same step$",
     "Raise": r"it raised\nTraceback(.|\n)*toy_environments.py(.|\n)*ArithmeticError: the toy is broken$",
-    "NotANumber": r".*observation is not finite.*$",
     "InfiniteReward": r".*reward is not finite: inf$",
-    "WrongShape": r".*observation has the shape \(5,\), its space says \(3,\)$",
 }
 
 
@@ -196,9 +194,9 @@ def test_a_failure_says_where(name, toys):
 
 
 LEAVING = {
-    "import": ("class Mine(Toy): pass\nsys.exit(0)", r"^environment: it called sys.exit\(0\)$"),
-    "creation": ("class Mine(Toy):\n    def __init__(self, render_mode=None): sys.exit()", r"sys.exit\(\)$"),
-    "reset": ("class Mine(Toy):\n    def reset(self, **_): sys.exit('closed')", r"sys.exit\('closed'\)$"),
+    "import": ("class Mine(Toy): pass\nsys.exit(0)", r"^environment: SystemExit: 0 .*mine.py:5\)$"),
+    "creation": ("class Mine(Toy):\n    def __init__(self, render_mode=None): sys.exit()", "SystemExit"),
+    "reset": ("class Mine(Toy):\n    def reset(self, **_): sys.exit('closed')", "SystemExit: closed"),
     "crash": ("class Mine(Toy):\n    def reset(self, **_): os.abort()", r"^environment: its process died .*-6\)$"),
 }
 
@@ -211,32 +209,31 @@ def test_an_environment_that_leaves_is_no_success(text, message, module):
 
 def test_an_environment_that_leaves_later(module):
     name = module("class Mine(Toy):\n    def fault(self):\n        if self.age == 9: sys.exit('window closed')")
-    with pytest.raises(EnvironmentFailure, match=HERE + r"it called sys.exit\('window closed'\)$"):
+    with pytest.raises(EnvironmentFailure, match=HERE + "SystemExit: window closed"):
         played(name)
 
 
-UNTIDY = {
-    "parses the command line": "import argparse\nargparse.ArgumentParser().parse_args()\nclass Mine(Toy): pass",
-    "floats of 64 bits": "import torch\ntorch.set_default_dtype(torch.float64)\nclass Mine(Toy): pass",
-    "another folder": "class Mine(Toy):\n    def __init__(self, render_mode=None): os.chdir('/')",
-    "no output": "sys.stdout = sys.stderr = None\nclass Mine(Toy): pass",
-    "own utils": "from utils import clamp\nclass Mine(Toy):\n    def step(self, a): return super().step(clamp(a))",
-    "own worker, own model": "import worker, model\nclass Mine(Toy): pass",
-    "close() fails": "class Mine(Toy):\n    def close(self): raise RuntimeError('not connected')",
-}
+UNTIDY = """
+import argparse
+import worker, model
+from utils import clamp
+argparse.ArgumentParser().parse_args()
+sys.stdout = sys.stderr = None
+class Mine(Toy):
+    def __init__(self, render_mode=None): os.chdir('/')
+    def step(self, action): return super().step(clamp(action))
+    def close(self): raise RuntimeError('not connected')
+"""
 
 
-@pytest.mark.parametrize("name", UNTIDY)
-def test_what_an_environment_does_to_its_process_stays_there(name, module, tmp_path, capfd):
-    """It is found in the current folder, plays as any, and the trainer never sees its module."""
+def test_what_an_environment_does_to_its_process_stays_there(module, tmp_path, capfd):
+    """It is found in the current folder with what it imports, plays as any, and the trainer never sees its module."""
     for own in ("utils", "worker", "model"):
         (tmp_path / f"{own}.py").write_text("def clamp(action): return action\n")
     arguments, path, modules = [*sys.argv], [*sys.path], {*sys.modules}
-    mine = module(UNTIDY[name])
-    task, notices = inspect_environment(section(mine))
-    assert task == TOY and notices == ["environment: close() fails, which is ignored: RuntimeError: not connected"] * (
-        name == "close() fails"
-    )
+    mine = module(UNTIDY)
+    task, (notice,) = inspect_environment(section(mine))
+    assert task == TOY and notice.startswith("environment: close() fails, which is ignored: RuntimeError: not connect")
     assert played(mine) == played("Toy")
     assert (sys.argv, sys.path, Path.cwd()) == (arguments, path, tmp_path) and "mine" not in sys.modules
     assert {*sys.modules} - modules <= {"torch"} and not capfd.readouterr().err
@@ -257,7 +254,6 @@ def test_one_that_hangs_when_a_stop_is_asked_for_is_named_and_killed(toys, monke
 
 
 ORPHAN = """
-import time
 from tests.test_workers import *
 with started("Hang") as workers:
     print(*(process.handle.pid for process in workers.processes), flush=True)
@@ -282,20 +278,6 @@ def test_nothing_outlives_a_trainer_that_is_killed(tmp_path):
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("text, code", [(UNTIDY["own utils"], 0), (LEAVING["import"][0], 1)], ids=("fine", "exits"))
-def test_a_run(text, code, module, tmp_path):
-    """As a user starts it, in the folder of the module."""
-    config = load_config(ROOT / "configs" / "poc_memory_env.yaml").model_dump()
-    config |= {"environment": {"type": "Gymnasium", "name": module(text)}, "updates": 1, "n_workers": 2}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config | {"worker_steps": 16, "n_mini_batch": 2, "epochs": 1}))
-    (tmp_path / "utils.py").write_text("def clamp(action): return action\n")
-    command = [sys.executable, str(ROOT / "train.py"), "--config=run.yaml", "--cpu", "--processes=2"]
-    without = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(command, env=without | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
-    assert code == 0 or done.stderr.splitlines() == ["environment: it called sys.exit(0)"]
-
-
 # ------------------------------------------------------------------------------------------------------------ contract
 
 
@@ -315,22 +297,13 @@ class Contract:
         return self.observation, self.reward, False, False, {}
 
 
-BOX = gymnasium.spaces.Box
 BREACHES = {
-    "shape": ({"observation": np.zeros(4, dtype=np.float32)}, r"observation is \(4,\) float32, declared are \(3,\)"),
-    "type": ({"observation": np.zeros(3)}, r"observation is \(3,\) float64, declared are \(3,\) float32"),
-    "no array": ({"observation": [0.0, 0.0, 0.0]}, "observation is None list"),
+    "shape": ({"observation": np.zeros(4, dtype=np.float32)}, r"observation is .*\(4,\).*, declared is .*\(3,\)"),
+    "type": ({"observation": np.zeros(3)}, "observation is .*float64.*, declared is .*float32"),
     "not finite": ({"observation": np.full(3, np.nan, dtype=np.float32)}, "observation is not finite"),
     "reward": ({"reward": float("nan")}, "reward is not finite: nan"),
-    "no reward": ({"reward": None}, "(reward is None|fails at its first step.* TypeError: must be real number)"),
-    "four-tuple": ({"step": lambda self, action: (self.observation, 0.0, False, {})}, "step returned 4 values.* 5"),
-    "no tuple": ({"step": lambda self, action: None}, "step returned NoneType"),
-    "old reset": ({"reset": lambda self, seed: self.observation}, "reset returned"),
-    "limit 0": ({"max_episode_steps": 0}, "max_episode_steps is 0, should be a whole number above 0"),
-    "limit 2.5": ({"max_episode_steps": 2.5}, "max_episode_steps is 2.5, should be a whole number above 0"),
+    "limit 0": ({"max_episode_steps": 0}, "max_episode_steps is 0, should be above 0"),
     "observation space": ({"observation_space": Contract.action_space}, "observation_space is Discrete"),
-    "action space": ({"action_space": BOX(-1, 1, (3, 2), np.float32)}, "action_space is Box"),
-    "small frames": ({"observation_space": BOX(0, 255, (3, 2, 20), np.uint8)}, "observation_space .* at least 3×3"),
 }
 
 
@@ -347,7 +320,7 @@ def test_a_contract_that_is_kept_is_accepted():
 
 
 def test_what_is_wrong_from_the_start_is_the_users_to_mend(module):
-    name = module("class Mine(Toy):\n    def observe(self): return np.zeros(5, np.float32)")
-    with pytest.raises(UserError, match=r"^[^\n]*\(5,\)[^\n]*\(3,\)[^\n]*$"):
+    name = module("class Mine(Toy):\n    def reset(self, seed): return self.observe()")
+    with pytest.raises(UserError, match=r"^environment: [^\n]*that is the API of gym[^\n]*$"):
         inspect_environment(section(name))
     assert not multiprocessing.active_children()

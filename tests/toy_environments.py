@@ -23,6 +23,7 @@ class Toy(gymnasium.Env):
 
     observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (3,), np.float32)
     action_space = gymnasium.spaces.Discrete(3)
+    bonus = 0.0
 
     def __init__(self, render_mode=None):
         self.render_mode = render_mode
@@ -37,7 +38,7 @@ class Toy(gymnasium.Env):
         self.age += 1
         self.place += 0.1 * (int(action) - 1) + 0.01 * float(self.np_random.normal())
         self.fault()
-        return self.observe(), float(self.place > 0), self.age >= self.end, False, {}
+        return self.observe(), float(self.place > 0) + self.bonus, self.age >= self.end, False, {}
 
     def observe(self):
         return np.array([self.place, self.age / LONGEST, self.end % 2], dtype=np.float32)
@@ -55,12 +56,32 @@ def once(name: str) -> bool:
     return True
 
 
-class Exit(Toy):
-    """Takes its process along at a step, every time."""
+class Faulty(Toy):
+    """Goes wrong at a step, in one of the ways that `FAULTS` names."""
+
+    def __init__(self, name, render_mode=None):
+        super().__init__(render_mode)
+        self.name = name
 
     def fault(self):
         if self.age == FAULT_STEP:
-            os._exit(7)
+            FAULTS[self.name](self)
+
+
+def raise_unless_well(toy):
+    """Raise an exception while the file TOY_FOLDER/well does not exist."""
+    if not (Path(os.environ["TOY_FOLDER"]) / "well").exists():
+        raise ArithmeticError("the toy is broken")
+
+
+FAULTS = {
+    "Exit": lambda toy: os._exit(7),
+    "Raise": raise_unless_well,
+    "NotANumber": lambda toy: setattr(toy, "place", float("nan")),
+    "InfiniteReward": lambda toy: setattr(toy, "bonus", float("inf")),
+    "WrongShape": lambda toy: setattr(toy, "observe", lambda: np.zeros(5, np.float32)),
+    "Hangs": lambda toy: time.sleep(10**6),
+}
 
 
 class ExitOnce(Toy):
@@ -69,14 +90,6 @@ class ExitOnce(Toy):
     def fault(self):
         if (self.age == FAULT_STEP and once("first")) or (self.age == FAULT_STEP + 2 and once("second")):
             os._exit(7)
-
-
-class Raise(Toy):
-    """Raises an exception at a step while the file TOY_FOLDER/well does not exist."""
-
-    def fault(self):
-        if self.age == FAULT_STEP and not (Path(os.environ["TOY_FOLDER"]) / "well").exists():
-            raise ArithmeticError("the toy is broken")
 
 
 class Hang(Toy):
@@ -96,37 +109,6 @@ class KillTrainerOnce(Toy):
         KillTrainerOnce.steps += 1
         if KillTrainerOnce.steps == 70 and once("killed"):
             os.kill(multiprocessing.parent_process().pid, signal.SIGKILL)
-
-
-class NotANumber(Toy):
-    """Shows NaN at a step."""
-
-    def fault(self):
-        if self.age == FAULT_STEP:
-            self.place = float("nan")
-
-
-class InfiniteReward(Toy):
-    """Pays infinity at a step."""
-
-    def step(self, action):
-        observation, reward, *rest = super().step(action)
-        return observation, float("inf") if self.age == FAULT_STEP else reward, *rest
-
-
-class Hangs(Toy):
-    """Never returns from a step."""
-
-    def fault(self):
-        if self.age == FAULT_STEP:
-            time.sleep(10**6)
-
-
-class WrongShape(Toy):
-    """Shows more than it declares, at a step."""
-
-    def observe(self):
-        return np.zeros(5 if self.age == FAULT_STEP else 3, dtype=np.float32)
 
 
 class Often(Toy):
@@ -177,10 +159,10 @@ class Masked(Toy):
         return np.array([self.age > 0, 1, self.age % 2, 0, 1, self.age % 3 == 0, self.age > 5], dtype=np.int8)
 
 
-TOYS = (
-    Toy, Exit, ExitOnce, Raise, Hang, Hangs, KillTrainerOnce, NotANumber, InfiniteReward, WrongShape,
-    Often, Seldom, Acted, Masked,
-)  # fmt: skip
-for toy in TOYS:
-    if f"{toy.__name__}-v0" not in gymnasium.registry:
-        gymnasium.register(f"{toy.__name__}-v0", entry_point=toy, max_episode_steps=LONGEST)
+TOYS = (Toy, ExitOnce, Hang, KillTrainerOnce, Often, Seldom, Acted, Masked)
+for name, toy, arguments in [
+    *((toy.__name__, toy, {}) for toy in TOYS),
+    *((name, Faulty, {"name": name}) for name in FAULTS),
+]:
+    if f"{name}-v0" not in gymnasium.registry:
+        gymnasium.register(f"{name}-v0", entry_point=toy, max_episode_steps=LONGEST, kwargs=arguments)
