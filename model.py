@@ -250,19 +250,17 @@ class RunningMoments(nn.Module):
         return ((vectors - self.mean.float()) * scale.float()).clamp(-FURTHEST, FURTHEST)
 
     def update(self, moments: Tensor) -> None:
-        """Take in more vectors (Chan et al. 1979).
+        """Take in more vectors.
 
         Args:
             moments: (1 + 2·n,) float64: their number, the sums of their entries and of the squares of these.
         """
         count, total, squares = moments[0], *moments[1:].chunk(2)
-        mean = total / count
-        variance = (squares / count - mean**2).clamp(min=0)
         whole = self.count + count
-        difference = mean - self.mean
-        spread = self.variance * self.count + variance * count + difference**2 * self.count * count / whole
-        self.variance.copy_(spread / whole)
-        self.mean.add_(difference * count / whole)
+        mean = (self.count * self.mean + total) / whole
+        square = (self.count * (self.variance + self.mean**2) + squares) / whole
+        self.variance.copy_((square - mean**2).clamp(min=0))
+        self.mean.copy_(mean)
         self.count.copy_(whole)
 
 

@@ -14,7 +14,7 @@ import pytest
 import textbook
 import torch
 import xxhash
-from canonical import BASE
+from canonical import BASE, GRADIENT_TOLERANCE, assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -31,8 +31,6 @@ from utils import create_env, training_seed
 from worker import SharedArrays, inspect_environment
 
 CPU = torch.device("cpu")
-TOLERANCE = 1e-5  # of outputs, absolute
-GRADIENT_TOLERANCE = {"relative": 1e-4, "floor": 1e-6}
 ENCODINGS = ("", "absolute", "learned", "relative")
 VARIANTS = [
     pytest.param(
@@ -44,10 +42,6 @@ VARIANTS = [
     for encoding in ENCODINGS
 ]
 every_encoding = pytest.mark.parametrize("encoding", ENCODINGS)
-
-
-def assert_close(found: Tensor, expected: Tensor, what: object = "", tolerance: float = TOLERANCE) -> None:
-    assert canonical.excess(found, expected, 0, tolerance) <= 1, what
 
 
 def unsettle(model: nn.Module, seed: int) -> None:

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import textbook
 import torch
-from test_exactness import TOLERANCE, assert_close, checked_rollouts, unsettle
+from canonical import TOLERANCE, assert_close
+from test_exactness import checked_rollouts, unsettle
 from torch import Tensor
 from torch.nn import functional
 from torch.utils._pytree import tree_flatten

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import textbook
 import torch
-from canonical import BASE, excess
-from test_exactness import GRADIENT_TOLERANCE, assert_close, unsettle
+from canonical import BASE, GRADIENT_TOLERANCE, assert_close, excess
+from test_exactness import unsettle
 from torch import Tensor
 from walk import ACTIONS, SHOWN, walk
 
@@ -104,23 +104,6 @@ def test_episodes_of_one_step(sampled, shown):
     scalars = trainer.train_update()
     assert scalars["losses/prediction"] == 0 and all(np.isfinite(value) for value in scalars.values())
     assert scalars.get("training/prediction_accuracy", 0) == 0
-
-
-@pytest.mark.parametrize(
-    ("actions", "transformer", "precision"),
-    [
-        ("branches", {"gtrxl": True, "positional_encoding": "learned", "query_position": True}, "float32"),
-        ("one branch", {"positional_encoding": "relative", "layer_norm": "post"}, "bf16"),
-        ("continuous", {"positional_encoding": "absolute", "query_position": True}, "bf16"),
-    ],
-)
-def test_it_is_learned_with_everything_else(sampled, actions, transformer, precision):
-    """With gates, positions, recall and bf16: the loss falls."""
-    changes = {"epochs": 4, "recall_coefficient": 0.1, "learning_rate_schedule": constant(1e-2)}
-    trainer = sampled(check_config(walk("both", actions, transformer=transformer, **changes), "test"))
-    trainer.options.precision = precision
-    first, *_, last = [trainer.train_update()["losses/prediction"] for _ in range(5)]
-    assert last < 0.8 * first
 
 
 @pytest.mark.parametrize("length", (1, 4))
