@@ -31,10 +31,11 @@ class AuxiliaryTask(nn.Module):
     Attributes:
         reports: the names of what `loss` reports.
         compares: whether it compares a sample with all distinct frames of its minibatch.
+        needs_frames: whether vectors are not enough for it.
     """
 
     reports: tuple[str, ...]
-    compares = False
+    compares = needs_frames = False
 
     def prepare(self, buffer: Buffer) -> None:
         """Derive what the targets need of a whole rollout."""
@@ -57,7 +58,7 @@ class Reconstruction(AuxiliaryTask):
         model: whose encoder's sizes are to be reached.
     """
 
-    reports = ("reconstruction",)
+    reports, needs_frames = ("reconstruction",), True
 
     def __init__(self, model: ActorCriticModel) -> None:
         super().__init__()
@@ -95,7 +96,7 @@ class Recall(AuxiliaryTask):
         model: whose task it is.
     """
 
-    reports, compares = ("recall",), True
+    reports, compares, needs_frames = ("recall",), True, True
 
     def __init__(self, model: ActorCriticModel) -> None:
         super().__init__()
@@ -229,9 +230,10 @@ def auxiliary_tasks(config: Config, model: ActorCriticModel) -> dict[str, Auxili
         UserError: if a task does not suit what is observed.
     """
     tasks: dict[str, AuxiliaryTask] = {}
-    for name, kind in (("reconstruction", Reconstruction), ("recall", Recall), ("prediction", NextObservation)):
+    kinds = {"reconstruction": Reconstruction, "recall": Recall, "prediction": NextObservation}
+    for name, kind in kinds.items():
         if getattr(config, f"{name}_coefficient") > 0:
-            if kind is not NextObservation and model.task.frame is None:
+            if kind.needs_frames and model.task.frame is None:
                 raise UserError(f"{name}_coefficient: needs frames, this task shows vectors; allowed is 0")
             tasks[name] = kind(model)
     return tasks
