@@ -13,11 +13,9 @@ from torch.nn import functional as F
 
 from buffer import Buffer, Minibatch
 from environments.section import Schedule
-from kernels.frames import FrameCrossEntropy, channels_last, upsample
-from kernels.products import Linear
 from kernels.transfer import to_device
 from memory import ObservationStore
-from model import ActorCriticModel, Output, VisualEncoder, orthogonal
+from model import ActorCriticModel, Output, VisualEncoder, channels_last, orthogonal
 from run.config import Config
 from run.distributed import Ranks
 from utils import UserError, polynomial_decay
@@ -33,10 +31,11 @@ class AuxiliaryTask(nn.Module):
     Attributes:
         reports: the names of what `loss` reports.
         compares: whether it compares a sample with all distinct frames of its minibatch.
+        needs_frames: whether vectors are not enough for it.
     """
 
     reports: tuple[str, ...]
-    compares = False
+    compares = needs_frames = False
 
     def prepare(self, buffer: Buffer) -> None:
         """Derive what the targets need of a whole rollout."""
@@ -59,7 +58,7 @@ class Reconstruction(AuxiliaryTask):
         model: whose encoder's sizes are to be reached.
     """
 
-    reports = ("reconstruction",)
+    reports, needs_frames = ("reconstruction",), True
 
     def __init__(self, model: ActorCriticModel) -> None:
         super().__init__()
@@ -67,7 +66,7 @@ class Reconstruction(AuxiliaryTask):
         if not isinstance(encoder, VisualEncoder):
             raise UserError("reconstruction_coefficient: needs frames of at least 36×36; allowed here is 0")
         self.sizes = encoder.sizes
-        self.hidden = orthogonal(Linear(model.core.output_dim, encoder.hidden.in_features), math.sqrt(2))
+        self.hidden = orthogonal(nn.Linear(model.core.output_dim, encoder.hidden.in_features), math.sqrt(2))
         self.deconv3 = orthogonal(nn.ConvTranspose2d(64, 64, 3, 1), math.sqrt(2))
         self.deconv2 = orthogonal(nn.ConvTranspose2d(64, 32, 4, 2), math.sqrt(2))
         self.deconv1 = orthogonal(nn.ConvTranspose2d(32, encoder.conv1.in_channels, 8, 4), math.sqrt(2))
@@ -77,15 +76,13 @@ class Reconstruction(AuxiliaryTask):
         """Return the logits of the frame's pixels (N, C, H, W) for transformer outputs (N, D)."""
         x = F.relu(self.hidden(output)).view(-1, 64, *self.sizes[3])
         x = F.relu(self.deconv3(x))
-        x = F.relu(upsample(x, self.deconv2, self.sizes[1]))
-        return upsample(x, self.deconv1, self.sizes[0])
+        x = F.relu(self.deconv2(x, output_size=self.sizes[1]))
+        return self.deconv1(x, output_size=self.sizes[0])
 
     def loss(self, output: Output, batch: Minibatch, candidates: Tensor) -> Loss:
         """Return the mean binary cross-entropy of all pixels; see `AuxiliaryTask.loss`."""
-        logits = self(output.output)
-        loss = FrameCrossEntropy.apply(logits, batch.observations, batch.which) / (
-            batch.size * math.prod(logits.shape[1:])
-        )
+        frames = batch.observations[batch.which].float() / 255
+        loss = batch.mean(F.binary_cross_entropy_with_logits(self(output.output).float(), frames, reduction="none"))
         return loss, [loss.detach()]
 
 
@@ -96,18 +93,16 @@ class Recall(AuxiliaryTask):
     matters only later: memory is detached, so no gradient of the policy reaches their encoding.
 
     Args:
-        embed_dim: D.
-        output_dim: of the core.
-        memory_length: how many steps the core can look back.
+        model: whose task it is.
     """
 
-    reports, compares = ("recall",), True
+    reports, compares, needs_frames = ("recall",), True, True
 
-    def __init__(self, embed_dim: int, output_dim: int, memory_length: float) -> None:
+    def __init__(self, model: ActorCriticModel) -> None:
         super().__init__()
-        self.memory_length = memory_length
-        self.query = Linear(output_dim, embed_dim)
-        self.prior = Linear(embed_dim, 1)
+        embed_dim, self.memory_length = model.embedding.out_features, model.core.memory_length
+        self.query = nn.Linear(model.core.output_dim, embed_dim)
+        self.prior = nn.Linear(embed_dim, 1)
         self.seen = np.zeros((0, 0, 0), dtype=bool)
         self.known = np.zeros((0, 0), dtype=bool)
 
@@ -158,24 +153,24 @@ class NextObservation(AuxiliaryTask):
 
     Args:
         model: whose task it is.
-        embed_dim: D.
     """
 
-    def __init__(self, model: ActorCriticModel, embed_dim: int) -> None:
+    def __init__(self, model: ActorCriticModel) -> None:
         super().__init__()
-        task, self.normalised = model.task, model.moments.forward  # the method: the module is the model's
+        task, embed_dim = model.task, model.embedding.out_features
+        self.normalised = model.moments.forward  # the method: the module is the model's
         self.frames, self.vectors = task.frame is not None, task.vector > 0
         self.compares = self.frames
         self.reports = ("prediction", *(("predicted", "predictable") if self.frames else ()))
-        self.query = Linear(model.core.output_dim, embed_dim)
+        self.query = nn.Linear(model.core.output_dim, embed_dim)
         # No bias: without any action, E[a] would be zero and the output alone would predict.
         sizes = [task.continuous] if task.continuous else task.branches
         self.actions = nn.ModuleList(nn.Linear(n, embed_dim, bias=False) for n in sizes)
         for weight in self.actions.parameters():
             nn.init.zeros_(weight)
         self.continuous = task.continuous > 0
-        self.prior = Linear(embed_dim, 1) if self.frames else None
-        self.regression = Linear(embed_dim, task.vector) if self.vectors else None
+        self.prior = nn.Linear(embed_dim, 1) if self.frames else None
+        self.regression = nn.Linear(embed_dim, task.vector) if self.vectors else None
         self.following = self.frame = np.zeros(0, dtype=np.int64)
         self.observations: ObservationStore | None = None
 
@@ -234,19 +229,13 @@ def auxiliary_tasks(config: Config, model: ActorCriticModel) -> dict[str, Auxili
     Raises:
         UserError: if a task does not suit what is observed.
     """
-    embed_dim = config.core.embed_dim
     tasks: dict[str, AuxiliaryTask] = {}
-    for name in ("reconstruction", "recall"):
-        coefficient = getattr(config, f"{name}_coefficient")
-        if coefficient > 0 and model.task.frame is None:
-            raise UserError(f"{name}_coefficient: {coefficient} needs frames, this task shows vectors; allowed is 0")
-    if config.reconstruction_coefficient > 0:
-        tasks["reconstruction"] = Reconstruction(model)
-    if config.recall_coefficient > 0:
-        memory_length = config.transformer.memory_length if config.transformer else math.inf
-        tasks["recall"] = Recall(embed_dim, model.core.output_dim, memory_length)
-    if config.prediction_coefficient > 0:
-        tasks["prediction"] = NextObservation(model, embed_dim)
+    kinds = {"reconstruction": Reconstruction, "recall": Recall, "prediction": NextObservation}
+    for name, kind in kinds.items():
+        if getattr(config, f"{name}_coefficient") > 0:
+            if kind.needs_frames and model.task.frame is None:
+                raise UserError(f"{name}_coefficient: needs frames, this task shows vectors; allowed is 0")
+            tasks[name] = kind(model)
     return tasks
 
 
@@ -256,7 +245,7 @@ def embedded_candidates(ranks: Ranks, batch: Minibatch, embedded: Tensor) -> Ten
     Args:
         ranks: of the run; their gradients come together where a frame was embedded.
         batch: this rank's share of the minibatch.
-        embedded: (≥ m, D) its own distinct observations.
+        embedded: (M, D) its own distinct observations.
     """
     candidates = embedded.new_zeros(len(batch.candidates), embedded.shape[1])
     return ranks.sum_with_gradient(candidates.index_copy(0, batch.own, embedded[batch.rows]))

@@ -24,7 +24,7 @@ class Minibatch:
     Attributes:
         samples: (N,) flat indices w·T + t over the environments of this rank, in whole segments.
         size: number of samples on all ranks.
-        observations: (M, C, H, W) frames, perhaps followed by some that no sample saw, or (N, n) vectors.
+        observations: (M, C, H, W) frames, or (N, n) vectors.
         which: (N,) int64 the observation that each sample saw.
         vectors: (N, n) observed beside frames, None without.
         past: what the samples may look at, or the states before them.
@@ -157,16 +157,10 @@ class Buffer:
             gamma: γ of this rollout.
             lamda: λ of this rollout.
         """
-        advantages = generalised_advantages(
-            torch.from_numpy(self.rewards),
-            torch.from_numpy(self.terminated),
-            torch.from_numpy(self.truncated),
-            self.values.cpu(),
-            next_values,
-            gamma,
-            lamda,
-        )
-        self.advantages.copy_(advantages)
+        rewards, terminated, truncated = map(torch.from_numpy, (self.rewards, self.terminated, self.truncated))
+        values = self.values.cpu()
+        found = generalised_advantages(rewards, terminated, truncated, values, next_values, gamma, lamda)
+        self.advantages.copy_(found)
         self.all_advantages = self.ranks.join_rows(self.advantages).flatten()
 
     def minibatches(self, generator: np.random.Generator) -> Iterator[np.ndarray]:
@@ -191,7 +185,7 @@ class Buffer:
         index = to_device(own, self.device)
         rollout = (self.actions, self.log_probs, self.values, self.advantages)
         actions, log_probs, values, plain = (tensor.flatten(0, 1)[index] for tensor in rollout)
-        observations, _, which, vectors = self.observations.gather(self.observation_index.flat[own])
+        observations, which, vectors = self.observations.gather(self.observation_index.flat[own])
         return Minibatch(
             samples=own,
             size=len(samples),

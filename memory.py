@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,20 +79,16 @@ class Timeline:
         """
         if step.shape[1] == 1:
             return self._grouped(worker, start, step[:, 0])
-        own = np.arange(step.shape[1])
-        valid = np.minimum(step, self.length)
+        own, valid = np.arange(step.shape[1]), np.minimum(step, self.length)
         # Before a segment lie the columns that its steps look at and do not write themselves.
         width = max(1, int((valid - own).max(initial=0))) if self.narrow else self.length
-        rows, item_step = self._columns(worker, start + self.length - width, width)
         return MemoryView(
-            items=self.items.flatten(1, 2),
             distance=to_device(np.broadcast_to(width + own, step.shape).copy(), self.device),
             valid=to_device(valid, self.device),
             nonempty=to_device(valid.reshape(-1, 1) > 0, self.device).float(),
-            rows=rows,
-            own=step.shape[1],
+            own=len(own),
             step=to_device(step.flatten(), self.device),
-            item_step=item_step,
+            **self._columns(worker, start + self.length - width, width),
         )
 
     def _grouped(self, worker: np.ndarray, t: np.ndarray, step: np.ndarray) -> MemoryView:
@@ -104,31 +101,27 @@ class Timeline:
         columns = min(longest + STRETCH, total)
         owner, first, slot = group_queries(worker, end - valid, end, per_group, columns)
         if self.narrow:  # no wider than the widest group
-            widest = np.zeros(len(owner), dtype=np.int64)
-            np.maximum.at(widest, slot // per_group, end - first[slot // per_group])
-            columns = max(1, int(widest.max(initial=0)))
+            columns = max(1, int((end - first[slot // per_group]).max(initial=0)))
         first = np.minimum(first, total - columns)
         source = np.zeros(len(owner) * per_group, dtype=np.int64)
         # Places that only fill up a group keep a valid of 0 and so see nothing.
         distance, seen = np.zeros((2, *source.shape), dtype=np.int64)
         source[slot], distance[slot], seen[slot] = np.arange(len(slot)), end - first[slot // per_group], valid
-        rows, item_step = self._columns(owner, first, columns)
         return MemoryView(
-            items=self.items.flatten(1, 2),
             distance=to_device(distance.reshape(-1, per_group), self.device),
             valid=to_device(seen.reshape(-1, per_group), self.device),
             nonempty=to_device(valid[:, None] > 0, self.device).float(),
-            rows=rows,
-            item_step=item_step,
             source=to_device(source, self.device),
             slot=to_device(slot, self.device),
+            **self._columns(owner, first, columns),
         )
 
-    def _columns(self, worker: np.ndarray, first: np.ndarray, width: int) -> tuple[Tensor, Tensor | None]:
-        """Return the rows (groups, width) of `width` columns from `first` (groups,) on, and when they were written."""
+    def _columns(self, worker: np.ndarray, first: np.ndarray, width: int) -> dict[str, Any]:
+        """Return what a view says of groups with `width` columns of an environment each, from `first` (groups,) on."""
         rows = to_device(worker * self.items.shape[2] + first, self.device)[:, None]
         rows = rows + torch.arange(width, device=self.device)
-        return rows, self.item_step.flatten()[rows] if self.transformer.encoding == "learned" else None
+        steps = self.item_step.flatten()[rows] if self.transformer.encoding == "learned" else None
+        return {"items": self.items.flatten(1, 2), "rows": rows, "item_step": steps}
 
     def write(self, workers: slice, t: int, kept: Tensor, step: np.ndarray) -> None:
         """Store what the blocks received (blocks, n, D) at episode step `step` (n,) in column L + t."""
@@ -194,25 +187,23 @@ class States:
         return self.past_of(np.arange(workers.start, workers.stop), np.full(len(step), t), step[:, None])
 
     def past_of(self, worker: np.ndarray, start: np.ndarray, step: np.ndarray) -> Fragments:
-        """Return the fragments that G segments consist of: a new one begins where an episode does.
+        """Return the fragments that G segments consist of; arguments as for `Timeline.past_of`.
 
-        A segment's first fragment continues from the stored state, the others from zero. Arguments as for
-        `Timeline.past_of`.
+        A segment's first fragment continues from the stored state. Where an episode begins, one begins from zero.
         """
         begins = step == 0
         begins[:, 0] = True
-        group, place = np.nonzero(begins)
         first = np.flatnonzero(begins)
         length = np.diff(np.append(first, step.size))
         longest_first = np.argsort(-length, kind="stable")
-        group, place, first, length = (array[longest_first] for array in (group, place, first, length))
-        fragment = np.repeat(np.arange(len(first)), length)
-        within = np.arange(step.size) - np.repeat(np.cumsum(length) - length, length)
-        order = np.lexsort((fragment, within))  # first steps of all fragments, then second ones, …
+        first, length = first[longest_first], length[longest_first]
+        within = np.arange(length.max(initial=0))[:, None]
+        there = within < length  # (longest, F): first steps of all fragments, then second ones, …
+        group, place = np.divmod(first, step.shape[1])
         state = self.states[to_device(worker[group], self.device), to_device(start[group] + place, self.device)]
-        continued = to_device(step[group, place] > 0, self.device)[:, None]
-        sizes = torch.from_numpy(np.bincount(within))
-        return Fragments(state * continued, to_device((first[fragment] + within)[order], self.device), sizes)
+        continued = to_device(step.flat[first] > 0, self.device)[:, None]
+        order, sizes = to_device((first + within)[there], self.device), torch.from_numpy(there.sum(axis=1))
+        return Fragments(state * continued, order, sizes)
 
     def write(self, workers: slice, t: int, kept: Tensor, step: np.ndarray) -> None:
         """Store the state (n, state_size) after step t, which is that before the next one."""
@@ -286,7 +277,7 @@ class ObservationStore:
             vectors = (arrays.final_vectors if final else arrays.vectors)[rows]
             places = np.arange(self.count, self.count + len(vectors))
             self.count += len(vectors)
-            self.vectors[self.count - len(vectors) : self.count] = torch.from_numpy(vectors)
+            self.vectors[places[0] : self.count] = torch.from_numpy(vectors)
             if self.frames is not None:
                 self.frame_of[places] = index
             index = places
@@ -307,16 +298,16 @@ class ObservationStore:
             return model.complete(model.embed(vectors), None, steps)
         return model.complete(self.frames.embed(model.embed, self.frame_index(index)), vectors, steps)
 
-    def gather(self, index: np.ndarray) -> tuple[Tensor, int, Tensor, Tensor | None]:
+    def gather(self, index: np.ndarray) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return what observations `index` (N,) share, for `ActorCriticModel.embed` and `complete`.
 
         Returns:
-            The distinct frames (M, C, H, W), or the vectors (N, n) where there are no frames, perhaps followed by some
-            that fill up; M; which of these each observation is (N,); and the vectors (N, n) beside frames, else None.
+            The distinct frames (M, C, H, W), or the vectors (N, n) where there are no frames; which of these each
+            observation is (N,); and the vectors (N, n) beside frames, else None.
         """
         vectors = self.vectors_of(index)
         if self.frames is None:
-            return vectors, len(index), torch.arange(len(index), device=self.device), None
+            return vectors, torch.arange(len(index), device=self.device), None
         return *self.frames.gather(self.frame_index(index)), vectors
 
     def moments(self) -> Tensor:

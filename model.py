@@ -1,6 +1,7 @@
 """The actor-critic: observation encoder, a core that remembers, policy and value heads."""
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -9,12 +10,11 @@ from typing import TypeVar
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.distributions import kl_divergence
 from torch.nn import functional as F
 
 from environments.contract import Task
 from environments.section import Declared, Flag, Number, Whole
-from kernels.frames import channels_last
-from kernels.products import Linear
 from recurrence import Fragments, Memoryless, MemorylessConfig, Recurrence, RecurrenceConfig
 from transformer import MASKED, MemoryView, Transformer, TransformerConfig
 
@@ -104,25 +104,26 @@ class Normal:
     mean: Tensor
     log_std: Tensor
 
+    @property
+    def distribution(self) -> torch.distributions.Normal:
+        """Return what PyTorch computes with; unchecked, since a check would wait for the device."""
+        return torch.distributions.Normal(self.mean, self.log_std.exp(), validate_args=False)
+
     def parameters(self) -> Tensor:
         """Return (N, 2·entries): all that tells this policy from others."""
         return torch.cat((self.mean, self.log_std.expand_as(self.mean)), dim=1)
 
     def kl(self, old: Tensor) -> Tensor:
         """Return (N,): KL(old ‖ this), summed over entries, for the `parameters` of an older policy."""
-        mean, log_std = old.chunk(2, dim=1)
-        squares = (2 * log_std).exp() + (mean - self.mean) ** 2
-        return (self.log_std - log_std + 0.5 * squares * (-2 * self.log_std).exp() - 0.5).sum(dim=1)
+        return kl_divergence(Normal(*old.chunk(2, dim=1)).distribution, self.distribution).sum(dim=1)
 
     def log_prob(self, actions: Tensor) -> Tensor:
         """Return (N, 1): the logarithm of the joint density of `actions` (N, entries)."""
-        distance = (actions - self.mean) * (-self.log_std).exp()
-        density = -0.5 * distance**2 - self.log_std - 0.5 * math.log(2 * math.pi)
-        return density.sum(dim=1, keepdim=True)
+        return self.distribution.log_prob(actions).sum(dim=1, keepdim=True)
 
     def entropy(self) -> Tensor:
         """Return (N,): the differential entropy, summed over entries."""
-        return (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum().expand(len(self.mean))
+        return self.distribution.entropy().sum(dim=1)
 
     def sample(self, noise: Tensor) -> Tensor:
         """Draw actions (N, entries) by standard normal `noise` (N, entries)."""
@@ -165,6 +166,11 @@ def orthogonal(layer: Layer, gain: float) -> Layer:
     return layer
 
 
+def channels_last(module: nn.Module) -> None:
+    """Let kernels lie in memory as frames do, their channels last: what oneDNN and cuDNN compute fastest."""
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # PyTorch's declarations leave it out
+
+
 class VisualEncoder(nn.Module):
     """The convolutional encoder of Mnih et al. 2015 for uint8 frames, followed by a linear layer to D.
 
@@ -183,7 +189,7 @@ class VisualEncoder(nn.Module):
         for conv in (self.conv1, self.conv2, self.conv3):
             height, width = ((size - conv.kernel_size[0]) // conv.stride[0] + 1 for size in self.sizes[-1])
             self.sizes.append((height, width))
-        self.hidden = orthogonal(Linear(64 * math.prod(self.sizes[-1]), embed_dim), math.sqrt(2))
+        self.hidden = orthogonal(nn.Linear(64 * math.prod(self.sizes[-1]), embed_dim), math.sqrt(2))
 
     def forward(self, frames: Tensor) -> Tensor:
         """Return (N, D) for uint8 frames (N, C, H, W)."""
@@ -208,7 +214,7 @@ class GridEncoder(nn.Module):
         self.conv1 = orthogonal(nn.Conv2d(shape[0], 32, 3, padding=1), math.sqrt(2))
         self.conv2 = orthogonal(nn.Conv2d(32, 64, 3, padding=1), math.sqrt(2))
         channels_last(self)
-        self.hidden = orthogonal(Linear(64 * math.prod(shape[1:]), embed_dim), math.sqrt(2))
+        self.hidden = orthogonal(nn.Linear(64 * math.prod(shape[1:]), embed_dim), math.sqrt(2))
 
     def forward(self, frames: Tensor) -> Tensor:
         """Return (N, D) for uint8 frames (N, C, H, W)."""
@@ -216,23 +222,6 @@ class GridEncoder(nn.Module):
         x = F.relu(self.conv1(torch.log1p(frames.to(torch.float32))))
         x = F.relu(self.conv2(x))
         return F.relu(self.hidden(x.flatten(1)))  # (N, 64·H·W)
-
-
-class VectorEncoder(nn.Module):
-    """One linear layer for float vectors.
-
-    Args:
-        size: n of the observations (n,).
-        embed_dim: D.
-    """
-
-    def __init__(self, size: int, embed_dim: int) -> None:
-        super().__init__()
-        self.hidden = orthogonal(Linear(size, embed_dim), math.sqrt(2))
-
-    def forward(self, vectors: Tensor) -> Tensor:
-        """Return (N, D) for vectors (N, n)."""
-        return F.relu(self.hidden(vectors))
 
 
 class RunningMoments(nn.Module):
@@ -261,19 +250,17 @@ class RunningMoments(nn.Module):
         return ((vectors - self.mean.float()) * scale.float()).clamp(-FURTHEST, FURTHEST)
 
     def update(self, moments: Tensor) -> None:
-        """Take in more vectors (Chan et al. 1979).
+        """Take in more vectors.
 
         Args:
             moments: (1 + 2·n,) float64: their number, the sums of their entries and of the squares of these.
         """
         count, total, squares = moments[0], *moments[1:].chunk(2)
-        mean = total / count
-        variance = (squares / count - mean**2).clamp(min=0)
         whole = self.count + count
-        difference = mean - self.mean
-        spread = self.variance * self.count + variance * count + difference**2 * self.count * count / whole
-        self.variance.copy_(spread / whole)
-        self.mean.add_(difference * count / whole)
+        mean = (self.count * self.mean + total) / whole
+        square = (self.count * (self.variance + self.mean**2) + squares) / whole
+        self.variance.copy_((square - mean**2).clamp(min=0))
+        self.mean.copy_(mean)
         self.count.copy_(whole)
 
 
@@ -291,12 +278,13 @@ class ActorCriticModel(nn.Module):
         embed_dim, hidden = config.core.embed_dim, config.hidden_layer_size
         self.encoder: nn.Module
         if task.frame is None:
-            self.encoder = VectorEncoder(task.vector, embed_dim)
+            hidden_layer = orthogonal(nn.Linear(task.vector, embed_dim), math.sqrt(2))
+            self.encoder = nn.Sequential(OrderedDict(hidden=hidden_layer, relu=nn.ReLU()))
         elif min(task.frame[1:]) < SMALLEST_PICTURE:
             self.encoder = GridEncoder(task.frame, embed_dim)
         else:
             self.encoder = VisualEncoder(task.frame, embed_dim)
-        self.embedding = orthogonal(Linear(embed_dim, embed_dim), math.sqrt(2))
+        self.embedding = orthogonal(nn.Linear(embed_dim, embed_dim), math.sqrt(2))
         # Under the name of its section: so are its parameters called.
         if config.transformer is not None:
             self.transformer = Transformer(config.transformer, task.max_episode_steps)
@@ -304,14 +292,14 @@ class ActorCriticModel(nn.Module):
             self.recurrence = Recurrence(config.recurrence)
         else:
             self.memoryless = Memoryless(config.memoryless)
-        self.policy_hidden = orthogonal(Linear(self.core.output_dim, hidden), math.sqrt(2))
-        self.value_hidden = orthogonal(Linear(self.core.output_dim, hidden), math.sqrt(2))
+        self.policy_hidden = orthogonal(nn.Linear(self.core.output_dim, hidden), math.sqrt(2))
+        self.value_hidden = orthogonal(nn.Linear(self.core.output_dim, hidden), math.sqrt(2))
         outputs = [task.continuous] if task.continuous else task.branches
-        self.policy = nn.ModuleList(orthogonal(Linear(hidden, n), math.sqrt(0.01)) for n in outputs)
-        self.value = orthogonal(Linear(hidden, 1), config.value_gain)
+        self.policy = nn.ModuleList(orthogonal(nn.Linear(hidden, n), math.sqrt(0.01)) for n in outputs)
+        self.value = orthogonal(nn.Linear(hidden, 1), config.value_gain)
         self.log_std = nn.Parameter(torch.zeros(task.continuous)) if task.continuous else None
         both = task.frame is not None and task.vector
-        self.vector = orthogonal(Linear(task.vector, embed_dim), math.sqrt(2)) if both else None
+        self.vector = orthogonal(nn.Linear(task.vector, embed_dim), math.sqrt(2)) if both else None
         normalised = config.normalize_observations and task.vector
         self.moments = RunningMoments(task.vector) if normalised else nn.Identity()
 

@@ -4,6 +4,7 @@ Both are cores as `transformer.Transformer` is one: they take the embedded obser
 and return an output, what memory is to keep, and attention, which they do not have.
 """
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -46,7 +47,21 @@ class Fragments:
     sizes: Tensor
 
 
-class Recurrence(nn.Module):
+class Core(nn.Module):
+    """What comes between the embedded observation and the heads, where that is no transformer."""
+
+    memory_length = math.inf  # how many steps it can look back
+
+    def constant_weights(self) -> AbstractContextManager[None]:
+        """Nothing is derived from the weights; see `Transformer.constant_weights`."""
+        return nullcontext()
+
+    def place(self, embedded: Tensor, step: Tensor) -> Tensor:
+        """Return the embedded observations (N, D) as they are: a state tells the time."""
+        return embedded
+
+
+class Recurrence(Core):
     """A GRU or LSTM of one or more layers.
 
     Args:
@@ -62,14 +77,6 @@ class Recurrence(nn.Module):
         self.output_dim = config.hidden_state_size
         self.states = 1 if config.layer_type == "gru" else 2  # an LSTM has a hidden and a cell state
         self.state_size = self.states * config.num_layers * config.hidden_state_size
-
-    def constant_weights(self) -> AbstractContextManager[None]:
-        """Nothing is derived from the weights; see `Transformer.constant_weights`."""
-        return nullcontext()
-
-    def place(self, embedded: Tensor, step: Tensor) -> Tensor:
-        """Return the embedded observations (N, D) as they are: the state tells the time."""
-        return embedded
 
     def forward(self, x: Tensor, past: Fragments) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Unroll the cell over fragments, with gradients inside each.
@@ -99,7 +106,7 @@ class Recurrence(nn.Module):
         return output.data[place], kept, []
 
 
-class Memoryless(nn.Module):
+class Memoryless(Core):
     """Nothing between the embedded observation and the heads.
 
     Args:
@@ -111,14 +118,6 @@ class Memoryless(nn.Module):
     def __init__(self, config: MemorylessConfig) -> None:
         super().__init__()
         self.output_dim = config.embed_dim
-
-    def constant_weights(self) -> AbstractContextManager[None]:
-        """Nothing is derived from the weights; see `Transformer.constant_weights`."""
-        return nullcontext()
-
-    def place(self, embedded: Tensor, step: Tensor) -> Tensor:
-        """Return the embedded observations (N, D) as they are."""
-        return embedded
 
     def forward(self, x: Tensor, past: Fragments) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Return x (N, D), nothing to keep (F, 0), and no attention."""

@@ -86,9 +86,7 @@ class PPOTrainer:
         self.tasks = auxiliary_tasks(config, self.model)
         self.auxiliary = nn.ModuleDict(self.tasks).to(self.device)
         for module in (self.model, self.auxiliary):  # processors differ in what they draw
-            module.load_state_dict(
-                self.ranks.from_first({n: weight.cpu() for n, weight in module.state_dict().items()})
-            )
+            module.load_state_dict(self.ranks.from_first({n: w.cpu() for n, w in module.state_dict().items()}))
         self.forward = torch.compile(self.model, dynamic=True) if options.compile else self.model
         self.optimizer = Optimizer({"": self.model, "auxiliary.": self.auxiliary}, config.max_grad_norm)
         self.buffer = Buffer(config, self.model, self.device, self.ranks)
@@ -166,8 +164,7 @@ class PPOTrainer:
         # Noise depends on environment and step only: not on groups, nor on who steps the environment.
         self.generator.manual_seed(derived_seed(self.seed, self.update))
         noise = action_noise(self.task, (buffer.worker_steps, config.n_workers), self.generator)
-        own = self.ranks.share(config.n_workers)
-        noise = noise[:, own.start : own.stop]
+        noise = noise[:, self.workers.first : self.workers.first + buffer.n_workers]
         with self._precision(), self.model.core.constant_weights():
             with self.ranks.agree_on(Interrupted, EnvironmentFailure):
                 for t in range(buffer.worker_steps):
@@ -320,11 +317,7 @@ class PPOTrainer:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16")
 
     def check_finite(self, statistics: Tensor) -> None:
-        """Raise NonFinite naming the first number of an update that is not finite.
-
-        Args:
-            statistics: (minibatches, names) of `optimise`.
-        """
+        """Raise NonFinite naming the first number of an update that is not finite, of its `optimise` or before."""
         update = f"update {self.update + 1}"
         for name in ("values", "log_probs", "advantages"):
             if not torch.isfinite(getattr(self.buffer, name)).all():
@@ -338,12 +331,7 @@ class PPOTrainer:
             raise NonFinite(f"{update}, last optimiser step: a weight is not finite")
 
     def _scalars(self, statistics: Tensor, seconds: np.ndarray) -> dict[str, float]:
-        """Return what is logged of the update just finished, by tag.
-
-        Args:
-            statistics: (minibatches, names) of `optimise`.
-            seconds: that sampling and optimisation took.
-        """
+        """Return what is logged of the update just finished, by tag, from what `optimise` returned and seconds (2,)."""
         buffer, config = self.buffer, self.config
         scalars = dict(zip(self.tags, statistics.mean(dim=0).tolist(), strict=True))
         for name in ("kl", "clip_fraction"):

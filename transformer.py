@@ -13,21 +13,21 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import reduce
 from typing import Literal, NamedTuple
 
 import torch
+from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from environments.section import Declared, Flag, Number, Whole
-from kernels.gating import Gating
-from kernels.groups import shift_rows
-from kernels.products import Linear, linear
+from kernels.attention import Attend, columns_of
 
 # Score of what a query must not look at; finite, so that a row without any column to look at stays finite too.
 MASKED = -1e30
+# What `Attend` takes of a block's columns of memory: items and rows of those that are constant, and those that are not.
+Columns = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class TransformerConfig(Declared):
@@ -93,32 +93,34 @@ class MemoryView:
         """Return K."""
         return (self.items.shape[2] if self.rows is None else self.rows.shape[1]) + self.own
 
-    def stored(self, block: int) -> Tensor:
-        """Return (groups, K', D): what is stored for a block."""
-        items = self.items[block]
-        return items if self.rows is None else items.index_select(0, self.rows.flatten()).unflatten(0, self.rows.shape)
+    def back(self) -> Tensor:
+        """Return (groups, Q, K): how many steps before each query a column lies."""
+        return self.distance[..., None] - torch.arange(self.columns, device=self.distance.device)
 
     def bias(self, num_heads: int) -> Tensor:
         """Return (groups, Q·heads, K): MASKED for what a query must not look at, else 0."""
-        back = self.distance[..., None] - torch.arange(self.columns, device=self.distance.device)  # (groups, Q, K)
+        back = self.back()
         unseen = (back < 1) | (back > self.valid[..., None])
         return (unseen * MASKED).repeat_interleave(num_heads, dim=1)
 
-    def to_places(self, queries: Tensor, num_heads: int) -> Tensor:
-        """Return (groups, Q·heads, width): what belongs to the queries (N, heads·width), in their places."""
-        queries = queries if self.source is None else F.embedding(self.source, queries)
-        return queries.view(self.distance.shape[0], self.distance.shape[1] * num_heads, queries.shape[1] // num_heads)
+    def to_places(self, queries: Tensor) -> Tensor:
+        """Return (groups, Q·heads, width): what belongs to the queries (N, heads, width), in their places."""
+        if self.source is not None:
+            queries = F.embedding(self.source, queries.flatten(1)).unflatten(1, queries.shape[1:])
+        return rearrange(queries, "(g q) h w -> g (q h) w", g=self.distance.shape[0])
 
     def to_queries(self, places: Tensor, num_heads: int) -> Tensor:
-        """Return (N, heads·width): what belongs to the queries, from their places (groups, Q·heads, width)."""
-        queries = places.reshape(self.distance.numel(), num_heads * places.shape[2])
-        return queries if self.slot is None else F.embedding(self.slot, queries)
+        """Return (N, heads, width): what belongs to the queries, from their places (groups, Q·heads, width)."""
+        queries = rearrange(places, "g (q h) w -> (g q) (h w)", h=num_heads)
+        queries = queries if self.slot is None else F.embedding(self.slot, queries)
+        return rearrange(queries, "n (h w) -> n h w", h=num_heads)
 
-    def by_column(self, by_distance: Tensor, num_heads: int) -> Tensor:
-        """Return (groups, Q·heads, K) of each column, from (N, heads·(L+1)) of each distance, the largest first."""
-        rows = self.to_places(by_distance, num_heads)
-        start = (rows.shape[2] - 1 - self.distance).repeat_interleave(num_heads, dim=1)  # column 0 is so far back
-        return shift_rows(rows.flatten(0, 1), start.flatten(), self.columns).view(*rows.shape[:2], self.columns)
+    def by_column(self, by_distance: Tensor) -> Tensor:
+        """Return (groups, Q·heads, K) of each column, from (N, heads, L+1) of each distance, the largest first."""
+        num_heads, longest = by_distance.shape[1], by_distance.shape[2] - 1
+        rows = rearrange(self.to_places(by_distance), "g (q h) l -> g q h l", h=num_heads)
+        place = (longest - self.back()).clamp(0, longest)  # what lies further away, nobody sees
+        return rows.gather(3, place[:, :, None].expand(-1, -1, num_heads, -1)).flatten(1, 2)
 
 
 def sinusoid(angle_steps: Tensor, embed_dim: int) -> Tensor:
@@ -130,13 +132,13 @@ def sinusoid(angle_steps: Tensor, embed_dim: int) -> Tensor:
 
 
 class Folded(NamedTuple):
-    """What attention derives from its weights alone.
+    """What attention derives from its weights alone; h heads of width c.
 
     Attributes:
-        key: (heads·D, hd), takes a head's query to the space of the items; scores are scaled with it.
-        value: (heads·hd, D), takes a head's mean of items to its values.
-        shift: (heads·hd,) added to those, or None.
-        table: (heads, L+1, hd), scaled W_R r of each distance, the largest first; None without the relative encoding.
+        key: (h, c, D), takes a head's query to the space of the items; scores are scaled with it.
+        value: (h, c, D), takes a head's mean of items to its values.
+        shift: (D,) added to those, or None.
+        table: (h, c, L+1), scaled W_R r of each distance, the largest first; None without the relative encoding.
     """
 
     key: Tensor
@@ -161,11 +163,11 @@ class Attention(nn.Module):
     def __init__(self, embed_dim: int, num_heads: int, memory_length: int, relative: bool) -> None:
         super().__init__()
         self.num_heads, self.head_dim = num_heads, embed_dim // num_heads
-        self.query = Linear(embed_dim, embed_dim, bias=False)
-        self.key = Linear(embed_dim, embed_dim, bias=False)
-        self.value = Linear(embed_dim, embed_dim, bias=False)
-        self.out = Linear(embed_dim, embed_dim)
-        self.relative = Linear(embed_dim, embed_dim, bias=False) if relative else None
+        self.query = nn.Linear(embed_dim, embed_dim, bias=False)
+        self.key = nn.Linear(embed_dim, embed_dim, bias=False)
+        self.value = nn.Linear(embed_dim, embed_dim, bias=False)
+        self.out = nn.Linear(embed_dim, embed_dim)
+        self.relative = nn.Linear(embed_dim, embed_dim, bias=False) if relative else None
         self.folded: Folded | None = None  # kept while the weights do not change
         if relative:
             self.content_bias = nn.Parameter(torch.zeros(num_heads, self.head_dim))
@@ -174,38 +176,32 @@ class Attention(nn.Module):
             self.register_buffer("distances", sinusoid(distances, embed_dim), persistent=False)
 
     def forward(
-        self, x: Tensor, items: list[Tensor], memory: MemoryView, bias: Tensor, norm: nn.LayerNorm | None
+        self, x: Tensor, columns: Columns, memory: MemoryView, bias: Tensor, norm: nn.LayerNorm | None
     ) -> tuple[Tensor, Tensor]:
         """Attend from x to the items.
 
         Args:
             x: (N, D), normalised already where the block does so.
-            items: (groups, k, D) each, together the K columns of `memory`, normalised without affine where `norm` is
-                given.
+            columns: of `Transformer.columns`, normalised without affine where `norm` is given.
             memory: which of them each query may look at.
             bias: (groups, Q·heads, K) of `memory.bias`.
             norm: the affine part of norm_kv, or None. It folds in exactly: its bias shifts all scores of a query alike
                 and cancels in the softmax, and Σ aᵢ = 1 carries it through to the values.
 
         Returns:
-            (N, D) and the attention weights (groups, Q·heads, K).
+            (N, D) and the attention weights (groups, Q·heads, K), without a gradient.
         """
-        weight, heads = self.folded or self.fold(norm), self.num_heads
-        query = self.query(x)  # (N, D)
-        content = query if self.relative is None else query + self.content_bias.flatten()
-        questions = memory.to_places(linear(content, weight.key, groups=heads), heads)  # (groups, Q·heads, D)
+        folded = self.folded or self.fold(norm)
+        query = rearrange(self.query(x), "n (h c) -> n h c", h=self.num_heads)
+        content = query if self.relative is None else query + self.content_bias
+        questions = memory.to_places(torch.einsum("nhc,hcd->nhd", content, folded.key))  # (groups, Q·heads, D)
         if self.relative is not None:
-            bias = bias + memory.by_column(self._by_distance(query, weight.table), heads)
-        sizes = [part.shape[1] for part in items]
-        pairs = zip(bias.split(sizes, dim=2), items, strict=True)
-        scores = [
-            torch.baddbmm(added, questions, part.transpose(1, 2)) for added, part in pairs
-        ]  # (groups, Q·heads, k)
-        weights = (scores[0] if len(items) == 1 else torch.cat(scores, dim=2)).softmax(dim=2)
-        shares = zip(weights.split(sizes, dim=2), items, strict=True)
-        mixture = reduce(torch.add, [torch.bmm(share, part) for share, part in shares])  # (groups, Q·heads, D)
-        context = memory.to_queries(mixture, heads)  # (N, heads·D)
-        values = linear(context, weight.value, weight.shift, groups=heads)  # (N, D)
+            by_distance = torch.einsum("nhc,hcl->nhl", query + self.position_bias, folded.table)
+            bias = bias + memory.by_column(by_distance)
+        mixture, weights = Attend.apply(questions, bias, *columns)
+        context = memory.to_queries(mixture, self.num_heads)  # (N, heads, D)
+        values = torch.einsum("nhd,hcd->nhc", context, folded.value).flatten(1)  # (N, D)
+        values = values if folded.shift is None else values + folded.shift
         return self.out(values * memory.nonempty), weights
 
     def fold(self, norm: nn.LayerNorm | None) -> Folded:
@@ -214,15 +210,10 @@ class Attention(nn.Module):
         key, value, shift, table = self.key.weight * scale, self.value.weight, None, None
         if norm is not None:
             key, value, shift = key * norm.weight, value * norm.weight, F.linear(norm.bias, value)
-        key = key.view(self.num_heads, self.head_dim, -1).transpose(1, 2).reshape(-1, self.head_dim)
+        key, value = (rearrange(weight, "(h c) d -> h c d", h=self.num_heads) for weight in (key, value))
         if self.relative is not None:
-            table = (self.relative(self.distances) * scale).view(-1, self.num_heads, self.head_dim).transpose(0, 1)
+            table = rearrange(self.relative(self.distances) * scale, "l (h c) -> h c l", h=self.num_heads)
         return Folded(key, value, shift, table)
-
-    def _by_distance(self, query: Tensor, table: Tensor) -> Tensor:
-        """Return (N, heads·(L+1)): (q + v)·W_R r of each query (N, D) and distance."""
-        query = (query + self.position_bias.flatten()).view(-1, self.num_heads, self.head_dim)
-        return torch.bmm(query.transpose(0, 1), table.transpose(1, 2)).transpose(0, 1).flatten(1)
 
 
 class Gate(nn.Module):
@@ -237,9 +228,9 @@ class Gate(nn.Module):
 
     def __init__(self, embed_dim: int, bias: float) -> None:
         super().__init__()
-        self.from_update = Linear(embed_dim, 3 * embed_dim, bias=False)  # Wr, Wz, Wg
-        self.from_state = Linear(embed_dim, 2 * embed_dim, bias=False)  # Ur, Uz
-        self.candidate = Linear(embed_dim, embed_dim, bias=False)  # Ug
+        self.from_update = nn.Linear(embed_dim, 3 * embed_dim, bias=False)  # Wr, Wz, Wg
+        self.from_state = nn.Linear(embed_dim, 2 * embed_dim, bias=False)  # Ur, Uz
+        self.candidate = nn.Linear(embed_dim, embed_dim, bias=False)  # Ug
         self.bg = nn.Parameter(torch.full((embed_dim,), float(bias)))
         for layer in (self.from_update, self.from_state, self.candidate):
             for matrix in layer.weight.data.split(embed_dim):
@@ -247,8 +238,11 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Return (N, D): the state x (N, D) updated by the layer's output y (N, D)."""
-        weights = self.from_update.weight, self.from_state.weight, self.candidate.weight
-        return Gating.apply(x, y, *weights, self.bg)
+        x = x.float()  # bf16 products leave a float32 state
+        y_reset, y_update, y_new = self.from_update(y).float().chunk(3, dim=1)
+        x_reset, x_update = self.from_state(x).chunk(2, dim=1)
+        reset, update = torch.sigmoid(y_reset + x_reset), torch.sigmoid(y_update + x_update - self.bg)
+        return torch.lerp(x, torch.tanh(y_new + self.candidate(reset * x)), update)
 
 
 class Block(nn.Module):
@@ -264,7 +258,7 @@ class Block(nn.Module):
         self.attention = Attention(
             embed_dim, config.num_heads, config.memory_length, config.positional_encoding == "relative"
         )
-        self.feed_forward = Linear(embed_dim, embed_dim)
+        self.feed_forward = nn.Linear(embed_dim, embed_dim)
         normed = self.layer_norm != ""
         self.norm1 = nn.LayerNorm(embed_dim) if normed else nn.Identity()
         self.norm2 = nn.LayerNorm(embed_dim) if normed else nn.Identity()
@@ -272,10 +266,10 @@ class Block(nn.Module):
         self.gate1 = Gate(embed_dim, config.gtrxl_bias) if config.gtrxl else torch.add
         self.gate2 = Gate(embed_dim, config.gtrxl_bias) if config.gtrxl else torch.add
 
-    def forward(self, x: Tensor, items: list[Tensor], memory: MemoryView, bias: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, columns: Columns, memory: MemoryView, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Return the layer's output (N, D) and its attention weights; arguments as in `Attention.forward`."""
         pre, post = self.layer_norm == "pre", self.layer_norm == "post"
-        attended, weights = self.attention(self.norm1(x) if pre else x, items, memory, bias, self.norm_kv)
+        attended, weights = self.attention(self.norm1(x) if pre else x, columns, memory, bias, self.norm_kv)
         x = self.gate1(x, attended)
         x = self.norm1(x) if post else x
         forwarded = F.relu(self.feed_forward(self.norm2(x) if pre else x))
@@ -354,13 +348,15 @@ class Transformer(nn.Module):
         items = items + self.position[step]
         return F.layer_norm(items, (self.embed_dim,)) if self.pre_norm else items
 
-    def columns(self, memory: MemoryView, block: int, x: Tensor) -> list[Tensor]:
+    def columns(self, memory: MemoryView, block: int, x: Tensor) -> Columns:
         """Return the columns of memory for a block: those stored, and in a segment those that x (N, D) writes."""
-        stored = self.read(memory.stored(block), memory.item_step)
-        if not memory.own:
-            return [stored]
-        own = self.read(self.to_items(x, memory.step), memory.step)
-        return [stored, own.view(-1, memory.own, self.embed_dim)]
+        items, rows, written = memory.items[block], memory.rows, None
+        if memory.own:
+            written = self.read(self.to_items(x, memory.step), memory.step).view(-1, memory.own, self.embed_dim)
+        if self.encoding == "learned":  # positions have a gradient, and so have all columns
+            stored = self.read(columns_of(items, rows, None), memory.item_step)
+            return None, None, stored if written is None else torch.cat((stored, written), dim=1)
+        return items, rows, written
 
     def forward(self, x: Tensor, memory: MemoryView) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Run all blocks.
@@ -377,5 +373,5 @@ class Transformer(nn.Module):
         for index, block in enumerate(self.blocks):
             kept.append(x.detach())
             x, attended = block(x, self.columns(memory, index, x), memory, bias)
-            weights.append(attended.detach())
+            weights.append(attended)
         return x, torch.stack(kept), weights

@@ -1,11 +1,6 @@
-"""Queries that share columns of memory, and scores by distance brought to columns."""
-
-from typing import Any
+"""Queries that share columns of memory."""
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 
 def group_queries(
@@ -37,35 +32,3 @@ def group_queries(
         slot[query] = (len(starts) - 1) * per_group + count
         count += 1
     return np.array(owners, dtype=np.int64), np.array(starts, dtype=np.int64), slot
-
-
-def shift_rows(rows: Tensor, start: Tensor, width: int) -> Tensor:
-    """Return (R, width): of each row of (R, size) what begins at its `start` (R,), which may lie outside; 0 there."""
-    return ShiftRows.apply(rows, start, width)
-
-
-class ShiftRows(torch.autograd.Function):
-    """`shift_rows`: each row is copied as a whole, where gathering its elements takes several times as long."""
-
-    @staticmethod
-    def forward(context: Any, rows: Tensor, start: Tensor, width: int) -> Tensor:
-        """Return (R, width); arguments as for `shift_rows`."""
-        context.save_for_backward(start)
-        context.size = rows.shape[1]
-        return _shifted(rows, start, width)
-
-    @staticmethod
-    def backward(context: Any, slope: Tensor) -> tuple[Tensor, None, None]:
-        """Return the gradient (R, size): the slopes (R, width), shifted back."""
-        (start,) = context.saved_tensors
-        return _shifted(slope, -start, context.size), None, None
-
-
-def _shifted(rows: Tensor, start: Tensor, width: int) -> Tensor:
-    count, size = rows.shape
-    if not count:
-        return rows.new_zeros(0, width)
-    padded = F.pad(rows, (width, width))
-    windows = padded.flatten().unfold(0, width, 1)  # every stretch of so many elements, as a view
-    first = torch.arange(count, device=rows.device) * padded.shape[1] + width
-    return windows.index_select(0, first + start.clamp(-width, size))

@@ -61,10 +61,7 @@ class Optimizer:
         return self.adamw.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue from what `state_dict` returned; ValueError if that belongs to another model."""
-        moments = [state["state"].get(0, {}).get(name, self.weights) for name in ("exp_avg", "exp_avg_sq")]
-        if any(moment.shape != self.weights.shape for moment in moments):
-            raise ValueError("its optimiser belongs to another model")
+        """Continue from what `state_dict` returned."""
         self.adamw.load_state_dict(state)
 
 

@@ -8,15 +8,12 @@ from torch import Tensor
 
 from kernels.transfer import to_device
 
-# A minibatch of many distinct frames is filled up to a multiple: oneDNN takes five times as long for the gradient of a
-# layer's weights where it cannot divide the rows evenly.
-MANY_FRAMES, FRAMES_MULTIPLE = 512, 16
+# How many frames are encoded at once, which bounds the memory that it takes.
+ENCODED_AT_ONCE = 512
 
 
 class FrameStore:
-    """The distinct uint8 frames of a rollout, with their features under the weights that sample it.
-
-    Grid worlds show the same frames over and over. Each is stored, sent to the device and encoded once.
+    """The distinct uint8 frames of a rollout, each stored, sent to the device and encoded once.
 
     Args:
         shape: (C, H, W) of a frame.
@@ -40,16 +37,14 @@ class FrameStore:
 
     def add(self, frames: np.ndarray, digests: np.ndarray) -> np.ndarray:
         """Store the frames (n, H, W, C) whose digests (n, 16) are new; return the index (n,) of all."""
-        count = len(self.known)
-        keys = [digest.tobytes() for digest in digests]
+        count, keys = len(self.known), [digest.tobytes() for digest in digests]
         index = np.array([self.known.setdefault(key, len(self.known)) for key in keys], dtype=np.int64)
         added = len(self.known) - count
         if added:
             _, first = np.unique(index, return_index=True)  # of frames that are new twice, the first
-            new = torch.from_numpy(frames[first[-added:]])  # a copy: the workers will write over theirs
             self._reserve(count + added)
-            on_gpu = self.frames.is_cuda
-            self.frames[count : count + added].copy_(new.pin_memory() if on_gpu else new, non_blocking=on_gpu)
+            # A copy: the workers will write over theirs.
+            self.frames[count : count + added] = to_device(frames[first[-added:]], self.frames.device)
         return index
 
     def _reserve(self, count: int) -> None:
@@ -65,21 +60,15 @@ class FrameStore:
 
     def embed(self, encode: Callable[[Tensor], Tensor], index: np.ndarray) -> Tensor:
         """Return (n, D) embedded frames under constant weights; only those not encoded with them yet are."""
-        for first in range(self.encoded, len(self.known), MANY_FRAMES):
-            new = slice(first, min(first + MANY_FRAMES, len(self.known)))
+        for first in range(self.encoded, len(self.known), ENCODED_AT_ONCE):
+            new = slice(first, min(first + ENCODED_AT_ONCE, len(self.known)))
             self.features[new] = encode(self.frames[new].permute(0, 3, 1, 2))
         self.encoded = len(self.known)
         return self.features[to_device(index, self.features.device)]
 
-    def gather(self, index: np.ndarray) -> tuple[Tensor, int, Tensor]:
-        """Return the distinct frames (M, C, H, W) among `index` (N,), M, and the place (N,) of each sample among them.
-
-        Many frames are filled up with copies of the last one to a multiple of `FRAMES_MULTIPLE`.
-        """
+    def gather(self, index: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Return the distinct frames (M, C, H, W) among `index` (N,), and which of them each sample saw (N,)."""
         distinct, inverse = np.unique(index, return_inverse=True)
-        count = len(distinct)
-        if len(distinct) > MANY_FRAMES:
-            distinct = np.pad(distinct, (0, -len(distinct) % FRAMES_MULTIPLE), mode="edge")
         device = self.frames.device
         frames = self.frames.index_select(0, to_device(distinct, device)).permute(0, 3, 1, 2)
-        return frames, count, to_device(inverse, device)
+        return frames, to_device(inverse, device)

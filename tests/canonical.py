@@ -20,6 +20,8 @@ from transformer import TransformerConfig
 # The tests' products are so small that a second thread only waits, for very long where the cores are busy.
 torch.set_num_threads(1)
 
+TOLERANCE = 1e-5  # of outputs and losses, absolute
+GRADIENT_TOLERANCE = {"relative": 1e-4, "floor": 1e-6}
 # A small flat config of vectors, which tests change as they need
 BASE = {
     "visual": False,
@@ -136,3 +138,7 @@ def excess(found: Tensor, expected: Tensor, relative: float, floor: float) -> fl
     assert found.shape == expected.shape
     error = (found.double() - expected.double()).abs().max().item()
     return error / max(relative * expected.abs().max().item(), floor)
+
+
+def assert_close(found: Tensor | float, expected: Tensor, what: object = "", tolerance: float = TOLERANCE) -> None:
+    assert excess(torch.as_tensor(found), expected, 0, tolerance) <= 1, what

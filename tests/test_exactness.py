@@ -14,14 +14,13 @@ import pytest
 import textbook
 import torch
 import xxhash
-from canonical import BASE
+from canonical import BASE, GRADIENT_TOLERANCE, assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from buffer import generalised_advantages
-from kernels import gating, products
-from kernels.groups import shift_rows
+from kernels.attention import columns_of
 from kernels.store import FrameStore
 from memory import STRETCH, ObservationStore, Timeline, make_memory, policy_step
 from model import Categorical, Output
@@ -32,8 +31,6 @@ from utils import create_env, training_seed
 from worker import SharedArrays, inspect_environment
 
 CPU = torch.device("cpu")
-TOLERANCE = 1e-5  # of outputs, absolute
-GRADIENT_TOLERANCE = {"relative": 1e-4, "floor": 1e-6}
 ENCODINGS = ("", "absolute", "learned", "relative")
 VARIANTS = [
     pytest.param(
@@ -45,10 +42,6 @@ VARIANTS = [
     for encoding in ENCODINGS
 ]
 every_encoding = pytest.mark.parametrize("encoding", ENCODINGS)
-
-
-def assert_close(found: Tensor, expected: Tensor, what: object = "", tolerance: float = TOLERANCE) -> None:
-    assert canonical.excess(found, expected, 0, tolerance) <= 1, what
 
 
 def unsettle(model: nn.Module, seed: int) -> None:
@@ -304,14 +297,6 @@ def test_columns_of_equal_shape(encoding):
     checked_rollouts({"positional_encoding": encoding, "memory_slots": 9}, ends=0.15, seed=9, narrow=False)
 
 
-def test_rollouts_by_onednn(monkeypatch):
-    """All matrix products and gates through the kernels that otherwise only large ones take."""
-    monkeypatch.setattr(products, "PRODUCT_WORTH", 0)
-    monkeypatch.setattr(products, "GRADIENT_WORTH", 0)
-    monkeypatch.setattr(gating, "TANH_WORTH", 0)
-    checked_rollouts({"gtrxl": True, "layer_norm": "pre", "positional_encoding": "relative"}, seed=4)
-
-
 @every_encoding
 def test_acting_again(encoding):
     """A rollout's outputs under new weights, with the memory that these write: as if they had acted from its start."""
@@ -329,40 +314,6 @@ def test_acting_again(encoding):
             assert_close(rollouts.memory.replay(rows, x[own], rollouts.step[rows]), expected[own])
         stale = rollouts.train(whole).output
     assert (stale - expected).abs().max() > 1e-2  # what PPO's ratio sees is something else
-
-
-@pytest.mark.parametrize(("groups", "has_bias"), ((1, False), (1, True), (4, True)))
-@pytest.mark.parametrize("rows", (3, 2048))
-def test_linear(rows, groups, has_bias):
-    """Both kernels compute the plain product in every group of channels, and its gradients."""
-    inputs, outputs = 16 * groups, 256
-    assert (rows == 2048) == (rows * 16 * outputs >= products.PRODUCT_WORTH)
-    generator = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(shape, generator=generator) for shape in ((rows, inputs), (outputs, 16), (outputs,))]
-    upstream = torch.randn(rows, outputs, generator=generator)
-    found, plain = (
-        [tensor.to(dtype, copy=True).requires_grad_() for tensor in tensors] for dtype in (torch.float32, torch.float64)
-    )
-    result = products.linear(found[0], found[1], found[2] if has_bias else None, groups)
-    blocks = zip(plain[0].chunk(groups, dim=1), plain[1].chunk(groups), strict=True)
-    expected = torch.cat([x @ weight.T for x, weight in blocks], dim=1) + (plain[2] if has_bias else 0)
-    assert_close(result, expected, tolerance=3e-5)
-    (result * upstream).sum().backward()
-    (expected * upstream).sum().backward()
-    for one, other in zip(found[: 2 + has_bias], plain, strict=False):
-        assert canonical.excess(one.grad, other.grad, relative=1e-5, floor=0) <= 1
-
-
-@given(st.lists(st.integers(-12, 12), min_size=1, max_size=4), st.integers(1, 9), st.integers(1, 9))
-@settings(max_examples=25)
-def test_shift_rows(starts, size, width):
-    """Rows shifted as a whole are the elements where they are said to lie, and 0 outside; so is their gradient."""
-    rows = torch.randn(len(starts), size, dtype=torch.float64, requires_grad=True)
-    found = shift_rows(rows, torch.tensor(starts), width)
-    for row, start, shifted in zip(rows, starts, found, strict=True):
-        for column, value in enumerate(shifted):
-            assert value == (row[column + start] if 0 <= column + start < size else 0)
-    assert torch.autograd.gradcheck(lambda given: shift_rows(given, torch.tensor(starts), width), rows)
 
 
 @st.composite
@@ -385,7 +336,7 @@ def test_view_shows_exactly_the_windows(arguments, stretch, narrow):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("memory.STRETCH", stretch)
         view = timeline.past_of(worker, t, step[:, None])
-    items, distance, valid = view.stored(0), view.distance.flatten(), view.valid.flatten()
+    items, distance, valid = columns_of(view.items[0], view.rows, None), view.distance.flatten(), view.valid.flatten()
     visible = view.bias(1).flatten(0, 1) == 0
     assert len(set(view.slot.tolist())) == len(worker)
     for query, slot in enumerate(view.slot.tolist()):
@@ -463,7 +414,7 @@ class CheckedTrainer(PPOTrainer):
 
     def optimise(self) -> Tensor:
         buffer = self.buffer
-        observations, _, which, _ = buffer.observations.gather(buffer.observation_index.flatten())
+        observations, which, _ = buffer.observations.gather(buffer.observation_index.flatten())
         self.observations = observations[which]  # (W·T, …)
         self.parameters = canonical.parameters(self.model)
         self.check_steps()
@@ -662,7 +613,7 @@ def test_episodes_do_not_leak(encoding):
 # ------------------------------------------------------------------------------------------------------------ frames
 
 
-def test_frame_store(monkeypatch):
+def test_frame_store():
     """Repeated frames, within one call and between calls, are stored and encoded once, also where the store grows."""
     store, generator = FrameStore((3, 4, 4), 6, CPU), np.random.default_rng(0)
     frames = generator.integers(0, 256, (700, 4, 4, 3), dtype=np.uint8)
@@ -674,19 +625,13 @@ def test_frame_store(monkeypatch):
         return distinct.float().mean(dim=3).flatten(1)[:, :6]
 
     for _ in range(2):  # after `clear` as before
-        shown, given, features = [], [], []
-        for count, known in ((1, 1), (5, 3), (290, 280), (7, 290), (400, 700)):
-            shown.append(np.concatenate((generator.integers(0, known, count), generator.integers(0, known, 3))))
-            given.append(store.add(frames[shown[-1]], digests[shown[-1]]))
-            features.append(store.embed(encode, given[-1]).clone())
-        shown, given = np.concatenate(shown), np.concatenate(given)
-        plain = torch.from_numpy(frames[shown]).permute(0, 3, 1, 2)
-        assert len(store) == len(set(shown.tolist())) == sum(encoded) > 256
-        assert torch.equal(torch.cat(features), encode(plain))
-        for many, filled_up in ((512, False), (100, True)):
-            monkeypatch.setattr("kernels.store.MANY_FRAMES", many)
-            distinct, count, which = store.gather(given[:300])
-            assert torch.equal(distinct[which], plain[:300]) and count == len(set(shown[:300].tolist()))
-            assert len(distinct) == (-(-count // 16) * 16 if filled_up else count)
+        shown = [generator.integers(0, known, count) for count, known in ((2, 1), (8, 3), (293, 280), (700, 700))]
+        given = [store.add(frames[some], digests[some]) for some in shown]
+        features = store.embed(encode, np.concatenate(given)).clone()
+        plain = torch.from_numpy(frames[np.concatenate(shown)]).permute(0, 3, 1, 2)
+        assert len(store) == len(np.unique(np.concatenate(shown))) == sum(encoded) > 256
+        assert torch.equal(features, encode(plain))
+        distinct, which = store.gather(given[2])
+        assert torch.equal(distinct[which], plain[10:303]) and len(distinct) == len(np.unique(shown[2]))
         encoded.clear()
         store.clear()

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import textbook
 import torch
-from test_exactness import TOLERANCE, assert_close, checked_rollouts, unsettle
+from canonical import TOLERANCE, assert_close
+from test_exactness import checked_rollouts, unsettle
 from torch import Tensor
 from torch.nn import functional
+from torch.utils._pytree import tree_flatten
 from walk import walk
 
 from buffer import Minibatch
@@ -184,20 +186,10 @@ def test_resumed_to_the_bit(make, memory):
         for trainer in (whole, resumed)
     ]
     assert scalars[0] == scalars[1]
-    assert_same(whole.state_dict(), resumed.state_dict())
-
-
-def assert_same(one: object, other: object, where: str = "") -> None:
-    """Require that two states are the same to the bit."""
-    if isinstance(one, Tensor):
-        assert torch.equal(one, other), where
-    elif isinstance(one, dict | list | tuple):
-        assert len(one) == len(other), where
-        keys = one if isinstance(one, dict) else range(len(one))
-        for key in keys:
-            assert_same(one[key], other[key], f"{where}/{key}")
-    else:
-        assert one == other, where
+    (states, layout), (others, other_layout) = (tree_flatten(trainer.state_dict()) for trainer in (whole, resumed))
+    assert layout == other_layout
+    for one, other in zip(states, others, strict=True):
+        assert torch.equal(one, other) if isinstance(one, Tensor) else one == other
 
 
 # ---------------------------------------------------------------------------------- the trust region of what acts next

@@ -12,14 +12,13 @@ import canonical
 import numpy as np
 import pytest
 import torch
+from canonical import GRADIENT_TOLERANCE, TOLERANCE, assert_close
 
 from buffer import Minibatch, generalised_advantages, normalised
 from trainer import LOSS_PARTS, ppo_loss
 from transformer import MemoryView
 
 FOLDER = Path(os.environ.get("PARITY_FIXTURES") or Path(__file__).parent / "parity")
-TOLERANCE = 1e-5  # of outputs and losses, absolute
-GRADIENT_TOLERANCE = {"relative": 1e-4, "floor": 1e-6}
 
 
 def fixtures(estimations):
@@ -94,10 +93,6 @@ class Computed:
 @pytest.fixture(scope="module", params=fixtures(estimations=False))
 def minibatch(request):
     return Computed(request.param)
-
-
-def assert_close(found, expected, what):
-    assert canonical.excess(torch.as_tensor(found), expected, 0, TOLERANCE) <= 1, what
 
 
 def test_there_are_fixtures():

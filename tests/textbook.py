@@ -339,12 +339,6 @@ def normalise(vectors: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------------- advantages
 
 
-def gae(rewards: Tensor, dones: Tensor, values: Tensor, last_value: Tensor, gamma: float, lamda: float) -> Tensor:
-    """Generalised advantage estimation, (W, T); last_value (W,) is the value after the last step."""
-    nothing = torch.zeros_like(dones)
-    return gae_truncation(rewards, dones, nothing, values, torch.zeros_like(values), last_value, gamma, lamda)
-
-
 def gae_truncation(
     rewards: Tensor,
     terminated: Tensor,
