@@ -1,11 +1,12 @@
 """Environments that go wrong in a chosen way, registered by importing this module: `tests.toy_environments:Exit-v0`.
 
-They are quick, and determined by their reset seed and their actions. What goes wrong does so
+They are quick, and all but `Random` are determined by their reset seed and their actions. What goes wrong does so
 after the first step, because the trainer plays one step itself before it starts any process.
 """
 
 import multiprocessing
 import os
+import random
 import signal
 import time
 from pathlib import Path
@@ -111,6 +112,14 @@ class KillTrainerOnce(Toy):
             os.kill(multiprocessing.parent_process().pid, signal.SIGKILL)
 
 
+class Random(Toy):
+    """Is determined by nothing."""
+
+    def step(self, action):
+        self.place += random.SystemRandom().random()
+        return super().step(action)
+
+
 class Often(Toy):
     """Succeeds by chance in 80 % of the episodes, and says nothing where it does not."""
 
@@ -159,7 +168,7 @@ class Masked(Toy):
         return np.array([self.age > 0, 1, self.age % 2, 0, 1, self.age % 3 == 0, self.age > 5], dtype=np.int8)
 
 
-TOYS = (Toy, ExitOnce, Hang, KillTrainerOnce, Often, Seldom, Acted, Masked)
+TOYS = (Toy, ExitOnce, Hang, KillTrainerOnce, Random, Often, Seldom, Acted, Masked)
 for name, toy, arguments in [
     *((toy.__name__, toy, {}) for toy in TOYS),
     *((name, Faulty, {"name": name}) for name in FAULTS),
