@@ -202,6 +202,7 @@ class EnvironmentRunner:
     def __post_init__(self) -> None:
         self.generators, self.current = Generators(), self.indices[0]
         self.envs: dict[int, Any] = {}
+        self.lost: list[int] = []  # environments whose next step was lost with an episode that cannot be repeated
         for index in self.indices:
             self._turn_to(index)
             self._seed(index)
@@ -247,6 +248,17 @@ class EnvironmentRunner:
         """
         return [index for index, episode in episodes.items() if not self._replay(index, *episode)]
 
+    def replay_midway(self, episodes: dict[int, tuple[int, bytearray, bytes]]) -> list[int]:
+        """As `replay`, in the middle of a rollout: an episode that is lost is truncated where it was."""
+        arrays = self.arrays
+        for index, (_, _, digest) in episodes.items():
+            for name in ("frames", "frame_digests", "vectors"):
+                if getattr(arrays, name) is not None:
+                    getattr(arrays, f"final_{name}")[index] = getattr(arrays, name)[index]
+            arrays.final_digests[index] = np.frombuffer(digest, np.uint8)
+        self.lost = self.replay(episodes)
+        return self.lost
+
     def _replay(self, index: int, number: int, packed: bytearray, digest: bytes) -> bool:
         arrays, task = self.arrays, self.task
         self._turn_to(index)
@@ -269,6 +281,10 @@ class EnvironmentRunner:
 
     def _step(self, index: int) -> list[tuple[int, dict]]:
         arrays, env = self.arrays, self.envs[index]
+        if index in self.lost:
+            self.lost.remove(index)
+            arrays.rewards[index], arrays.terminated[index], arrays.truncated[index] = 0.0, False, True
+            return []
         self._turn_to(index)
         arrays.steps[index] += 1
         steps, limit = int(arrays.steps[index]), self.task.max_episode_steps
@@ -504,9 +520,7 @@ class Workers:
         """Start all processes and bring `episodes` back; return the environments that had to begin a fresh one."""
         self.processes = [self._launched(share, []) for share in self.shares]
         fresh = sorted(index for place in range(len(self.shares)) for index in self._answer(place))
-        if fresh:
-            numbers = [self.first + index for index in fresh]
-            print(f"environments {numbers} are not deterministic and began fresh episodes", file=sys.stderr)
+        self._tell_of(fresh)
         for index in fresh:
             self.episodes[index] = Episode(self.episodes[index].number + 1)
         for episode, digest in zip(self.episodes, self.arrays.digests, strict=True):
@@ -553,7 +567,8 @@ class Workers:
     def _launched(self, indices: range, pending: list[range]) -> Process:
         """Return a new process that replays its episodes, and then steps the groups that are pending."""
         self.arrays.at_work[indices] = False
-        process = Process(self.make, indices, "replay", {index: astuple(self.episodes[index]) for index in indices})
+        episodes = {index: astuple(self.episodes[index]) for index in indices}
+        process = Process(self.make, indices, "replay_midway" if pending else "replay", episodes)
         process.pending = pending
         for group in pending:
             process.tell("step", group)
@@ -569,10 +584,10 @@ class Workers:
                 raise EnvironmentFailure(f"{self._where(process)}: {answer}")
             if kind == "died":
                 self._replace(place, answer)
-            elif kind == "step" or not process.pending:
+            elif kind == "replay_midway":
+                self._tell_of(answer)
+            else:
                 return answer
-            elif answer:  # a successor, in the middle of a rollout
-                raise EnvironmentFailure(f"{self._where(process)}: was lost, and is not deterministic")
 
     def _replace(self, place: int, death: str) -> None:
         """Put a new process in the place of one that died, unless that goes on and on."""
@@ -592,6 +607,11 @@ class Workers:
                 for late in self.processes:
                     late.end(0.0)
                 raise EnvironmentFailure(f"{self._where(process)}: hangs, {STOP_SECONDS} s after a stop was asked for")
+
+    def _tell_of(self, fresh: list[int]) -> None:
+        if fresh:
+            numbers = [self.first + index for index in fresh]
+            print(f"environments {numbers} are not deterministic and began fresh episodes", file=sys.stderr)
 
     def _where(self, process: Process) -> str:
         """Name the environment that a process is busy with, its episode and its step."""

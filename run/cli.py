@@ -4,6 +4,7 @@ import difflib
 import os
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import Annotated, Any, Literal, TypeVar
 from docopt import DocoptExit, docopt
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from environments.contract import shorten
 from kernels.allocator import keep_memory
 from utils import EnvironmentFailure, UserError
 
@@ -84,7 +84,7 @@ def problems(error: ValidationError, given: Any, known: Iterable[str] = ()) -> l
         elif found["type"] == "extra_forbidden":
             text = f"is not known here{nearest(path, list(known))}"
         elif path and not isinstance(value, dict):
-            text = f"{text}, not {shorten(value)}"
+            text = f"{text}, not {textwrap.shorten(repr(value), 60)}"
         lines.setdefault(".".join(path), text)  # of a value that fits none of several types, the first
     return [f"{key}: {line}" if key else line for key, text in lines.items() for line in text.splitlines()]
 

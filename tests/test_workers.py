@@ -161,18 +161,22 @@ def test_state_goes_on_elsewhere(module):
 
 
 def test_an_environment_that_is_not_deterministic(capfd):
-    """Its episodes begin afresh in a resumed run, which is told; one that is lost in a rollout ends the run."""
+    """Its episodes begin afresh, which is told; within a rollout they count as truncated at the step that was lost."""
     with started("Random", processes=1) as workers:
         for t in range(5):
             step(workers, t)
-        state = workers.state_dict()
+        state, shown = workers.state_dict(), workers.arrays.vectors.copy()
         os.kill(workers.processes[0].handle.pid, signal.SIGKILL)
-        with pytest.raises(EnvironmentFailure, match="was lost, and is not deterministic$"):
-            step(workers, 5)
+        step(workers, 5)
+        arrays = workers.arrays
+        assert arrays.truncated.all() and not arrays.terminated.any() and not arrays.rewards.any()
+        assert (arrays.final_vectors == shown).all() and (arrays.vectors != shown).any(axis=1).all()
+        step(workers, 6)
+        assert not arrays.truncated.any() and [len(episode.actions) for episode in workers.episodes] == [1, 1, 1]
     with started("Random", state=state) as workers:
         assert [episode.number for episode in workers.episodes] == [1, 1, 1]
         step(workers, 0)
-    assert capfd.readouterr().err.count("environments [0, 1, 2] are not deterministic and began fresh episodes") == 1
+    assert capfd.readouterr().err.count("environments [0, 1, 2] are not deterministic and began fresh episodes") == 2
 
 
 # -------------------------------------------------------------------------------------------------------------- faults

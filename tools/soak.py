@@ -93,7 +93,7 @@ class Recall(gymnasium.Env):
         )
 
 
-gymnasium.register("Recall-v0", entry_point=Recall)
+gymnasium.register("Recall-v0", entry_point="tools.soak:Recall")
 
 
 class Soak:
@@ -116,7 +116,7 @@ class Soak:
 
     def start(self, *options: str) -> subprocess.Popen:
         """Start train.py in the folder, with its output in a file."""
-        command = [sys.executable, ROOT / "train.py", *options, "--cpu", "--processes=2"]
+        command = [sys.executable, str(ROOT / "train.py"), *options, "--cpu", "--processes=2"]
         with open(self.folder / "output.txt", "ab") as output:
             return subprocess.Popen(command, cwd=self.folder, env=self.environment, stdout=output, stderr=output)
 
