@@ -17,6 +17,7 @@ Options:
 Example: python -m tools.soak --minutes=5 --seed=2
 """
 
+import csv
 import os
 import random
 import resource
@@ -40,7 +41,6 @@ from pydantic import Field
 
 from run.checkpoint import load
 from run.cli import Arguments, Seed, arguments_of, command_line, to_file
-from tools.runs import Rows
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -251,15 +251,16 @@ def main() -> None:
     """Disturb runs until the time is over; exit code 1 where anything was lost or left."""
     arguments = arguments_of(__doc__, Given)
     end, lost = time.monotonic() + 60 * arguments.minutes, 0
-    arguments.output.unlink(missing_ok=True)
-    rows = Rows(arguments.output, COLUMNS, keys=1)
-    with tempfile.TemporaryDirectory(prefix=f"soak-{uuid.uuid4().hex[:6]}-") as folder:
+    place = tempfile.TemporaryDirectory(prefix=f"soak-{uuid.uuid4().hex[:6]}-")
+    with place as folder, arguments.output.open("w", newline="", encoding="utf-8", buffering=1) as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(COLUMNS)
         soak, number = Soak(Path(folder), random.Random(arguments.seed)), 0
         print(f"undisturbed: {soak.seconds:.0f} s")
         while time.monotonic() < end:
             number += 1
             row = soak.disturb(number)
-            rows.add(row)
+            rows.writerow(row.values())
             lost += not row["same_weights"] or bool(row["left"])
             print(*row.values(), sep="  ", flush=True)
     print(f"{number} disturbances, {lost} of them with a loss")
