@@ -30,7 +30,7 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import gymnasium
 import numpy as np
@@ -44,13 +44,13 @@ from run.cli import Arguments, Seed, arguments_of, command_line, to_file
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-COLUMNS = ("number", "disturbance", "after_seconds", "exit_code", "resumed_from", "same_weights", "left")
+COLUMNS = ("number", "disturbance", "after_update", "exit_code", "resumed_from", "same_weights", "left")
 # Environments hang while the file is there that this variable names. It also marks the processes of the soak.
 HANGING = "SOAK_HANGING"
 # A run that was asked to stop waits 10 s for its environments; the rest is for a busy machine.
 PATIENCE = 120
 SCHEDULE = {"initial": 3e-3, "final": 1e-4, "max_decay_steps": 40}
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "environment": {"type": "Gymnasium", "name": "tools.soak:Recall-v0"},
     "updates": 40,
     "epochs": 2,
@@ -150,9 +150,12 @@ class Soak:
         """Start a run, disturb it once, resume it to its end, and return what came of it."""
         self.before = {path.name for path in Path("/dev/shm").iterdir()}
         run_id, name = f"run-{number}", self.random.choice(sorted(DISTURBANCES))
+        update, said = self.random.randint(0, CONFIG["updates"] - 1), self.folder / "output.txt"
+        said.unlink()
         training = self.start("--config=config.yaml", "--seed=1", f"--run-id={run_id}")
-        after = self.random.uniform(0.2, 1) * self.seconds
-        time.sleep(after)
+        while training.poll() is None and f"update {update}/" not in said.read_text() and update:
+            time.sleep(0.01)
+        time.sleep(self.random.uniform(0, 2 * self.seconds / CONFIG["updates"]))
         goes_on = DISTURBANCES[name](self, training, run_id)
         code = training.wait(PATIENCE)
         self.hanging.unlink(missing_ok=True)
@@ -168,7 +171,7 @@ class Soak:
             torch.equal(tensor, self.weights_of(run)[key]) for run in goes_on for key, tensor in self.weights.items()
         )
         time.sleep(1)  # until a resource tracker has gone, too
-        row = (f"{number:03d}", name, f"{after:.1f}", code, resumed, same, self.left())
+        row = (number, name, update, code, resumed, same, self.left())
         for place in ("checkpoints", "models", "summaries"):
             shutil.rmtree(self.folder / place)
         return dict(zip(COLUMNS, row, strict=True))
