@@ -107,7 +107,7 @@ class MemoryView:
         """Return (groups, Q·heads, width): what belongs to the queries (N, heads, width), in their places."""
         if self.source is not None:
             queries = F.embedding(self.source, queries.flatten(1)).unflatten(1, queries.shape[1:])
-        return rearrange(queries, "(g q) h w -> g (q h) w", g=self.distance.shape[0])
+        return rearrange(queries, "(g q) h w -> g (q h) w", q=self.distance.shape[1])
 
     def to_queries(self, places: Tensor, num_heads: int) -> Tensor:
         """Return (N, heads, width): what belongs to the queries, from their places (groups, Q·heads, width)."""
