@@ -7,7 +7,7 @@ import test_parity
 import torch
 from test_memories import MEMORIES, recomputed
 from test_ranks import Launch, small, write
-from walk import walk
+from tests.walk import walk
 
 from run.checkpoint import load
 from run.config import check_config

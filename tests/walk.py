@@ -4,6 +4,10 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
+from environments.contract import Task, try_out
+from environments.section import Section
+from utils import create_env
+
 SIDE, LONGEST = 5, 12
 VECTOR = spaces.Box(-np.inf, np.inf, (3,), np.float32)
 SHOWN = ("frames", "vectors", "both")
@@ -49,6 +53,15 @@ class Walk(gymnasium.Env):
 
 
 gymnasium.register("Walk-v0", Walk)
+
+
+def task_of(section: Section) -> Task:
+    """Return what `inspect_environment` finds, without a process of its own."""
+    env = create_env(section)
+    try:
+        return try_out(env)[0]
+    finally:
+        env.close()
 
 
 def walk(shown, actions, arguments=None, **changes):
