@@ -57,7 +57,7 @@ def make_model(environment: dict, core: str = "relative") -> tuple[ActorCriticMo
     model = ActorCriticModel(config, task).eval()
     with torch.no_grad():
         for branch in model.policy:  # so that actions depend on what is seen
-            branch.weight *= 100
+            branch.weight *= 20
         for block in model.core.blocks if kind == "transformer" else ():
             block.attention.query.weight *= 8
     return model, config, task
