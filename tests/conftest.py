@@ -1,4 +1,4 @@
-"""What all tests share: a folder for what toy environments leave behind, hypothesis, trainers that end with the test."""
+"""What all tests share: a folder for what toy environments leave behind, hypothesis, and trainers."""
 
 import atexit
 import os
@@ -8,10 +8,10 @@ import tempfile
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from tests.walk import task_of
 
 from run.config import Config
 from run.start import Options
+from tests.walk import task_of
 from trainer import PPOTrainer
 
 # The processes of environments inherit it from the server that they are forked from, which starts only once.

@@ -9,12 +9,12 @@ from test_exactness import checked_rollouts, unsettle
 from torch import Tensor
 from torch.nn import functional
 from torch.utils._pytree import tree_flatten
-from tests.walk import walk
 
 from buffer import Minibatch
 from model import Output
 from run.config import check_config
 from run.start import Options
+from tests.walk import walk
 from trainer import MOST_HALVINGS, PPOTrainer
 
 CPU = torch.device("cpu")

@@ -15,12 +15,12 @@ import torch
 from canonical import BASE, GRADIENT_TOLERANCE, assert_close, excess
 from test_exactness import unsettle
 from torch import Tensor
-from tests.walk import ACTIONS, SHOWN, walk
 
 from auxiliary import Novelty, Reconstruction, auxiliary_tasks, embedded_candidates
 from environments.section import Schedule
 from model import Output
 from run.config import check_config
+from tests.walk import ACTIONS, SHOWN, walk
 from trainer import PPOTrainer
 from utils import UserError
 

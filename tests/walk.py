@@ -1,5 +1,7 @@
 """A walk that the tests train on: quick, of every kind of observation and action, with both kinds of ends."""
 
+import sys
+
 import gymnasium
 import numpy as np
 from gymnasium import spaces
@@ -42,7 +44,8 @@ class Walk(gymnasium.Env):
         way = np.floor(np.resize(action, 2)).astype(int)
         self.place, self.age = (self.place + way + self.np_random.integers(2, size=2)) % SIDE, self.age + 1
         reward = float(self.place.sum() == SIDE)
-        return self.observe(), reward, self.age >= self.end, self.age >= self.longest, {}
+        info = {"pytorch": "torch" in sys.modules}  # which processes of environments do without
+        return self.observe(), reward, self.age >= self.end, self.age >= self.longest, info
 
     def observe(self):
         frame = np.zeros((SIDE, SIDE, 1), dtype=np.uint8)
