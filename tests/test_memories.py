@@ -40,12 +40,7 @@ every_memory = pytest.mark.parametrize("memory", MEMORIES)
 
 
 class Unrolled:
-    """The states of every environment before each of its steps and after the last, by a plain loop over steps.
-
-    Args:
-        config: flat.
-        n_workers: number of environments.
-    """
+    """The states of every environment before each of its steps and after the last, by a plain loop over steps."""
 
     def __init__(self, config: dict, n_workers: int) -> None:
         self.config = config
