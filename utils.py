@@ -1,5 +1,6 @@
 """What every other module needs and nothing of learning: errors, environments by name, seeds, schedules."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,14 @@ def training_seed(seed: int, section: Section, index: int, episode: int) -> int:
     """
     start, count = seed_range(section)
     return start + int(np.random.SeedSequence((seed, index, episode)).generate_state(1)[0]) % count
+
+
+def planned_seed(seeds: Sequence[Sequence[int]], index: int, episode: int) -> int:
+    """Return the reset seed of an environment's episode; after the last one that counts, the list begins anew.
+
+    It is here because the processes of environments import it, and do without PyTorch.
+    """
+    return seeds[index][episode % len(seeds[index])]
 
 
 def derived_seed(*numbers: int) -> int:

@@ -23,7 +23,7 @@ from model import ActorCriticModel, Output, action_noise
 from run.checkpoint import load_model
 from run.config import Config
 from run.distributed import Ranks
-from utils import EnvironmentFailure, UserError, create_env, seed_range
+from utils import EnvironmentFailure, UserError, create_env, planned_seed, seed_range
 from worker import SharedArrays, Workers, inspect_environment
 
 # How many environments are played at once: enough for matrix products of a good size, and few enough that most of them
@@ -320,11 +320,6 @@ def play_episodes(
         raise EnvironmentFailure(f"{task_name(config.environment)}, {' '.join([where, *trace[-1:]])}") from error
     infos = {plan[index][number]: info for part in ranks.gather(found) for (index, number), info in part.items()}
     return [{"seed": s, "repetition": r} | infos[s, r] for s in seeds for r in range(repetitions)]
-
-
-def planned_seed(seeds: list[list[int]], index: int, episode: int) -> int:
-    """Return the reset seed of an environment's episode; after the last one that counts, the list begins anew."""
-    return seeds[index][episode % len(seeds[index])]
 
 
 def _play(

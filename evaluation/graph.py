@@ -21,7 +21,7 @@ from model import ActorCriticModel, Normal, Output
 from recurrence import Fragments
 from run.config import Config
 from transformer import MemoryView, Transformer
-from utils import UserError
+from utils import UserError, planned_seed
 from worker import Workers
 
 # Type and shape of tensors by name.
@@ -161,17 +161,13 @@ def play_beside(graph: onnx.ModelProto, model: ActorCriticModel, config: Config,
     return largest
 
 
-def episode_seed(first: int, environment: int, episode: int) -> int:
-    """Return the reset seed of an environment's episode: from `first` on, each once."""
-    return first + environment + ENVIRONMENTS * episode
-
-
 def played(
     model: ActorCriticModel, config: Config, cut: int | None
 ) -> Iterator[tuple[dict[str, np.ndarray], list[Tensor]]]:
     """Let a model act until each environment has ended an episode; yield what it sees and returns at each step."""
     agent = Agent(model, config, model.task, ENVIRONMENTS)
-    seeds = partial(episode_seed, first_unseen_seed(config.environment))
+    first = first_unseen_seed(config.environment)
+    seeds = partial(planned_seed, [range(first + index, first + 100, ENVIRONMENTS) for index in range(ENVIRONMENTS)])
     workers = Workers(config.environment, model.task, ENVIRONMENTS, seeds, processes=1, max_steps=cut)
     arrays, group = workers.arrays, workers.groups[0]
     with closing(workers):

@@ -1,4 +1,4 @@
-"""What all tests share: a folder for what toy environments leave behind, hypothesis, a trainer that has sampled."""
+"""What all tests share: a folder for what toy environments leave behind, hypothesis, and trainers."""
 
 import atexit
 import os
@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, settings
 
 from run.config import Config
 from run.start import Options
+from tests.walk import task_of
 from trainer import PPOTrainer
-from worker import inspect_environment
 
 # The processes of environments inherit it from the server that they are forked from, which starts only once.
 os.environ["TOY_FOLDER"] = tempfile.mkdtemp(prefix="toys-")
@@ -25,19 +25,31 @@ settings.load_profile("reproducible")
 
 
 @pytest.fixture
-def sampled():
-    """Return a function that makes a trainer, lets it learn from one rollout and sample another."""
+def started():
+    """Return a function that makes a trainer, lets it go on from a state if there is one, and starts its workers."""
     trainers = []
 
-    def make(config: Config, seed: int = 3) -> PPOTrainer:
-        task, _ = inspect_environment(config.environment)
-        trainer = PPOTrainer(config, task, seed, Options(torch.device("cpu")))
+    def make(config: Config, options: Options | None = None, state: dict | None = None) -> PPOTrainer:
+        trainer = PPOTrainer(config, task_of(config.environment), 3, options or Options(torch.device("cpu")))
         trainers.append(trainer)
+        if state is not None:
+            trainer.load_state_dict(state)
         trainer.start_workers()
-        trainer.train_update()
-        trainer.sample()
         return trainer
 
     yield make
     for trainer in trainers:
         trainer.workers.close()
+
+
+@pytest.fixture
+def sampled(started):
+    """Return a function that starts a trainer, lets it learn from one rollout and sample another."""
+
+    def make(config: Config) -> PPOTrainer:
+        trainer = started(config)
+        trainer.train_update()
+        trainer.sample()
+        return trainer
+
+    return make

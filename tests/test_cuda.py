@@ -7,11 +7,11 @@ import test_parity
 import torch
 from test_memories import MEMORIES, recomputed
 from test_ranks import Launch, small, write
-from walk import walk
 
 from run.checkpoint import load
 from run.config import check_config
 from run.start import Options
+from tests.walk import walk
 from trainer import PPOTrainer
 from worker import inspect_environment
 

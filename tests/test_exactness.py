@@ -26,9 +26,10 @@ from memory import STRETCH, ObservationStore, Timeline, make_memory, policy_step
 from model import Categorical, Output
 from run.config import check_config
 from run.start import Options
+from tests.walk import task_of
 from trainer import PPOTrainer
 from utils import create_env, training_seed
-from worker import SharedArrays, inspect_environment
+from worker import SharedArrays
 
 CPU = torch.device("cpu")
 ENCODINGS = ("", "absolute", "learned", "relative")
@@ -41,7 +42,8 @@ VARIANTS = [
     for norm in ("pre", "post", "")
     for encoding in ENCODINGS
 ]
-every_encoding = pytest.mark.parametrize("encoding", ENCODINGS)
+# Absolute positions are a table, as learned ones are: `test_rollouts` has both
+both_encodings = pytest.mark.parametrize("encoding", ("learned", "relative"))
 
 
 def unsettle(model: nn.Module, seed: int) -> None:
@@ -53,12 +55,7 @@ def unsettle(model: nn.Module, seed: int) -> None:
 
 
 class History:
-    """Every step that every environment ever took, remembered and computed the textbook's way.
-
-    Args:
-        config: flat.
-        n_workers: number of environments.
-    """
+    """Every step that every environment ever took, remembered and computed the textbook's way; its config is flat."""
 
     def __init__(self, config: dict, n_workers: int) -> None:
         self.config = config
@@ -161,11 +158,9 @@ class Rollouts:
         self.values = torch.zeros(n_workers, worker_steps)
 
     def play(self, check: bool = True, change: tuple[int, int] | None = None) -> None:
-        """Plays one rollout under new weights; every step is compared with the textbook's.
+        """Plays one rollout under new weights; with `check`, every step is compared with the textbook's.
 
-        Args:
-            check: whether to.
-            change: environment and t whose observation is another than it would have been.
+        The observation of environment and t `change` is another than it would have been.
         """
         self.memory.roll(self.worker_steps)
         self.store.clear()
@@ -270,18 +265,17 @@ def test_long_memory(encoding, layer_norm):
     assert rollouts.step[:, 0].max() > 2 * rollouts.worker_steps
 
 
-@pytest.mark.parametrize("gtrxl", (False, True))
 @pytest.mark.parametrize("encoding", ("absolute", "learned", "relative"))
-def test_the_position_of_the_query(encoding, gtrxl):
+def test_the_position_of_the_query(encoding):
     """It counts in what is returned, remembered and differentiated; memory may be longer than any episode."""
-    changes = {"positional_encoding": encoding, "query_position": True, "gtrxl": gtrxl}
-    rollouts = checked_rollouts(changes | {"max_episode_steps": 9, "memory_slots": 40}, ends=0.05, seed=6)
+    changes = {"positional_encoding": encoding, "query_position": True, "max_episode_steps": 9, "memory_slots": 40}
+    rollouts = checked_rollouts(changes, ends=0.05, seed=6)
     shown = torch.randn(1, 5).expand(2, 5)
     first, second = rollouts.model.complete(rollouts.model.embed(shown), None, torch.tensor([0, 8]))
     assert (first - second).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("encoding", ("learned", "relative"))
+@both_encodings
 def test_groups_along_a_long_rollout(encoding):
     """A rollout so long that each group sees only a stretch of the environment's columns."""
     changes = {"positional_encoding": encoding, "memory_slots": 6, "max_episode_steps": 70, "num_blocks": 1}
@@ -291,13 +285,13 @@ def test_groups_along_a_long_rollout(encoding):
     assert view.distance.shape[1] > 1 and view.columns < rollouts.worker_steps
 
 
-@every_encoding
+@both_encodings
 def test_columns_of_equal_shape(encoding):
     """As a GPU wants them: wider than what anybody may look at, and nothing changes."""
     checked_rollouts({"positional_encoding": encoding, "memory_slots": 9}, ends=0.15, seed=9, narrow=False)
 
 
-@every_encoding
+@both_encodings
 def test_acting_again(encoding):
     """A rollout's outputs under new weights, with the memory that these write: as if they had acted from its start."""
     rollouts = Rollouts({"positional_encoding": encoding}, ends=0.15, seed=8)
@@ -558,7 +552,7 @@ def test_training_run(name):
     config = check_config(RUN | {"environment": environment, "transformer": transformer} | changes, name)
     options = Options(CPU, processes=2)
     options.overlaps = lambda task, n_workers: name != "PocMemoryEnv"
-    trainer = CheckedTrainer(config, inspect_environment(config.environment)[0], 3, options)
+    trainer = CheckedTrainer(config, task_of(config.environment), 3, options)
     try:
         trainer.start()
         for _ in range(config.updates):
@@ -569,13 +563,12 @@ def test_training_run(name):
     assert trainer.covered >= {"terminated", "windows across a boundary"} | cut
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_advantages(seed):
+def test_advantages():
     """Ends of both kinds anywhere, at both ends of the rollout and on the same step."""
-    generator = torch.Generator().manual_seed(seed)
-    rewards, values, final_values = torch.randn(3, 4, 9, generator=generator)
-    terminated, truncated = torch.rand(2, 4, 9, generator=generator) < 0.25
-    last_value, gamma, lamda = torch.randn(4, generator=generator), 0.9, 0.8
+    generator = torch.Generator().manual_seed(0)
+    rewards, values, final_values = torch.randn(3, 20, 9, generator=generator)
+    terminated, truncated = torch.rand(2, 20, 9, generator=generator) < 0.25
+    last_value, gamma, lamda = torch.randn(20, generator=generator), 0.9, 0.8
     following = torch.cat((values[:, 1:], last_value[:, None]), dim=1)
     following = torch.where(truncated, final_values, following)
     found = generalised_advantages(rewards, terminated, truncated, values, following, gamma, lamda)
@@ -583,7 +576,7 @@ def test_advantages(seed):
     assert_close(found, textbook.gae_truncation(rewards, terminated, truncated, *doubles, gamma, lamda))
 
 
-@pytest.mark.parametrize("encoding", ("learned", "relative"))
+@both_encodings
 def test_episodes_do_not_leak(encoding):
     """One changed observation changes later steps of its episode, in the next rollout too, and nothing else."""
     found, place = [], None

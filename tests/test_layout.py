@@ -29,9 +29,6 @@ LATE_PACKAGES = {"matplotlib", "pygame", "imageio", "tensorboard", "minigrid", "
 LATE_IMPORTERS = {*(f"{name}.py" for name in COMMAND_LINES), "run/cli.py", "worker.py", "tools/play_onnx.py"}
 CARD = ("trainer", "auxiliary", "model", "transformer", "recurrence", "buffer", "memory", "worker", "utils")
 MOST_LINES = {"the card": 2950, "trainer.py": 420, "class": 330, "function": 50}
-# What is meant is "after" and "before".
-UNWANTED = ("be" + "hind", "in front " + "of")
-PLACES = tuple(f"in front {what}" for what in ("of the agent", "of you"))
 
 PATHS = sorted(
     path.relative_to(ROOT)
@@ -116,21 +113,6 @@ def test_the_card_is_short():
     lines = {f"{name}.py": len(SOURCES[f"{name}.py"].splitlines()) for name in CARD}
     assert lines["trainer.py"] <= MOST_LINES["trainer.py"]
     assert sum(lines.values()) <= MOST_LINES["the card"], lines
-
-
-def test_words():
-    """Time is not a place: these words are for what stands somewhere."""
-    texts = dict(SOURCES)
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")):
-        if "notebook" not in path.parts:
-            texts[path.relative_to(ROOT).as_posix()] = path.read_text(encoding="utf-8")
-    wrong = [
-        f"{path}:{number} {line.strip()}"
-        for path, text in texts.items()
-        for number, line in enumerate(text.splitlines(), 1)
-        if any(word in line.lower() for word in UNWANTED) and not any(place in line for place in PLACES)
-    ]
-    assert not wrong, "\n".join(wrong)
 
 
 def test_kernels_know_nothing_but_arrays():

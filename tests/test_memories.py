@@ -9,14 +9,13 @@ from test_exactness import checked_rollouts, unsettle
 from torch import Tensor
 from torch.nn import functional
 from torch.utils._pytree import tree_flatten
-from walk import walk
 
 from buffer import Minibatch
 from model import Output
 from run.config import check_config
 from run.start import Options
+from tests.walk import walk
 from trainer import MOST_HALVINGS, PPOTrainer
-from worker import inspect_environment
 
 CPU = torch.device("cpu")
 CELLS = {
@@ -41,12 +40,7 @@ every_memory = pytest.mark.parametrize("memory", MEMORIES)
 
 
 class Unrolled:
-    """The states of every environment before each of its steps and after the last, by a plain loop over steps.
-
-    Args:
-        config: flat.
-        n_workers: number of environments.
-    """
+    """The states of every environment before each of its steps and after the last, by a plain loop over steps."""
 
     def __init__(self, config: dict, n_workers: int) -> None:
         self.config = config
@@ -102,26 +96,17 @@ def test_cells_are_a_loop_over_steps(cell):
 
 
 @pytest.fixture
-def make():
+def make(started):
     """Return a function that makes a trainer with its environments started; all are closed after the test."""
-    trainers = []
 
     def make(memory: str, state: dict | None = None, arguments: dict | None = None, **changes) -> PPOTrainer:
-        options = Options(CPU, **{name: changes.pop(name) for name in ("precision", "compile") if name in changes})
+        options = Options(CPU, compile=changes.pop("compile", False))
         arguments = {"scale": 8} | (arguments or {})
         tasks = {f"{task}_coefficient": 0.1 for task in ("prediction", "recall", "reconstruction")}
         settings = {"segment_length": 4} | tasks | MEMORIES[memory] | changes
-        config = check_config(walk("both", "branches", arguments, **settings), "test")
-        trainer = PPOTrainer(config, inspect_environment(config.environment)[0], 3, options)
-        trainers.append(trainer)
-        if state is not None:
-            trainer.load_state_dict(state)
-        trainer.start_workers()
-        return trainer
+        return started(check_config(walk("both", "branches", arguments, **settings), "test"), options, state)
 
-    yield make
-    for trainer in trainers:
-        trainer.workers.close()
+    return make
 
 
 @torch.no_grad()
@@ -134,23 +119,23 @@ def recomputed(trainer: PPOTrainer, samples: np.ndarray) -> tuple[Minibatch, Out
     return batch, output, output.policy.kl(trainer.buffer.policies.flatten(0, 1)[samples])
 
 
-@pytest.mark.parametrize("precision", ("float32", "bf16"))
 @every_memory
-def test_before_the_first_step(make, memory, precision):
+def test_before_the_first_step(make, memory):
     """What training computes is what was sampled, in segments of any length; and so is what acts again."""
-    trainer = make(memory, precision=precision)
-    trainer.train_update()
-    trainer.sample()
-    for length in (1, 4, 16):
-        trainer.buffer.segment_length, divergence = length, []
-        for samples in trainer.buffer.minibatches(np.random.default_rng(0)):
-            batch, output, kl = recomputed(trainer, samples)
-            divergence.append(kl.mean())
-            tolerance = TOLERANCE if precision == "float32" else 0.02
-            assert_close(output.policy.log_prob(batch.actions), batch.log_probs, length, tolerance)
-            assert_close(output.value, batch.values, length, tolerance)
-        assert torch.stack(divergence).mean() < 1e-6, length
-    assert abs(trainer.acting_kl()) < (1e-7 if precision == "float32" else 1e-6)
+    trainer = make(memory)
+    for precision, tolerance, acting in (("float32", TOLERANCE, 1e-7), ("bf16", 0.02, 1e-6)):
+        trainer.options.precision, trainer.buffer.segment_length = precision, 4
+        trainer.train_update()
+        trainer.sample()
+        for length in (1, 4, 16):
+            trainer.buffer.segment_length, divergence = length, []
+            for samples in trainer.buffer.minibatches(np.random.default_rng(0)):
+                batch, output, kl = recomputed(trainer, samples)
+                divergence.append(kl.mean())
+                assert_close(output.policy.log_prob(batch.actions), batch.log_probs, length, tolerance)
+                assert_close(output.value, batch.values, length, tolerance)
+            assert torch.stack(divergence).mean() < 1e-6, length
+        assert abs(trainer.acting_kl()) < acting
 
 
 @every_memory
@@ -238,7 +223,7 @@ def test_a_step_that_moves_only_memory_is_caught(make, limit):
     assert trainer.acting_kl() > limit
 
 
-@every_memory
+@pytest.mark.parametrize("memory", ("TrXL", "LSTM", "none"))
 def test_updates_stay_within_the_limit(make, memory):
     """With a learning rate that is far too high steps are halved until they are short enough, and that is logged."""
     steep = {"initial": 0.02, "final": 0.02, "max_decay_steps": 1}

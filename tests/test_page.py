@@ -41,7 +41,7 @@ def opened(browser, path, data: bytes, address: str, scheme: str = "light", widt
 def test_an_episode_can_be_walked_through(browser, tmp_path, scheme, width, core):
     """The linked step, keys, a chosen past step and what looks back at it; nothing is wider than the window."""
     player = Player(*make_model({"type": "PocMemoryEnv"}, core))
-    shown, moments = Page(player, 3, "model.nn"), list(player.play(3))
+    shown, moments = Page(player, 7, "model.nn"), list(player.play(7))
     for moment in moments:
         shown.add(moment)
     page, complaints = opened(browser, tmp_path / "page.html", shown.html(), "#t=3", scheme, width)

@@ -32,14 +32,7 @@ def fixtures(estimations):
 
 
 class Computed:
-    """The product's computation of one fixture.
-
-    Attributes:
-        data: the fixture's arrays as tensors.
-        names: the parameters that the fixture lists.
-        model: with the fixture's weights and, after the backward pass, its gradients.
-        output, loss, parts: what the product makes of the fixture's inputs.
-    """
+    """The product's computation of one fixture, and the fixture's arrays as tensors."""
 
     def __init__(self, path):
         with np.load(path) as file:

@@ -15,12 +15,12 @@ import torch
 from canonical import BASE, GRADIENT_TOLERANCE, assert_close, excess
 from test_exactness import unsettle
 from torch import Tensor
-from walk import ACTIONS, SHOWN, walk
 
 from auxiliary import Novelty, Reconstruction, auxiliary_tasks, embedded_candidates
 from environments.section import Schedule
 from model import Output
 from run.config import check_config
+from tests.walk import ACTIONS, SHOWN, walk
 from trainer import PPOTrainer
 from utils import UserError
 
@@ -69,8 +69,7 @@ def expected_loss(
     return loss, told / len(samples), possible / len(samples), following.count(None) / len(samples)
 
 
-@pytest.mark.parametrize("actions", ACTIONS)
-@pytest.mark.parametrize("shown", SHOWN)
+@pytest.mark.parametrize(("shown", "actions"), [*zip(SHOWN, ACTIONS, strict=True)])
 def test_prediction_is_the_textbooks(sampled, shown, actions):
     """Loss, shares, and gradients by outputs, embedded frames and own weights."""
     trainer = sampled(check_config(walk(shown, actions), "test"))
@@ -97,17 +96,15 @@ def test_prediction_is_the_textbooks(sampled, shown, actions):
     assert 0 < ended < 0.5 and (shown == "vectors" or ended < left_out < 0.9)
 
 
-@pytest.mark.parametrize("shown", SHOWN)
-def test_episodes_of_one_step(sampled, shown):
+def test_episodes_of_one_step(started):
     """Where every episode ends at once there is nothing to predict: no loss, and nothing that is not finite."""
-    trainer = sampled(check_config(walk(shown, "one branch", {"longest": 1}), "test"))
-    scalars = trainer.train_update()
-    assert scalars["losses/prediction"] == 0 and all(np.isfinite(value) for value in scalars.values())
-    assert scalars.get("training/prediction_accuracy", 0) == 0
+    trainer = started(check_config(walk("both", "one branch", {"longest": 1}), "test"))
+    for scalars in (trainer.train_update(), trainer.train_update()):
+        assert scalars["losses/prediction"] == 0 and all(np.isfinite(value) for value in scalars.values())
+        assert scalars["training/prediction_accuracy"] == 0
 
 
-@pytest.mark.parametrize("length", (1, 4))
-@pytest.mark.parametrize("encoding", ("learned", "relative"))
+@pytest.mark.parametrize(("encoding", "length"), (("learned", 1), ("relative", 4)))
 def test_bf16_computes_the_same_but_for_rounding(sampled, encoding, length):
     """Losses and gradients of a minibatch are close to those of float32, and not equal."""
     changes = {"transformer": {"positional_encoding": encoding}, "segment_length": length, "recall_coefficient": 0.1}
