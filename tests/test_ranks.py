@@ -13,13 +13,18 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from test_faults import command
 
+import evaluate
+import train
 from run.checkpoint import load
 from run.config import check_config, load_config
 from run.distributed import Ranks, check_alike, check_divisible
+from tests.toy_environments import toy
 from utils import UserError
 
 ROOT = Path(__file__).parent.parent
+PROGRAMS = {"train.py": train, "evaluate.py": evaluate}
 # What the last of several ranks to notice may take, on a machine that does other things, too.
 PATIENCE = 60
 TRAIN = ("train.py", "--config=run.yaml", "--cpu", "--processes=1", "--seed=5")
@@ -35,17 +40,13 @@ def small(name: str, **changes) -> dict:
     return config | {"updates": 3, "checkpoint_interval": 1} | changes
 
 
-def toy(name: str) -> dict:
-    """Return the `environment` section of a toy."""
-    return {"type": "Gymnasium", "name": f"tests.toy_environments:{name}-v0", "reset_params": {"start-seed": 3}}
-
-
 # Truncation, vectors, recall, prediction of frames and of vectors.
 TASKS = {
-    "vector": small("poc_memory_env", environment=toy("Toy"), normalize_observations=True, prediction_coefficient=0.1),
+    "vector": small("poc_memory_env", environment=toy("Toy", reset_params={"start-seed": 3}),
+                    normalize_observations=True, prediction_coefficient=0.1),
     "visual": small("minigrid", prediction_coefficient=0.1, recall_coefficient=0.2),
-}
-LONG = small("poc_memory_env", updates=10_000)
+}  # fmt: skip
+LONG = small("poc_memory_env", updates=10_000, environment=toy("Toy"))
 
 
 class Launch:
@@ -149,15 +150,17 @@ if __name__ == "__main__":
         run.distributed.together = contextmanager(lambda arguments: (yield ranks, device))
         for command in json.loads(sys.argv[1]):
             sys.argv = [*command, "--cpu", "--processes=1"]
-            {"train.py": train, "evaluate.py": evaluate}[command[0]].main()
+            try:
+                run.cli.command_line({"train.py": train, "evaluate.py": evaluate}[command[0]].main)
+            except SystemExit as end:
+                print("ended", end.code, flush=True)
 """
 
 
-def series(folder: Path, count: int, commands: list[tuple]) -> None:
-    """Carry out commands in so many ranks."""
+def series(folder: Path, count: int, commands: list[tuple]) -> Launch:
+    """Start ranks that carry out commands."""
     (folder / "series.py").write_text(SERIES)
-    launch = Launch(folder, count, "series.py", json.dumps(commands))
-    assert launch.finish() == [0] * count, "\n".join(launch.lines())
+    return Launch(folder, count, "series.py", json.dumps(commands))
 
 
 def train_and_play(folder: Path, count: int) -> None:
@@ -171,7 +174,13 @@ def train_and_play(folder: Path, count: int) -> None:
             commands.append(("train.py", f"--resume={name}-2-{count}", "--updates=4"))
         play = ("evaluate.py", f"models/{name}-2.nn", "--seeds=3", "--repetitions=2", "--max-steps=50")
         commands.append((*play, f"--output={name}-{count}"))
-    series(folder, count, commands)
+    if count > 1:
+        launch = series(folder, count, commands)
+        assert launch.finish() == [0] * count and not launch.lines("ended"), "\n".join(launch.lines())
+        return
+    for program, *arguments in commands:
+        code, said = command(folder, *arguments, "--cpu", "--processes=1", program=PROGRAMS[program])
+        assert code == 0, said
 
 
 @pytest.fixture(scope="module")
@@ -203,40 +212,42 @@ def test_several_ranks_do_as_one(folder, count):
 
 
 @pytest.mark.parametrize("victim", (1, pytest.param(0, marks=pytest.mark.slow)))
-def test_a_rank_is_killed(tmp_path, victim):
-    """The other ends by itself, with one line that says how to go on; nobody need be asked."""
-    launch = Launch(write(tmp_path, LONG), 2, *TRAIN)
-    launch.wait_for("update 2/")
+def test_all_end_with_one(tmp_path, victim):
+    """Where an environment raises, one is asked to stop, or one is killed; it is said once how to go on."""
+    write(tmp_path, LONG)
+    (tmp_path / "well").touch()
+    commands = [("train.py", "--config=run.yaml", "--seed=5", f"--run-id=run-{updates}", f"--updates={updates}")
+                for updates in (7001, 7002, 7003)]  # fmt: skip
+    commands[0] += ("--set=environment.name=tests.toy_environments:Raise-v0",)
+    launch = series(tmp_path, 2, commands)
+    launch.wait_for("update 2/7001")
+    (tmp_path / "well").unlink()
+    launch.wait_for("update 2/7002")
+    launch.processes[0].terminate()
+    launch.wait_for("update 2/7003")
     launch.processes[victim].kill()
     codes = launch.finish(PATIENCE)
     assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 1
-    [line] = launch.lines("another rank of the run is gone")
-    assert "--resume=run" in line
+    assert sorted(launch.lines("ended")) == ["ended 1", "ended 1", "ended 130", "ended 130"], launch.lines()
+    for words in ("ArithmeticError: the toy is broken", "another rank of the run is gone"):
+        assert len(launch.lines(words)) == 1, words
+    assert [len(launch.lines(f"train.py --resume=run-{updates}")) for updates in (7001, 7002, 7003)] == [1, 1, 1]
+    last = launch.lines("/7002")[-1].split()[1].split("/")[0]
+    saved = sorted((tmp_path / "checkpoints" / "run-7002").glob("*.pt"))[-1]
+    assert saved.name == f"checkpoint-{int(last):09d}.pt"
 
 
-@pytest.mark.parametrize("name", ("Toy", pytest.param("Hang", marks=pytest.mark.slow)))
-def test_one_is_asked_to_stop_and_all_stop(tmp_path, name):
-    """Also where an environment of another rank hangs."""
-    launch = Launch(write(tmp_path, LONG | {"environment": toy(name)}), 2, *TRAIN)
+@pytest.mark.slow
+def test_one_hangs_and_all_stop(tmp_path):
+    """Where an environment of another rank hangs when one is asked to stop."""
+    launch = Launch(write(tmp_path, LONG | {"environment": toy("Hang")}), 2, *TRAIN)
     launch.wait_for("update 2/")
-    if name == "Hang":
-        (tmp_path / "hang").touch()
-        time.sleep(1)
-        launch.processes[1].terminate()  # as torchrun does
-    launch.processes[0].terminate()
-    assert launch.finish(PATIENCE) == ([130, 130] if name == "Toy" else [1, 1]), "\n".join(launch.lines())
-    assert len(launch.lines("train.py --resume=run")) == 1 and len(launch.lines("hangs, ")) == (name == "Hang")
-    done = int(launch.lines("update ")[-1].split()[1].split("/")[0])
-    assert sorted((tmp_path / "checkpoints" / "run").glob("*.pt"))[-1].name == f"checkpoint-{done:09d}.pt"
-
-
-def test_an_environment_raises(tmp_path):
-    (tmp_path / "well").touch()
-    launch = Launch(write(tmp_path, LONG | {"environment": toy("Raise")}), 2, *TRAIN)
-    launch.wait_for("update 2/")
-    (tmp_path / "well").unlink()
+    (tmp_path / "hang").touch()
+    time.sleep(1)
+    for process in launch.processes:  # as torchrun does
+        process.terminate()
     assert launch.finish(PATIENCE) == [1, 1], "\n".join(launch.lines())
-    assert len(launch.lines("ArithmeticError: the toy is broken")) == len(launch.lines("to go on from ")) == 1
+    assert len(launch.lines("train.py --resume=run")) == len(launch.lines("hangs, ")) == 1
 
 
 def test_ranks_that_differ_do_not_start(monkeypatch):
@@ -254,7 +265,7 @@ def test_ranks_that_differ_do_not_start(monkeypatch):
 @pytest.mark.slow
 def test_torchrun_goes_on_by_itself(folder, tmp_path):
     """With the weights of an undisturbed run."""
-    write(tmp_path, TASKS["vector"] | {"environment": toy("KillTrainerOnce")})
+    write(tmp_path, TASKS["vector"] | {"environment": TASKS["vector"]["environment"] | toy("KillTrainerOnce")})
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOY_FOLDER": str(tmp_path)}
     done = subprocess.run(
