@@ -65,15 +65,6 @@ def played(name: str, steps: int = 40, **options) -> list:
 
 
 @pytest.fixture
-def toys():
-    """An empty folder for what toys want to remember beyond the end of their process."""
-    folder = Path(os.environ["TOY_FOLDER"])
-    for file in folder.iterdir():
-        file.unlink()
-    return folder
-
-
-@pytest.fixture
 def module(tmp_path, monkeypatch):
     """Return a function that writes a module of the user's into the current folder, with an environment Mine-v0."""
     monkeypatch.chdir(tmp_path)
@@ -138,7 +129,7 @@ def test_a_process_that_is_killed_is_replaced(victim, capfd):
     assert "its process died" in capfd.readouterr().err
 
 
-def test_an_environment_takes_its_process_along(toys, capfd):
+def test_an_environment_takes_its_process_along(toy_folder, capfd):
     assert played("ExitOnce") == played("Toy")
     said = capfd.readouterr().err
     assert said.count("its process died (exit code 7); replaying its episodes") == 2 and re.search(HERE, said, re.M)
@@ -190,7 +181,7 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_a_failure_says_where(name, toys):
+def test_a_failure_says_where(name, toy_folder):
     with pytest.raises(EnvironmentFailure) as failure:
         played(name)
     assert re.search(HERE + FAILURES[name], str(failure.value)), failure.value
@@ -238,12 +229,12 @@ def test_what_an_environment_does_to_its_process_stays_there(module, tmp_path, c
     assert {*sys.modules} - modules <= {"torch"} and not capfd.readouterr().err
 
 
-def test_one_that_hangs_when_a_stop_is_asked_for_is_named_and_killed(toys, monkeypatch):
+def test_one_that_hangs_when_a_stop_is_asked_for_is_named_and_killed(toy_folder, monkeypatch):
     monkeypatch.setattr(worker, "STOP_SECONDS", 0.3)
     asked = []
     with started("Hang", stop=lambda: bool(asked)) as workers:
         step(workers, 0)
-        (toys / "hang").touch()
+        (toy_folder / "hang").touch()
         asked.append(True)
         with pytest.raises(
             EnvironmentFailure, match=r"^environment 0, reset seed \d+, step 2: hangs, 0.3 s after a stop"
