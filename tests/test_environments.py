@@ -126,9 +126,6 @@ def test_infos_and_types(environment):
 @pytest.mark.parametrize(
     ("name", "changes", "expected"),
     [
-        ("PocMemoryEnv", {}, 32),
-        ("CartPole", {"max_episode_steps": 7}, 7),
-        ("TMaze-active", {}, 6),
         ("Minigrid-DoorKey", {}, 64),
         ("MortarMayhem-Grid", {"reset_params": {"start-seed": 0, "num-seeds": 9, "command_count": [5]}}, 59),
         ("Endless-SearingSpotlights", {"reset_params": {"max_steps": 50}}, 50),

@@ -16,7 +16,6 @@ import gymnasium
 import numpy as np
 import pytest
 
-import worker
 from environments import SECTIONS, BrokenContract
 from environments.contract import Task, try_out
 from environments.section import Section
@@ -227,20 +226,6 @@ def test_what_an_environment_does_to_its_process_stays_there(module, tmp_path, c
     assert played(mine) == played("Toy")
     assert (sys.argv, sys.path, Path.cwd()) == (arguments, path, tmp_path) and "mine" not in sys.modules
     assert {*sys.modules} - modules <= {"torch"} and not capfd.readouterr().err
-
-
-def test_one_that_hangs_when_a_stop_is_asked_for_is_named_and_killed(toy_folder, monkeypatch):
-    monkeypatch.setattr(worker, "STOP_SECONDS", 0.3)
-    asked = []
-    with started("Hang", stop=lambda: bool(asked)) as workers:
-        step(workers, 0)
-        (toy_folder / "hang").touch()
-        asked.append(True)
-        with pytest.raises(
-            EnvironmentFailure, match=r"^environment 0, reset seed \d+, step 2: hangs, 0.3 s after a stop"
-        ):
-            step(workers, 1)
-        assert not any(process.handle.is_alive() for process in workers.processes)
 
 
 ORPHAN = """
