@@ -245,7 +245,7 @@ def toy_copy(toy_run, tmp_path) -> Path:
 
 TOY_CONFIG = small_config(toy("Toy"), 6)
 MEMORY_CONFIG = small_config(
-    {"type": "Minigrid", "name": "MiniGrid-MemoryS9-v0"},
+    {"type": "Minigrid", "name": "MiniGrid-MemoryS9-v0", "max_episode_steps": 40},
     6,
     checkpoint_interval=2,
     novelty_schedule={"initial": 0.0, "final": 0.01, "power": 1.0, "max_decay_steps": 20},
@@ -276,7 +276,7 @@ def test_killed_and_resumed(tmp_path):
     undisturbed.mkdir()
     disturbed.mkdir()
     start(undisturbed, MEMORY_CONFIG)
-    write_config(disturbed, MEMORY_CONFIG | {"eval_interval": 3, "histogram_interval": 1, "model_interval": 1})
+    write_config(disturbed, MEMORY_CONFIG | {"eval_interval": 4, "histogram_interval": 1, "model_interval": 1})
     for program in (("train.py",), patched(KILL_AT_4)):
         process = Process(disturbed, *program, *START, "--overwrite")
         if program == ("train.py",):
@@ -541,7 +541,8 @@ def test_existing_run_is_kept(tmp_path):
     start(tmp_path, wrong, "--overwrite", code=2)
     assert {path: path.read_bytes() for path in files} == files
     first = read(tmp_path / "models" / "run.nn")
-    command(tmp_path, "--config=run.yaml", "--seed=6", "--cpu", "--overwrite")
+    write_config(tmp_path, config)
+    command(tmp_path, START[0], "--seed=6", "--cpu", "--overwrite")
     second = read(tmp_path / "models" / "run.nn")
     assert (first["run"]["seed"], second["run"]["seed"], newest(tmp_path)["seed"]) == (5, 6, 6)
     assert not same(first["weights"], second["weights"]) and len(scalars(tmp_path)["losses/total"]) == 1
@@ -646,7 +647,7 @@ def test_evaluations_beside_the_training(tmp_path):
 def test_flags(tmp_path):
     """A seed is drawn where none is given, and what was chosen is kept by --resume."""
     write_config(tmp_path, small_config(toy("Toy"), 9, n_workers=2))
-    options = ("--config=run.yaml", "--updates=1", "--processes=2")
+    options = (START[0], "--updates=1", "--processes=2")
     said = command(tmp_path, *options, "--device=cpu", "--run-id=named", "--precision=bf16", "--set=gamma=0.9")
     seed = int(re.search(r"run named, seed (\d+), Gymnasium on cpu .* 1 updates of 32 steps", said)[1])
     processor = Path("/proc/cpuinfo")  # of Linux: avx512_bf16, amx_bf16, bf16
