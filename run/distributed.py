@@ -119,6 +119,8 @@ def together(arguments: Computing) -> Iterator[tuple[Ranks, torch.device]]:
         yield ranks, device
         return
     store, *_ = next(torch.distributed.rendezvous("env://", timeout=JOIN))
+    # torchrun keeps its store when it starts all anew, and in it the addresses of those that are gone.
+    store = torch.distributed.PrefixStore(f"start {ranks.restarts}", store)
     own = {"rank": ranks.rank, "world_size": ranks.size, "store": store}
     torch.distributed.init_process_group(ranks.backend, timeout=PATIENCE, **own)
     leaving: BaseException | None = None

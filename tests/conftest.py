@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,15 @@ settings.register_profile(
     "reproducible", deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
 settings.load_profile("reproducible")
+
+
+@pytest.fixture
+def toy_folder() -> Path:
+    """Return the folder for what toys want to remember beyond the end of their process, emptied."""
+    folder = Path(os.environ["TOY_FOLDER"])
+    for file in folder.iterdir():
+        file.unlink()
+    return folder
 
 
 @pytest.fixture

@@ -1,59 +1,47 @@
 """benchmark.py: sides that take turns, the environments alone, ranks, and what is said where it cannot be measured."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from test_faults import command
+from test_ranks import Launch
 
 import benchmark
 
 ROOT = Path(__file__).resolve().parent.parent
+CHANGES = ("n_workers=2", "worker_steps=8", "epochs=1", "n_mini_batch=2", "transformer.num_blocks=1")
 SMALL = [
-    *(f"--set={change}" for change in ("worker_steps=8", "epochs=1", "n_mini_batch=2", "transformer.num_blocks=1")),
-    *(f"--config={ROOT}/configs/poc_memory_env.yaml", "--cpu", "--processes=1", "--threads=1"),
+    *(f"--set={change}" for change in CHANGES),
+    *(f"--config={ROOT}/configs/poc_memory_env.yaml", "--cpu", "--processes=1", "--threads=1", "--updates=1"),
 ]
 
 
-def run(folder: Path, *arguments: str, ranks: int = 1) -> subprocess.CompletedProcess:
-    """Start the command line in a folder, under torchrun where there are ranks."""
-    start = [sys.executable] if ranks == 1 else ["torchrun", "--standalone", f"--nproc-per-node={ranks}"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    command = [*start, f"{ROOT}/benchmark.py", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
-
-
-def test_versions_take_turns(tmp_path):
-    """Each update of each version is measured, the first one aside, and the profile names operators."""
-    done = run(tmp_path, *SMALL, f"--against={ROOT}", "--updates=2", "--profile", "--output=found.json")
-    assert done.returncode == 0, done.stderr
+def test_versions_take_turns_with_their_environments(tmp_path, capfd):
+    """Each is measured once, the first time aside; the toy raises where an action is not allowed."""
+    task = "--set=environment={type: Gymnasium, name: 'tests.toy_environments:Masked-v0'}"
+    arguments = (*SMALL, task, f"--against={ROOT}", "--environments", "--output=found.json")
+    said = command(tmp_path, *arguments, program=benchmark)
     found = json.loads((tmp_path / "found.json").read_text())
     assert list(found) == ["poc_memory_env", f"poc_memory_env {ROOT}"]
-    rows = [row for rows in found.values() for row in rows]
-    assert len(rows) == 4 and all(value > 0 for row in rows for value in row.values())
-    order = [line.split(" of ")[0] for line in done.stderr.splitlines() if line.startswith("update")]
-    assert order == ["update 1", "update 1", "update 2", "update 2"]
-    assert "aten::addmm" in done.stdout and "to the first's" in done.stdout
+    assert all(len(rows) == 1 and rows[0]["steps/s"] > 0 for rows in found.values())
+    warm, turn = (lambda name: f"warming up {name}"), (lambda name: f"environments 1 of {name}")
+    assert said.splitlines() == [say(name) for say in (warm, turn) for name in found]
+    assert "steps/s" in capfd.readouterr().out
 
 
-def test_environments_alone_take_allowed_actions_only(tmp_path):
-    """The toy raises where an action is not allowed."""
-    task = "--set=environment={type: Gymnasium, name: 'tests.toy_environments:Masked-v0'}"
-    done = run(tmp_path, *SMALL, task, "--environments", "--updates=1")
-    assert done.returncode == 0 and "steps/s" in done.stdout, done.stderr
-
-
-def test_ranks_are_measured_together(tmp_path):
-    done = run(tmp_path, *SMALL, "--updates=1", ranks=2)
-    assert done.returncode == 0 and done.stdout.count("CPU seconds") == 1, done.stderr
+def test_ranks_measure_updates_together(tmp_path):
+    """There is one table, and the profile names operators."""
+    launch = Launch(tmp_path, 2, "benchmark.py", *SMALL, "--profile")
+    assert launch.finish() == [0, 0] and len(launch.lines("CPU seconds")) == 1, "\n".join(launch.lines())
+    assert launch.lines("aten::addmm")
 
 
 @pytest.mark.parametrize("wrong", ("--against=nothing", "--set=nothing=1"))
-def test_what_cannot_be_measured_is_one_line(wrong, tmp_path):
-    done = run(tmp_path, *SMALL, wrong)
-    assert done.returncode == 2 and "nothing" in done.stderr and "Traceback" not in done.stderr
+def test_what_cannot_be_measured_is_one_line(wrong, tmp_path, capfd):
+    """Whether it is this process that notices or that of a side."""
+    said = command(tmp_path, *SMALL, wrong, program=benchmark, code=2) + capfd.readouterr().err
+    assert "nothing" in said and "Traceback" not in said
 
 
 def test_proportions_are_those_of_turns():

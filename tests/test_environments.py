@@ -88,7 +88,7 @@ def test_episodes_are_determined_by_seed_and_actions_whoever_looks(environment):
 
     watched, looked_at_once = (create(environment, render_mode="rgb_array") for _ in range(2))
     unwatched = create(environment)
-    actions = random_actions(unwatched, 110, seed=2)
+    actions = random_actions(unwatched, 64, seed=2)
     histories = [rollout(unwatched, seed, actions) for seed in (3, 4, 5, 6)]
     assert len({str(history) for history in histories}) > 1  # the seed matters
     assert rollout(watched, 4, actions[:30], look) == histories[1][:31]
@@ -126,9 +126,6 @@ def test_infos_and_types(environment):
 @pytest.mark.parametrize(
     ("name", "changes", "expected"),
     [
-        ("PocMemoryEnv", {}, 32),
-        ("CartPole", {"max_episode_steps": 7}, 7),
-        ("TMaze-active", {}, 6),
         ("Minigrid-DoorKey", {}, 64),
         ("MortarMayhem-Grid", {"reset_params": {"start-seed": 0, "num-seeds": 9, "command_count": [5]}}, 59),
         ("Endless-SearingSpotlights", {"reset_params": {"max_steps": 50}}, 50),
@@ -139,18 +136,13 @@ def test_max_episode_steps(name, changes, expected):
     assert (found, type(found)) == (expected, type(expected))
 
 
-def options(kind, **given):
-    return {"type": kind, "reset_params": given}
-
-
 @pytest.mark.parametrize(
     ("section", "parts"),
     [
         ({"type": "Minigrid", "name": "MiniGrid-MemoryS8-v0"}, ["MiniGrid-MemoryS8", "Did you mean"]),
         ({"type": "Minigrid", "name": "CartPole-v1"}, ["CartPole-v1", "agent_view_size"]),
-        (options("MortarMayhem", comand_count=[5]), ["comand_count", "command_count"]),
-        (options("MortarMayhem", command_count=5), ["command_count", "a valid list"]),
-        (options("MortarMayhem", reward_command_success="0.1"), ["reward_command_success", "a valid number"]),
+        ({"type": "MortarMayhem", "reset_params": {"comand_count": [5]}}, ["comand_count", "command_count"]),
+        ({"type": "MortarMayhem", "reset_params": {"command_count": 5}}, ["command_count", "a valid list"]),
     ],
 )
 def test_bad_configuration_is_refused_in_one_line(section, parts):
@@ -163,7 +155,11 @@ def test_bad_configuration_is_refused_in_one_line(section, parts):
 
 def test_nothing_is_printed_and_nothing_warns():
     """In a process of its own, where every warning is an error; and checking a config imports no simulator."""
-    lines = ["import sys, numpy as np", "from pydantic import TypeAdapter", "from environments import Environment"]
+    lines = [
+        "import sys, run.config, numpy as np",
+        "from pydantic import TypeAdapter",
+        "from environments import Environment",
+    ]
     lines += [f"sections = [TypeAdapter(Environment).validate_python(one) for one in {list(CASES.values())!r}]"]
     lines += ["assert not {'pygame', 'minigrid', 'memory_gym', 'popgym'} & set(sys.modules)", "for one in sections:"]
     lines += [" env = one.create('rgb_array'); env.reset(seed=0)"]
@@ -432,8 +428,9 @@ def test_pixels_rewards_and_ends_are_those_of_memory_gym():
     )
     for (task, env), line in zip(envs.items(), finished.stdout.splitlines(), strict=True):
         history = [digest(env.reset(seed=11)[0].transpose(2, 1, 0))]
-        for action in actions[task]:
-            observation, reward, terminated, _, _ = env.step(action)
+        given = np.zeros_like(actions[task][0])
+        for given[:] in actions[task]:  # it keeps no reference to the array
+            observation, reward, terminated, _, _ = env.step(given)
             history.append([digest(observation.transpose(2, 1, 0)), reward, terminated])
             if terminated:
                 break
@@ -457,11 +454,11 @@ def test_memory_gym_environments_do_not_disturb_each_other(task):
         return histories
 
     first, second = (create({"type": task}, render_mode="rgb_array") for _ in range(2))
-    together = play([first, second], 30)
-    assert play([create({"type": task}, render_mode="rgb_array")], 30)[0] == together[0]
+    together = play([first, second], 15)
+    assert play([create({"type": task}, render_mode="rgb_array")], 15)[0] == together[0]
     first.close()
     pygame.quit()  # as closing a window elsewhere in the process would
-    assert play([create({"type": task}, render_mode="rgb_array"), second], 30) == together
+    assert play([create({"type": task}, render_mode="rgb_array"), second], 15) == together
     assert not pygame.display.get_init()
 
 
@@ -469,19 +466,6 @@ def test_memory_gym_leaves_the_video_driver_alone(monkeypatch):
     monkeypatch.setenv("SDL_VIDEODRIVER", "offscreen")
     create({"type": "MortarMayhem"})
     assert os.environ["SDL_VIDEODRIVER"] == "offscreen"
-
-
-def test_memory_gym_takes_actions_as_they_come():
-    """It keeps no reference to the array."""
-    env, other = (create({"type": "SearingSpotlights"}) for _ in range(2))
-    reused = np.zeros(2, dtype=np.int64)
-    env.reset(seed=0)
-    other.reset(seed=0)
-    for action in random_actions(env, 20):
-        reused[:] = action
-        observation = env.step(reused)[0]
-        reused[:] = 0
-        assert np.array_equal(observation, other.step(action.copy())[0])
 
 
 def test_memory_gym_uses_the_options_at_every_reset():

@@ -13,15 +13,18 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from test_faults import Process, command, same, write_config
 
+import evaluate
+import train
 from run.checkpoint import load
 from run.config import check_config, load_config
 from run.distributed import Ranks, check_alike, check_divisible
+from tests.toy_environments import toy
 from utils import UserError
 
 ROOT = Path(__file__).parent.parent
-# What the last of several ranks to notice may take, on a machine that does other things, too.
-PATIENCE = 60
+PROGRAMS = {"train.py": train, "evaluate.py": evaluate}
 TRAIN = ("train.py", "--config=run.yaml", "--cpu", "--processes=1", "--seed=5")
 
 
@@ -35,17 +38,13 @@ def small(name: str, **changes) -> dict:
     return config | {"updates": 3, "checkpoint_interval": 1} | changes
 
 
-def toy(name: str) -> dict:
-    """Return the `environment` section of a toy."""
-    return {"type": "Gymnasium", "name": f"tests.toy_environments:{name}-v0", "reset_params": {"start-seed": 3}}
-
-
 # Truncation, vectors, recall, prediction of frames and of vectors.
 TASKS = {
-    "vector": small("poc_memory_env", environment=toy("Toy"), normalize_observations=True, prediction_coefficient=0.1),
+    "vector": small("poc_memory_env", environment=toy("Toy", reset_params={"start-seed": 3}),
+                    normalize_observations=True, prediction_coefficient=0.1),
     "visual": small("minigrid", prediction_coefficient=0.1, recall_coefficient=0.2),
-}
-LONG = small("poc_memory_env", updates=10_000)
+}  # fmt: skip
+LONG = small("poc_memory_env", updates=10_000, environment=toy("Toy"))
 
 
 class Launch:
@@ -61,48 +60,30 @@ class Launch:
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
             place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(found.getsockname()[1])}
-        place |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TOY_FOLDER": str(folder)}
-        self.folder, self.processes = folder, []
-        if command[0].endswith(".py") and not (folder / command[0]).exists():
-            command = (str(ROOT / command[0]), *command[1:])
+        place |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "TOY_FOLDER": str(folder)}
+        self.processes = []
         for rank in range(count):
-            numbers = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": count}
-            variables = os.environ | place | {name: str(value) for name, value in numbers.items()}
-            with open(folder / f"rank{rank}.txt", "w") as log:
-                self.processes.append(subprocess.Popen(
-                    [sys.executable, *command], cwd=folder, env=variables,
-                    stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-                ))  # fmt: skip
+            variables = place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            self.processes.append(Process(folder, *command, log=f"rank{rank}.txt", variables=variables))
 
     def lines(self, words: str = "") -> list[str]:
         """Return the lines of all ranks that hold some words."""
-        texts = [(self.folder / f"rank{rank}.txt").read_text() for rank in range(len(self.processes))]
-        return [line for line in "".join(texts).splitlines() if words in line]
+        text = "".join(process.text for process in self.processes)
+        return [line for line in text.splitlines() if words in line]
 
     def wait_for(self, words: str) -> None:
-        """Wait until something is said."""
-        until = time.monotonic() + 120
-        while not self.lines(words):
-            assert time.monotonic() < until and self.processes[0].poll() is None, "\n".join(self.lines())
-            time.sleep(0.05)
+        """Wait until the first rank says something."""
+        self.processes[0].wait_for(words)
 
-    def finish(self, timeout: float = 300) -> list[int]:
+    def finish(self) -> list[int]:
         """Wait for all; return their exit codes. Nobody sees a traceback of ours, and nothing is left behind."""
-        until = time.monotonic() + timeout
         try:
-            codes = [process.wait(max(0.1, until - time.monotonic())) for process in self.processes]
+            codes = [process.finish() for process in self.processes]
         finally:
             for process in self.processes:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
+                process.end()
         assert not self.lines("Traceback") or self.lines("the toy is broken"), "\n".join(self.lines())
         return codes
-
-
-def write(folder: Path, config: dict) -> Path:
-    """Write a config into a folder; return the folder."""
-    (folder / "run.yaml").write_text(yaml.safe_dump(config))
-    return folder
 
 
 def checkpoint(folder: Path, run_id: str, update: int) -> dict:
@@ -125,11 +106,6 @@ def assert_alike(one: dict, other: dict) -> None:
         assert len(pairs) > 2 and all((a - b).abs().mean() <= few * max(1, a.abs().max()) for a, b in pairs), name
 
 
-def assert_equal(one: dict, other: dict) -> None:
-    """Weights are equal to the bit."""
-    assert all(map(torch.equal, tensors(one["weights"]), tensors(other["weights"])))
-
-
 def episodes(state: object) -> list:
     """Return number, actions and digest of the running episodes, wherever a checkpoint has them."""
     if isinstance(state, dict) and "digest" in state:
@@ -149,15 +125,17 @@ if __name__ == "__main__":
         run.distributed.together = contextmanager(lambda arguments: (yield ranks, device))
         for command in json.loads(sys.argv[1]):
             sys.argv = [*command, "--cpu", "--processes=1"]
-            {"train.py": train, "evaluate.py": evaluate}[command[0]].main()
+            try:
+                run.cli.command_line({"train.py": train, "evaluate.py": evaluate}[command[0]].main)
+            except SystemExit as end:
+                print("exit code", end.code, flush=True)
 """
 
 
-def series(folder: Path, count: int, commands: list[tuple]) -> None:
-    """Carry out commands in so many ranks."""
+def series(folder: Path, count: int, commands: list[tuple]) -> Launch:
+    """Start ranks that carry out commands."""
     (folder / "series.py").write_text(SERIES)
-    launch = Launch(folder, count, "series.py", json.dumps(commands))
-    assert launch.finish() == [0] * count, "\n".join(launch.lines())
+    return Launch(folder, count, "series.py", json.dumps(commands))
 
 
 def train_and_play(folder: Path, count: int) -> None:
@@ -169,9 +147,14 @@ def train_and_play(folder: Path, count: int) -> None:
         if count != 2:
             shutil.copytree(folder / "checkpoints" / f"{name}-2", folder / "checkpoints" / f"{name}-2-{count}")
             commands.append(("train.py", f"--resume={name}-2-{count}", "--updates=4"))
-        play = ("evaluate.py", f"models/{name}-2.nn", "--seeds=3", "--repetitions=2", "--max-steps=50")
+        play = ("evaluate.py", f"models/{name}-2.nn", "--seeds=2", "--repetitions=2", "--max-steps=24")
         commands.append((*play, f"--output={name}-{count}"))
-    series(folder, count, commands)
+    if count > 1:
+        launch = series(folder, count, commands)
+        assert launch.finish() == [0] * count and not launch.lines("exit code"), "\n".join(launch.lines())
+        return
+    for program, *arguments in commands:
+        command(folder, *arguments, "--cpu", "--processes=1", program=PROGRAMS[program])
 
 
 @pytest.fixture(scope="module")
@@ -196,47 +179,50 @@ def test_several_ranks_do_as_one(folder, count):
         assert_alike(one, several)
         assert_alike(checkpoint(folder, f"{name}-1", 4), checkpoint(folder, f"{name}-2-{1 if count == 2 else 4}", 4))
         played = [json.loads((folder / f"{name}-{ranks}.json").read_text())["models"][0] for ranks in (1, count)]
-        assert len(played[0]["episodes"]) == 6 and played[0]["episodes"] == played[1]["episodes"]
+        assert len(played[0]["episodes"]) == 4 and played[0]["episodes"] == played[1]["episodes"]
 
 
 # ------------------------------------------------------------------------------------------------------------ failures
 
 
 @pytest.mark.parametrize("victim", (1, pytest.param(0, marks=pytest.mark.slow)))
-def test_a_rank_is_killed(tmp_path, victim):
-    """The other ends by itself, with one line that says how to go on; nobody need be asked."""
-    launch = Launch(write(tmp_path, LONG), 2, *TRAIN)
-    launch.wait_for("update 2/")
-    launch.processes[victim].kill()
-    codes = launch.finish(PATIENCE)
-    assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 1
-    [line] = launch.lines("another rank of the run is gone")
-    assert "--resume=run" in line
-
-
-@pytest.mark.parametrize("name", ("Toy", pytest.param("Hang", marks=pytest.mark.slow)))
-def test_one_is_asked_to_stop_and_all_stop(tmp_path, name):
-    """Also where an environment of another rank hangs."""
-    launch = Launch(write(tmp_path, LONG | {"environment": toy(name)}), 2, *TRAIN)
-    launch.wait_for("update 2/")
-    if name == "Hang":
-        (tmp_path / "hang").touch()
-        time.sleep(1)
-        launch.processes[1].terminate()  # as torchrun does
-    launch.processes[0].terminate()
-    assert launch.finish(PATIENCE) == ([130, 130] if name == "Toy" else [1, 1]), "\n".join(launch.lines())
-    assert len(launch.lines("train.py --resume=run")) == 1 and len(launch.lines("hangs, ")) == (name == "Hang")
-    done = int(launch.lines("update ")[-1].split()[1].split("/")[0])
-    assert sorted((tmp_path / "checkpoints" / "run").glob("*.pt"))[-1].name == f"checkpoint-{done:09d}.pt"
-
-
-def test_an_environment_raises(tmp_path):
+def test_all_end_with_one(tmp_path, victim):
+    """Where an environment raises, one is asked to stop, or one is killed; it is said once how to go on."""
+    write_config(tmp_path, LONG)
     (tmp_path / "well").touch()
-    launch = Launch(write(tmp_path, LONG | {"environment": toy("Raise")}), 2, *TRAIN)
-    launch.wait_for("update 2/")
+    commands = [("train.py", "--config=run.yaml", "--seed=5", f"--run-id=run-{updates}", f"--updates={updates}")
+                for updates in (7001, 7002, 7003)]  # fmt: skip
+    commands[0] += ("--set=environment.name=tests.toy_environments:Raise-v0",)
+    launch = series(tmp_path, 2, commands)
+    launch.wait_for("update 2/7001")
     (tmp_path / "well").unlink()
-    assert launch.finish(PATIENCE) == [1, 1], "\n".join(launch.lines())
-    assert len(launch.lines("ArithmeticError: the toy is broken")) == len(launch.lines("to go on from ")) == 1
+    launch.wait_for("update 2/7002")
+    launch.processes[0].handle.terminate()
+    launch.wait_for("update 2/7003")
+    launch.processes[victim].handle.kill()
+    codes = launch.finish()
+    assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 1
+    assert sorted(launch.lines("exit code")) == [f"exit code {code}" for code in (1, 1, 130, 130)], launch.lines()
+    for words in ("ArithmeticError: the toy is broken", "another rank of the run is gone"):
+        assert len(launch.lines(words)) == 1, words
+    assert [len(launch.lines(f"train.py --resume=run-{updates}")) for updates in (7001, 7002, 7003)] == [1, 1, 1]
+    last = launch.lines("/7002")[-1].split()[1].split("/")[0]
+    saved = sorted((tmp_path / "checkpoints" / "run-7002").glob("*.pt"))[-1]
+    assert saved.name == f"checkpoint-{int(last):09d}.pt"
+
+
+@pytest.mark.slow
+def test_one_hangs_and_all_stop(tmp_path):
+    """Where an environment of another rank hangs when one is asked to stop."""
+    write_config(tmp_path, LONG | {"environment": toy("Hang")})
+    launch = Launch(tmp_path, 2, *TRAIN)
+    launch.wait_for("update 2/")
+    (tmp_path / "hang").touch()
+    time.sleep(1)
+    for process in launch.processes:  # as torchrun does
+        process.handle.terminate()
+    assert launch.finish() == [1, 1], "\n".join(launch.lines())
+    assert len(launch.lines("train.py --resume=run")) == len(launch.lines("hangs, ")) == 1
 
 
 def test_ranks_that_differ_do_not_start(monkeypatch):
@@ -254,7 +240,7 @@ def test_ranks_that_differ_do_not_start(monkeypatch):
 @pytest.mark.slow
 def test_torchrun_goes_on_by_itself(folder, tmp_path):
     """With the weights of an undisturbed run."""
-    write(tmp_path, TASKS["vector"] | {"environment": toy("KillTrainerOnce")})
+    write_config(tmp_path, TASKS["vector"] | {"environment": TASKS["vector"]["environment"] | toy("KillTrainerOnce")})
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOY_FOLDER": str(tmp_path)}
     done = subprocess.run(
@@ -262,4 +248,5 @@ def test_torchrun_goes_on_by_itself(folder, tmp_path):
         cwd=tmp_path, env=os.environ | variables, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0 and done.stderr.count("continuing after") == 1, done.stderr
-    assert_equal(checkpoint(tmp_path, "disturbed", 3), checkpoint(folder, "vector-2", 3))
+    disturbed, undisturbed = checkpoint(tmp_path, "disturbed", 3), checkpoint(folder, "vector-2", 3)
+    assert same(disturbed["weights"], undisturbed["weights"])

@@ -16,10 +16,10 @@ import gymnasium
 import numpy as np
 import pytest
 
-import worker
 from environments import SECTIONS, BrokenContract
 from environments.contract import Task, try_out
 from environments.section import Section
+from tests.toy_environments import toy
 from utils import EnvironmentFailure, UserError, training_seed
 from worker import Workers, inspect_environment
 
@@ -30,8 +30,7 @@ HERE = r"^environment \d, reset seed \d+, step 9: "
 
 def section(name: str) -> Section:
     """Return the section of a toy, or of a registered environment that is named with its module."""
-    name = name if ":" in name else f"tests.toy_environments:{name}-v0"
-    return SECTIONS["Gymnasium"].model_validate({"type": "Gymnasium", "name": name})
+    return SECTIONS["Gymnasium"].model_validate(toy(name) | ({"name": name} if ":" in name else {}))
 
 
 @contextlib.contextmanager
@@ -62,15 +61,6 @@ def played(name: str, steps: int = 40, **options) -> list:
     """Return what is seen in so many steps, by environment."""
     with started(name, **options) as workers:
         return [list(rows) for rows in zip(*(step(workers, t) for t in range(steps)), strict=True)]
-
-
-@pytest.fixture
-def toys():
-    """An empty folder for what toys want to remember beyond the end of their process."""
-    folder = Path(os.environ["TOY_FOLDER"])
-    for file in folder.iterdir():
-        file.unlink()
-    return folder
 
 
 @pytest.fixture
@@ -138,7 +128,7 @@ def test_a_process_that_is_killed_is_replaced(victim, capfd):
     assert "its process died" in capfd.readouterr().err
 
 
-def test_an_environment_takes_its_process_along(toys, capfd):
+def test_an_environment_takes_its_process_along(toy_folder, capfd):
     assert played("ExitOnce") == played("Toy")
     said = capfd.readouterr().err
     assert said.count("its process died (exit code 7); replaying its episodes") == 2 and re.search(HERE, said, re.M)
@@ -184,12 +174,13 @@ def test_an_environment_that_is_not_deterministic(capfd):
 FAILURES = {
     "Exit": r"its process died \(exit code 7\) 4 times at the same step$",
     "Raise": r"it raised\nTraceback(.|\n)*toy_environments.py(.|\n)*ArithmeticError: the toy is broken$",
+    "Leaves": r"SystemExit: window closed",
     "InfiniteReward": r".*reward is not finite: inf$",
 }
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_a_failure_says_where(name, toys):
+def test_a_failure_says_where(name, toy_folder):
     with pytest.raises(EnvironmentFailure) as failure:
         played(name)
     assert re.search(HERE + FAILURES[name], str(failure.value)), failure.value
@@ -209,12 +200,6 @@ LEAVING = {
 def test_an_environment_that_leaves_is_no_success(text, message, module):
     with pytest.raises(EnvironmentFailure, match=message):
         inspect_environment(section(module(text)))
-
-
-def test_an_environment_that_leaves_later(module):
-    name = module("class Mine(Toy):\n    def fault(self):\n        if self.age == 9: sys.exit('window closed')")
-    with pytest.raises(EnvironmentFailure, match=HERE + "SystemExit: window closed"):
-        played(name)
 
 
 UNTIDY = """
@@ -241,20 +226,6 @@ def test_what_an_environment_does_to_its_process_stays_there(module, tmp_path, c
     assert played(mine) == played("Toy")
     assert (sys.argv, sys.path, Path.cwd()) == (arguments, path, tmp_path) and "mine" not in sys.modules
     assert {*sys.modules} - modules <= {"torch"} and not capfd.readouterr().err
-
-
-def test_one_that_hangs_when_a_stop_is_asked_for_is_named_and_killed(toys, monkeypatch):
-    monkeypatch.setattr(worker, "STOP_SECONDS", 0.3)
-    asked = []
-    with started("Hang", stop=lambda: bool(asked)) as workers:
-        step(workers, 0)
-        (toys / "hang").touch()
-        asked.append(True)
-        with pytest.raises(
-            EnvironmentFailure, match=r"^environment 0, reset seed \d+, step 2: hangs, 0.3 s after a stop"
-        ):
-            step(workers, 1)
-        assert not any(process.handle.is_alive() for process in workers.processes)
 
 
 ORPHAN = """
@@ -292,20 +263,18 @@ class Contract:
     action_space = gymnasium.spaces.Discrete(2)
     max_episode_steps = 10
     observation = np.zeros(3, dtype=np.float32)
-    reward: object = 0.0
 
     def reset(self, *, seed=None, options=None):
         return self.observation, {}
 
     def step(self, action):
-        return self.observation, self.reward, False, False, {}
+        return self.observation, 0.0, False, False, {}
 
 
 BREACHES = {
     "shape": ({"observation": np.zeros(4, dtype=np.float32)}, r"observation is .*\(4,\).*, declared is .*\(3,\)"),
     "type": ({"observation": np.zeros(3)}, "observation is .*float64.*, declared is .*float32"),
     "not finite": ({"observation": np.full(3, np.nan, dtype=np.float32)}, "observation is not finite"),
-    "reward": ({"reward": float("nan")}, "reward is not finite: nan"),
     "limit 0": ({"max_episode_steps": 0}, "max_episode_steps is 0, should be above 0"),
     "observation space": ({"observation_space": Contract.action_space}, "observation_space is Discrete"),
 }
@@ -317,14 +286,8 @@ def test_a_broken_contract_is_named(changes, message):
         try_out(type("Broken", (Contract,), changes)())
 
 
-def test_a_contract_that_is_kept_is_accepted():
-    for limit in (10, None):
-        env = type("Kept", (Contract,), {"max_episode_steps": limit})()
-        assert try_out(env) == (Task(None, 3, (2,), 0, limit), [])
-
-
 def test_what_is_wrong_from_the_start_is_the_users_to_mend(module):
-    name = module("class Mine(Toy):\n    def reset(self, seed): return self.observe()")
+    name = module("class Mine(Toy):\n    def reset(self): return self.observe()")
     with pytest.raises(UserError, match=r"^environment: [^\n]*that is the API of gym[^\n]*$"):
         inspect_environment(section(name))
     assert not multiprocessing.active_children()

@@ -8,11 +8,18 @@ import multiprocessing
 import os
 import random
 import signal
+import sys
 import time
 from pathlib import Path
 
 import gymnasium
 import numpy as np
+
+
+def toy(name: str, **entries) -> dict:
+    """Return the `environment` section of a toy."""
+    return {"type": "Gymnasium", "name": f"tests.toy_environments:{name}-v0"} | entries
+
 
 LONGEST = 24
 # An episode goes wrong at this step.
@@ -80,8 +87,8 @@ FAULTS = {
     "Raise": raise_unless_well,
     "NotANumber": lambda toy: setattr(toy, "place", float("nan")),
     "InfiniteReward": lambda toy: setattr(toy, "bonus", float("inf")),
-    "WrongShape": lambda toy: setattr(toy, "observe", lambda: np.zeros(5, np.float32)),
     "Hangs": lambda toy: time.sleep(10**6),
+    "Leaves": lambda toy: sys.exit("window closed"),
 }
 
 
@@ -123,22 +130,14 @@ class Random(Toy):
 class Often(Toy):
     """Succeeds by chance in 80 % of the episodes, and says nothing where it does not."""
 
-    chance = 0.8
-
     def step(self, action):
         observation, reward, terminated, truncated, _ = super().step(action)
         return observation, reward, terminated, truncated, {"is_success": True} if terminated and self.good else {}
 
     def reset(self, *, seed=None, options=None):
         first = super().reset(seed=seed, options=options)
-        self.end, self.good = 3, self.np_random.random() < self.chance
+        self.end, self.good = 3, self.np_random.random() < 0.8
         return first
-
-
-class Seldom(Often):
-    """Succeeds in 20 % of the episodes."""
-
-    chance = 0.2
 
 
 class Acted(Toy):
@@ -168,10 +167,10 @@ class Masked(Toy):
         return np.array([self.age > 0, 1, self.age % 2, 0, 1, self.age % 3 == 0, self.age > 5], dtype=np.int8)
 
 
-TOYS = (Toy, ExitOnce, Hang, KillTrainerOnce, Random, Often, Seldom, Acted, Masked)
-for name, toy, arguments in [
-    *((toy.__name__, toy, {}) for toy in TOYS),
+TOYS = (Toy, ExitOnce, Hang, KillTrainerOnce, Random, Often, Acted, Masked)
+for name, kind, arguments in [
+    *((kind.__name__, kind, {}) for kind in TOYS),
     *((name, Faulty, {"name": name}) for name in FAULTS),
 ]:
     if f"{name}-v0" not in gymnasium.registry:
-        gymnasium.register(f"{name}-v0", entry_point=toy, max_episode_steps=LONGEST, kwargs=arguments)
+        gymnasium.register(f"{name}-v0", entry_point=kind, max_episode_steps=LONGEST, kwargs=arguments)
