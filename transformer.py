@@ -113,7 +113,7 @@ class MemoryView:
         """Return (N, heads, width): what belongs to the queries, from their places (groups, Q·heads, width)."""
         queries = rearrange(places, "g (q h) w -> (g q) (h w)", h=num_heads)
         queries = queries if self.slot is None else F.embedding(self.slot, queries)
-        return rearrange(queries, "n (h w) -> n h w", h=num_heads)
+        return queries.unflatten(1, (num_heads, -1))
 
     def by_column(self, by_distance: Tensor) -> Tensor:
         """Return (groups, Q·heads, K) of each column, from (N, heads, L+1) of each distance, the largest first."""
@@ -192,7 +192,7 @@ class Attention(nn.Module):
             (N, D) and the attention weights (groups, Q·heads, K), without a gradient.
         """
         folded = self.folded or self.fold(norm)
-        query = rearrange(self.query(x), "n (h c) -> n h c", h=self.num_heads)
+        query = self.query(x).unflatten(1, (self.num_heads, -1))  # (N, heads, C)
         content = query if self.relative is None else query + self.content_bias
         questions = memory.to_places(torch.einsum("nhc,hcd->nhd", content, folded.key))  # (groups, Q·heads, D)
         if self.relative is not None:
@@ -210,7 +210,7 @@ class Attention(nn.Module):
         key, value, shift, table = self.key.weight * scale, self.value.weight, None, None
         if norm is not None:
             key, value, shift = key * norm.weight, value * norm.weight, F.linear(norm.bias, value)
-        key, value = (rearrange(weight, "(h c) d -> h c d", h=self.num_heads) for weight in (key, value))
+        key, value = (weight.unflatten(0, (self.num_heads, -1)) for weight in (key, value))  # (heads, C, D)
         if self.relative is not None:
             table = rearrange(self.relative(self.distances) * scale, "l (h c) -> h c l", h=self.num_heads)
         return Folded(key, value, shift, table)

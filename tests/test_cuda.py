@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import test_parity
 import torch
+from test_faults import write_config
 from test_memories import MEMORIES, recomputed
-from test_ranks import Launch, small, write
+from test_ranks import Launch, small
 
 from run.checkpoint import load
 from run.config import check_config
@@ -148,13 +149,14 @@ def test_a_run_goes_on(train, name):
     assert (resumed.optimizer.weights - whole.optimizer.weights).abs().max() < 1e-3
 
 
-def test_two_processes_share_a_gpu(tmp_path):
+def test_two_processes_share_a_gpu(tmp_path, monkeypatch):
     """By Gloo; they train as one does."""
-    write(tmp_path, CONFIGS["grid"] | {"updates": 2})
+    write_config(tmp_path, CONFIGS["grid"] | {"updates": 2})
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     command = ("train.py", "--config=run.yaml", "--seed=5", "--device=cuda", "--processes=1")
     rewards = []
     for count in (1, 2):
-        launch = Launch(tmp_path, count, *command, f"--run-id=run{count}", CUDA_VISIBLE_DEVICES="0")
+        launch = Launch(tmp_path, count, *command, f"--run-id=run{count}")
         assert launch.finish() == [0] * count, launch.lines()
         rewards.append([line.split(" steps/s")[0].rsplit(" ", 1)[0] for line in launch.lines("update ")])
     one, two = (load(tmp_path / "models" / f"run{count}.nn", "model")["weights"] for count in (1, 2))
