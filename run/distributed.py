@@ -121,8 +121,9 @@ def together(arguments: Computing) -> Iterator[tuple[Ranks, torch.device]]:
     store, *_ = next(torch.distributed.rendezvous("env://", timeout=JOIN))
     # torchrun keeps its store when it starts all anew, and in it the addresses of those that are gone.
     store = torch.distributed.PrefixStore(f"start {ranks.restarts}", store)
-    own = {"rank": ranks.rank, "world_size": ranks.size, "store": store}
-    torch.distributed.init_process_group(ranks.backend, timeout=PATIENCE, **own)
+    torch.distributed.init_process_group(
+        ranks.backend, timeout=PATIENCE, rank=ranks.rank, world_size=ranks.size, store=store
+    )
     leaving: BaseException | None = None
     try:
         try:
