@@ -14,7 +14,6 @@ from run.config import check_config
 from run.start import Options
 from tests.walk import walk
 from trainer import PPOTrainer
-from worker import inspect_environment
 
 pytestmark = [
     pytest.mark.cuda,
@@ -33,23 +32,15 @@ every_config = pytest.mark.parametrize("name", CONFIGS)
 
 
 @pytest.fixture
-def train(tmp_path):
+def train(started, tmp_path):
     """Return a function that makes a trainer with its environments started; all are closed after the test."""
-    trainers = []
 
     def make(name: str, device: str, state: dict | None = None, **options) -> PPOTrainer:
-        config = check_config(CONFIGS[name], name)
-        task, _ = inspect_environment(config.environment)
-        trainer = PPOTrainer(config, task, 5, Options(torch.device(device), folder=tmp_path, **options))
-        trainers.append(trainer)
-        if state is not None:
-            trainer.load_state_dict(state)
-        trainer.start_workers()
-        return trainer
+        return started(
+            check_config(CONFIGS[name], name), Options(torch.device(device), folder=tmp_path, **options), state
+        )
 
-    yield make
-    for trainer in trainers:
-        trainer.workers.close()
+    return make
 
 
 @pytest.fixture(autouse=True)
@@ -85,12 +76,13 @@ def test_before_the_first_step(train, name):
 
 
 @every_config
-def test_losses_and_gradients_are_those_of_the_cpu(train, name):
-    """From the same weights and the same rollout, which the CPU has played."""
+def test_losses_and_gradients_are_those_of_the_cpu(train, monkeypatch, name):
+    """From the same weights and the same rollout, which the CPU has played, by halves that take turns, too."""
+    monkeypatch.setattr(Options, "overlaps", lambda *_: True)
     state, done, found = train(name, "cpu").state_dict(), [], []
     samples = np.arange(0, CONFIGS[name]["worker_steps"] * 2)
     for device in ("cpu", "cuda"):
-        trainer = train(name, device, state, overlap=True)
+        trainer = train(name, device, state)
         trainer.optimizer.max_grad_norm = np.inf
         send, actions = trainer.workers.send, iter(list(done))
 
