@@ -85,6 +85,7 @@ class KeyToDoor(EpisodeEnv):
         return self._observation.copy()
 
     def render(self) -> np.ndarray:
+        """Draw the rooms side by side with what lies in them, and the agent: uint8 (H, W, 3)."""
         board = np.full((SIDE, 3, SIDE + 1, 3), WALL)  # the rooms side by side, a wall after each
         board[:, :, :SIDE] = FLOOR
         for room, objects in enumerate(self._objects):

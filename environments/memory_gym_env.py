@@ -127,6 +127,7 @@ class MemoryGymEnv(EpisodeEnv):
         return self._observe(pixels), {}
 
     def step(self, action: np.ndarray | int) -> Step:
+        """Play a step; at an episode's end, its info holds what Memory Gym reports of it."""
         pixels, reward, terminated, truncated, task_info = self._step_task(action)
         # Memory Gym counts reward and length too.
         numbers = task_numbers({key: value for key, value in task_info.items() if key not in COUNTED})

@@ -77,6 +77,7 @@ class TMaze(EpisodeEnv):
         return {"action_mask": np.array([sideways, True, sideways, True])}
 
     def render(self) -> np.ndarray:
+        """Draw the corridor, both goals and the agent: uint8 (H, W, 3); a long corridor is drawn shorter."""
         cells = min(self._junction, DRAWN_CELLS) + 2  # the first one is that to the left of the start
         board = np.full((3, cells, 3), WALL)
         board[1, (1 if self.section.passive else 0) :] = FLOOR

@@ -27,7 +27,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -61,8 +60,9 @@ CONFIG: dict[str, Any] = {
     "checkpoint_interval": 4,
     "kl_limit": 0.05,
     "prediction_coefficient": 0.1,
-    "transformer": {  # fmt: skip
-        "num_blocks": 1, "embed_dim": 32, "num_heads": 2, "memory_length": 16, "positional_encoding": "relative"},
+    "transformer": {
+        "num_blocks": 1, "embed_dim": 32, "num_heads": 2, "memory_length": 16, "positional_encoding": "relative",
+    },
     **{f"{name}_schedule": dict(SCHEDULE) for name in ("learning_rate", "beta", "clip_range")},
 }  # fmt: skip
 
@@ -84,13 +84,8 @@ class Recall(gymnasium.Env):
         while os.path.exists(os.environ[HANGING]):
             time.sleep(0.1)
         self.time += 1
-        return (
-            np.eye(5, dtype=np.float32)[4],
-            float(self.time == 10 and action == self.mark),
-            self.time == 10,
-            False,
-            {},
-        )
+        asked = self.time == 10
+        return np.eye(5, dtype=np.float32)[4], float(asked and action == self.mark), asked, False, {}
 
 
 gymnasium.register("Recall-v0", entry_point="tools.soak:Recall")
@@ -167,9 +162,8 @@ class Soak:
                 self.finish(run)
             else:  # it was hit before its first checkpoint: there is nothing to lose
                 self.finish(run, "--config=config.yaml", "--seed=1", f"--run-id={run}", "--overwrite")
-        same = all(
-            torch.equal(tensor, self.weights_of(run)[key]) for run in goes_on for key, tensor in self.weights.items()
-        )
+        found = [self.weights_of(run) for run in goes_on]
+        same = all(torch.equal(tensor, weights[key]) for weights in found for key, tensor in self.weights.items())
         time.sleep(1)  # until a resource tracker has gone, too
         row = (number, name, update, code, resumed, same, self.left())
         for place in ("checkpoints", "models", "summaries"):
@@ -254,7 +248,7 @@ def main() -> None:
     """Disturb runs until the time is over; exit code 1 where anything was lost or left."""
     arguments = arguments_of(__doc__, Given)
     end, lost = time.monotonic() + 60 * arguments.minutes, 0
-    place = tempfile.TemporaryDirectory(prefix=f"soak-{uuid.uuid4().hex[:6]}-")
+    place = tempfile.TemporaryDirectory(prefix="soak-")
     with place as folder, arguments.output.open("w", newline="", encoding="utf-8", buffering=1) as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(COLUMNS)
