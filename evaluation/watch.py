@@ -1,8 +1,10 @@
 """Watching an agent: an episode at a time, drawn with what the agent remembers, as a video or for TensorBoard."""
 
 import math
+import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import matplotlib
@@ -91,6 +93,7 @@ class Player:
         self.model, self.config, self.task, self.deterministic, self.render = model, config, task, deterministic, render
         self.max_steps = math.inf if max_steps is None else max_steps
         self.steps = 0  # of the running episode
+        sys.argv = sys.argv[:1]  # for modules that parse their command line when they are imported
         self.env = create_env(config.environment, "rgb_array" if render else None)
         self.strips, self.unit, self.longest = ["state"] if config.recurrence else [], "change", LONGEST_STRIP
         if config.transformer is not None:
@@ -98,8 +101,9 @@ class Player:
             self.unit, self.longest = "attention", config.transformer.memory_length
 
     def close(self) -> None:
-        """Close the environment."""
-        self.env.close()
+        """Close the environment; where that fails, there is nothing left to lose."""
+        with suppress(Exception):
+            self.env.close()
 
     def play(self, seed: int) -> Iterator[Moment]:
         """Play one episode; yield each of its steps before the action takes effect, and its end.
@@ -116,7 +120,7 @@ class Player:
             yield from self._play(seed)
         except UserError:
             raise
-        except Exception as error:  # whatever an environment does
+        except (Exception, SystemExit) as error:  # whatever an environment does
             where = f"{task_name(self.config.environment)}, reset seed {seed}, step {self.steps}"
             raise EnvironmentFailure(f"{where}: {failure_of(error)}") from error
 

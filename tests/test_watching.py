@@ -347,3 +347,24 @@ def test_a_file_that_cannot_be_played_is_named(tmp_path):
         path.write_bytes(content)
         with pytest.raises(UserError, match="m.nn: is damaged[^\n]*$"):
             Agent.load(path)
+
+
+def test_an_untidy_environment_is_watched(tmp_path, monkeypatch):
+    """Its module parses the command line when it is imported, its close() fails, and it leaves at a step."""
+    (tmp_path / "untidy.py").write_text(
+        "import argparse, gymnasium\nfrom tests.toy_environments import Toy\nargparse.ArgumentParser().parse_args()\n"
+        "class Untidy(Toy):\n    def close(self): raise RuntimeError('not connected')\n"
+        "gymnasium.register('Untidy-v0', entry_point=Untidy, max_episode_steps=24)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["enjoy.py", "--video=episode.mp4"])
+    model, config, task = make_model(toy("Toy"))
+    config = config.model_copy(
+        update={"environment": config.environment.model_copy(update={"name": "untidy:Untidy-v0"})}
+    )
+    player = Player(model, config, task, render=False)
+    assert list(player.play(3))[-1].result is not None
+    monkeypatch.setattr(player.env, "step", lambda action: sys.exit())
+    with pytest.raises(EnvironmentFailure, match="untidy:Untidy-v0, reset seed 3, step 1: SystemExit"):
+        list(player.play(3))
+    player.close()
