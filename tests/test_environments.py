@@ -119,7 +119,7 @@ def test_infos_and_types(environment):
         assert info == {}
     assert terminated or truncated
     assert info["reward"] == pytest.approx(sum(rewards) / env.reward_scale)
-    assert info["length"] == len(rewards) <= (env.max_episode_steps or len(rewards))
+    assert info["length"] == len(rewards) <= (env.task.max_episode_steps or len(rewards))
     assert {type(value) for key, value in info.items() if key != "length"} == {float}
 
 
@@ -132,7 +132,7 @@ def test_infos_and_types(environment):
     ],
 )
 def test_max_episode_steps(name, changes, expected):
-    found = create(CASES[name] | changes).max_episode_steps
+    found = create(CASES[name] | changes).task.max_episode_steps
     assert (found, type(found)) == (expected, type(expected))
 
 
@@ -141,8 +141,8 @@ def test_max_episode_steps(name, changes, expected):
     [
         ({"type": "Minigrid", "name": "MiniGrid-MemoryS8-v0"}, ["MiniGrid-MemoryS8", "Did you mean"]),
         ({"type": "Minigrid", "name": "CartPole-v1"}, ["CartPole-v1", "agent_view_size"]),
-        ({"type": "MortarMayhem", "reset_params": {"comand_count": [5]}}, ["comand_count", "command_count"]),
-        ({"type": "MortarMayhem", "reset_params": {"command_count": 5}}, ["command_count", "a valid list"]),
+        ({"type": "MortarMayhem", "reset_params": {"comand_count": [5]}}, ["comand_count", "not valid"]),
+        ({"type": "MortarMayhem", "reset_params": {"command_count": 5}}, ["command_count", "should be list"]),
     ],
 )
 def test_bad_configuration_is_refused_in_one_line(section, parts):
@@ -178,9 +178,9 @@ SECTIONS = [yaml.safe_load(block)["environment"] for block in re.findall(r"```ya
 
 @pytest.mark.parametrize("entries", SECTIONS, ids=lambda entries: entries.get("name", entries["type"]))
 def test_documented_sections(entries):
-    if entries["type"] == "Recall" or entries.get("name", "").startswith("my_package"):
+    if entries["name"].startswith("recall"):
         pytest.skip("it is yet to be written")
-    if entries.get("name", "").startswith("ale_py"):
+    if entries["name"].startswith("ale_py"):
         pytest.importorskip("ale_py")
     env = create(entries)
     try_out(env)
@@ -188,10 +188,9 @@ def test_documented_sections(entries):
 
 
 def test_the_tutorial_s_environment_keeps_the_contract():
-    names = {"__name__": "recall"}
-    exec(re.search(r"```python\n(\"\"\".*?)```", DOCUMENTED, re.S)[1], names)
-    env = names["RecallSection"](type="Recall", delay=3).create("rgb_array")
-    assert try_out(env)[0].vector == 4
+    exec(re.search(r"```python\n(\"\"\".*?)```", DOCUMENTED, re.S)[1], {})
+    env = create({"type": "Gymnasium", "name": "Recall-v0", "arguments": {"delay": 3}}, "rgb_array")
+    assert try_out(env).vector == 4
     symbol = env.reset(seed=1)[0].argmax()
     assert env.render().shape[2] == 3
     results = [env.step(symbol) for _ in range(4)]
@@ -260,8 +259,8 @@ def test_tmaze_pays_1_who_remembers_and_half_who_does_not(length, passive, guide
 
     for seed in range(20):
         rewards, info = play(env, seed, oracle)
-        assert rewards == [0.0] * (env.max_episode_steps - 1) + [1.0]
-        assert without_mask(info) == {"success": 1.0, "reward": 1.0, "length": env.max_episode_steps}
+        assert rewards == [0.0] * (env.task.max_episode_steps - 1) + [1.0]
+        assert without_mask(info) == {"success": 1.0, "reward": 1.0, "length": env.task.max_episode_steps}
     blind = [sum(play(env, seed, lambda seen: UP if seen[-1][3] else RIGHT)[0]) for seed in range(400)]
     assert set(blind) == {0.0, 1.0} and abs(np.mean(blind) - 0.5) < 0.08
 
@@ -353,8 +352,6 @@ def test_minigrid_pictures_equal_plain_rendering(monkeypatch, name, entries, nee
             if terminated or truncated:
                 break
     assert needed in happened and len(minigrid_env._kept_pictures) <= kept
-    with pytest.raises(ValueError, match="read-only"):  # everyone who sees this view gets the same array
-        observation[:] = 0
 
 
 def test_minigrid_time_limit_truncates_and_leaves_the_reward():
@@ -380,7 +377,7 @@ def test_missions_are_seen_as_words_which_are_all_known(name):
         observation, _ = env.reset(seed=seed)
         assert env.observation_space.contains(observation)
         seen = [word for word, count in zip(env.vector_names, observation["vector"], strict=True) if count]
-        mission = re.findall(r"\w+", env._env.unwrapped.mission.lower())
+        mission = re.findall(r"\w+", env.unwrapped.mission.lower())
         assert seen == sorted(f"mission[{word}]" for word in set(mission))
         assert observation["vector"].sum() == len(mission)
 
@@ -390,9 +387,9 @@ def test_missions_are_seen_as_words_which_are_all_known(name):
     [("BabyAI-GoToLocal-v0", True), ("MiniGrid-Fetch-5x5-N2-v0", True), ("MiniGrid-MemoryS9-v0", False)],
 )
 def test_goals_that_the_agent_is_not_told_are_noticed(name, noticed):
-    notices = create({"type": "Minigrid", "name": name}).notices()
+    notices = create({"type": "Minigrid", "name": name}).notices
     assert ["mission: True" in notice for notice in notices] == [True] * noticed
-    assert not create({"type": "Minigrid", "name": name, "mission": True}).notices()
+    assert not create({"type": "Minigrid", "name": name, "mission": True}).notices
 
 
 # ---------------------------------------------------------------------------------------------------------- Memory Gym
@@ -479,7 +476,7 @@ def test_memory_gym_uses_the_options_at_every_reset():
 
 def mortar_mayhem_action(env, wrong):
     """Return an action that moves the agent to the target of the current command, or away from it."""
-    task = env._task
+    task = env.unwrapped
     x, y = task.normalized_agent_position
     goal_x, goal_y = task._target_pos
     if wrong:
@@ -505,8 +502,8 @@ def test_mortar_mayhem_success(task, failing_command, fails_while_tiles_are_dead
         env.reset(seed=seed)
         ended, total = False, 0.0
         while not ended:
-            command = env._task._current_command - int(env._task.arena.tiles_on)
-            wrong = command == failing_command and env._task.arena.tiles_on == fails_while_tiles_are_deadly
+            command = env.unwrapped._current_command - int(env.unwrapped.arena.tiles_on)
+            wrong = command == failing_command and env.unwrapped.arena.tiles_on == fails_while_tiles_are_deadly
             _, reward, ended, _, info = env.step(mortar_mayhem_action(env, wrong))
             total += reward
         assert total == pytest.approx(completed * 0.1)

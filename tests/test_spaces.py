@@ -10,15 +10,16 @@ from gymnasium import spaces
 from torch import nn
 from torch.nn import functional as F
 
-from environments.contract import BrokenContract, checked_step, failure_of, try_out
-from environments.episode import frame_picture
-from environments.gymnasium_env import GymnasiumEnv, GymnasiumSection
+from environments.contract import BrokenContract, failure_of, try_out
+from environments.gymnasium_env import GymnasiumSection
+from environments.pictures import frame_picture
 from environments.spaces import Observer, hidden_entries
 from model import Normal, RunningMoments
 from run.config import Config, check_config
 from tests.toy_environments import toy
 from trainer import PPOTrainer
 from utils import UserError, create_env
+from worker import SharedArrays
 
 PIXELS = {"low": 0, "high": 255, "dtype": np.uint8}
 
@@ -81,7 +82,7 @@ def section_of(seen=None, acted=None, arguments=None, name="Shows-v0", **entries
 
 
 def make(*spaces, render_mode=None, **entries):
-    return GymnasiumEnv(section_of(*spaces, **entries), render_mode)
+    return section_of(*spaces, **entries).create(render_mode)
 
 
 # -------------------------------------------------------------------------------------------------------- observations
@@ -143,7 +144,7 @@ def test_what_the_environment_shows_arrives(space, as_frame, as_vector):
     for _ in range(4):
         assert env.observation_space.contains(observation)
         parts = observation if as_frame and as_vector else {"frame" if as_frame else "vector": observation}
-        shown = env._env.unwrapped.shown[-1]
+        shown = env.unwrapped.shown[-1]
         if as_frame:
             assert np.array_equal(parts["frame"], as_frame(shown))
             assert parts["frame"].transpose(1, 2, 0).flags.c_contiguous
@@ -174,8 +175,8 @@ def test_keys():
 
 
 def test_hidden_entries():
-    assert hidden_entries([-1, "1:3", 1, "5:", ":-6"], 7).tolist() == [0, 1, 2, 5, 6]
-    with pytest.raises(ValueError, match="hide: 7 "):
+    assert np.flatnonzero(hidden_entries([-1, "1:3", 1, "5:", ":-6"], 7)).tolist() == [0, 1, 2, 5, 6]
+    with pytest.raises(ValueError, match="hide: index 7 "):
         hidden_entries([7], 7)
 
 
@@ -217,7 +218,7 @@ def test_environments_get_actions_as_their_space_samples_them(space, branches):
     env = make(acted=space, previous_action=True)
     env.reset(seed=0)
     random = np.random.default_rng(0)
-    own = env._env.unwrapped
+    own = env.unwrapped
     for _ in range(6):
         if isinstance(branches, int):
             assert env.action_space == spaces.Box(-np.inf, np.inf, (branches,), np.float32)
@@ -257,11 +258,12 @@ def test_masks_that_come_late(first):
     """At reset, at the first step, or later, where it would be too late to make use of them."""
     masks = iter([{}] * first + [{"action_mask": [0, 1, 1]}] * 3)
     env = make(arguments={"info": lambda: next(masks)})
-    task, _ = try_out(env)
+    task = try_out(env)
     assert task.masked == (first < 2)
     if first == 2:
         with pytest.raises(BrokenContract, match="gives an action_mask, but gave none with its first observations"):
-            checked_step(env, np.zeros(1, np.int64), task)
+            observation, *_, info = env.step(np.zeros(1, np.int64))
+            SharedArrays(1, task).show(0, observation, info["action_mask"])
 
 
 def test_masks_of_a_method(monkeypatch):
@@ -283,13 +285,13 @@ LARGE = spaces.Discrete(10**7)
 NOT_POSSIBLE = [
     ({"seen": spaces.Dict(words=spaces.Text(5), x=box((2,)))}, ["words is Text", "observe"]),
     ({"seen": TWO}, ["left, right", "observe"]),
-    ({"seen": TWO, "observe": ["middle"]}, ["'middle'", "left, right, x"]),
-    ({"hide": [2]}, ["hide: 2", "2 entries"]),
-    ({"acted": spaces.Tuple((spaces.Discrete(2), box((2,))))}, ["action space", "Discrete, Box"]),
+    ({"seen": TWO, "observe": ["middle"]}, ["'middle'", "'left', 'right', 'x'"]),
+    ({"hide": [2]}, ["hide: index 2", "size 2"]),
+    ({"acted": spaces.Tuple((spaces.Discrete(2), box((2,))))}, ["action space", "Discrete(2), Box("]),
     ({"arguments": {"sene": 1}}, ["'sene'", "Shows-v0"]),
     ({"seen": LARGE}, ["Discrete(10000000)", "10,000,000", "65,536"]),
-    ({"seen": box((1080, 1920, 3), **PIXELS)}, ["(3, 1080, 1920)", "6,220,800", "ResizeObservation"]),
-    ({"acted": LARGE}, ["action space Discrete(10000000)", "10,000,000"]),
+    ({"seen": box((1080, 1920, 3), **PIXELS)}, ["(3, 1080, 1920)", "6,220,800", "docs/environments.md"]),
+    ({"acted": LARGE}, ["Discrete(10000000)", "actions of 10,000,000"]),
     ({"name": "no_such_module:Task-v0"}, ["no_such_module"]),
     ({"name": "Acrobat-v1"}, ["Acrobot"]),
 ]
@@ -338,9 +340,9 @@ def test_values_outside_of_their_space():
 
 @pytest.mark.parametrize("name", INSIDE)
 def test_statistics_inside_an_environment_are_noticed(name):
-    (notice,) = try_out(make(name=f"{name}-v0"))[1]
-    assert name in notice and "normalize_observations" in notice and "\n" not in notice
-    assert try_out(make())[1] == []
+    (notice,) = make(name=f"{name}-v0").notices
+    assert "keeps running statistics" in notice and "\n" not in notice
+    assert make().notices == []
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
@@ -355,8 +357,8 @@ def test_what_is_drawn():
     seen = make(spaces.Discrete(20), render_mode="rgb_array")
     seen.reset(seed=0)
     assert seen.render().dtype == np.uint8
-    for drawn._env.unwrapped.picture in (None, picture / 255, picture[:, :, 0]):
-        with pytest.raises(BrokenContract, match="^Drawn-v0: render returned [^\n]*$"):
+    for drawn.unwrapped.picture in (picture / 255, picture[:, :, 0]):
+        with pytest.raises(BrokenContract, match="^render returned [^\n]*$"):
             drawn.render()
 
 
