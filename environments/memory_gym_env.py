@@ -19,15 +19,9 @@ from environments.numbers import COUNTED
 from environments.section import SEEDS, Section, SeedCount, Seeds, StartSeed
 
 MemoryGymType = Literal[
-    "MortarMayhem",
-    "MortarMayhem-Grid",
-    "MysteryPath",
-    "MysteryPath-Grid",
-    "SearingSpotlights",
-    "Endless-MortarMayhem",
-    "Endless-MysteryPath",
-    "Endless-SearingSpotlights",
-]
+    "MortarMayhem", "MortarMayhem-Grid", "MysteryPath", "MysteryPath-Grid", "SearingSpotlights",
+    "Endless-MortarMayhem", "Endless-MysteryPath", "Endless-SearingSpotlights",
+]  # fmt: skip
 MEMORY_GYM_TYPES: tuple[str, ...] = get_args(MemoryGymType)
 TaskOptions = TypedDict("TaskOptions", {"start-seed": StartSeed, "num-seeds": SeedCount}, total=False)
 with_config(ConfigDict(extra="allow"))(TaskOptions)

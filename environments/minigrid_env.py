@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import gymnasium
 import numpy as np
 from gymnasium import spaces
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from environments.gymnasium_env import GymnasiumEnv, make_registered
 from environments.section import Flag, Nothing, Section, Steps, Text, Whole
@@ -24,25 +24,18 @@ BABY_PHRASES = "go to, pick up, open, put a, next to the, object, and, then, aft
 MOST_MISSIONS = 100_000
 
 
-def odd(value: int) -> int:
-    """Return an odd number; ValueError where it is even."""
-    if value % 2 == 0:
-        raise ValueError("even")
-    return value
-
-
-class Pictures(gymnasium.Wrapper):
+class Pictures(gymnasium.ObservationWrapper):
     """Shows a picture of the part of the grid before the agent, (height, width, 3); reports success.
 
     Args:
         env: of MiniGrid.
         tile_size: pixels along a tile.
         num_actions: how many of the first actions can be taken.
-        vocabulary: of missions; with it, observations are a dict of `frame`, the picture, and `vector`, the bag of the
-            mission's words.
+        vocabulary: of missions; with it, observations are a dict of `frame`, the picture, and `vector`, how often each
+            of these words, and any other, is in the mission.
     """
 
-    def __init__(self, env: gymnasium.Env, tile_size: int, num_actions: int, vocabulary: dict[str, int] | None) -> None:
+    def __init__(self, env: gymnasium.Env, tile_size: int, num_actions: int, vocabulary: list[str] | None) -> None:
         super().__init__(env)
         grid: Any = env.unwrapped
         self._grid, self._tile_size, self._vocabulary = grid, tile_size, vocabulary
@@ -53,25 +46,23 @@ class Pictures(gymnasium.Wrapper):
             words = spaces.Box(0, np.inf, (len(vocabulary) + 1,), np.float32)
             self.observation_space = spaces.Dict(frame=self.observation_space, vector=words)
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict]:
-        """Start an episode."""
-        return self._seen(self.env.reset(seed=seed, options=options)[0]), {}
-
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict]:
         """Take one of MiniGrid's actions."""
-        shown, reward, terminated, truncated, _ = self.env.step(action)
-        return self._seen(shown), float(reward), terminated, truncated, {"success": float(reward) > 0}
+        seen, reward, terminated, truncated, _ = super().step(action)
+        return seen, reward, terminated, truncated, {"success": float(reward) > 0}
 
-    def _seen(self, shown: dict[str, Any]) -> Any:
+    def observation(self, shown: dict[str, Any]) -> Any:
+        """Return what is seen where MiniGrid has `shown` something."""
         key = (self._grid.spec.id, self._tile_size, shown["image"].tobytes())
         if key not in _kept_pictures:
             if len(_kept_pictures) >= MAX_KEPT_PICTURES:
                 _kept_pictures.clear()
             _kept_pictures[key] = self._grid.get_frame(tile_size=self._tile_size, agent_pov=True)
-        frame = _kept_pictures[key]
         if self._vocabulary is None:
-            return frame
-        return {"frame": frame, "vector": bag_of_words(shown["mission"], self._vocabulary)}
+            return _kept_pictures[key]
+        words = words_of(shown["mission"])
+        counts = [words.count(word) for word in self._vocabulary]
+        return {"frame": _kept_pictures[key], "vector": np.array([*counts, len(words) - sum(counts)])}
 
 
 class MinigridSection(Section):
@@ -82,7 +73,7 @@ class MinigridSection(Section):
     max_episode_steps: Steps | Nothing = Field(
         None, description="Episodes are truncated there: by default at 96 for Memory tasks, else at 64."
     )
-    view_size: Annotated[Whole, Field(ge=3, le=99), AfterValidator(odd)] | Nothing = Field(
+    view_size: Literal[3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25] | Nothing = Field(
         None, description="Tiles along each side of the view: by default 3 for Memory tasks, else 7."
     )
     tile_size: Annotated[Whole, Field(ge=1, le=64)] | Nothing = Field(
@@ -97,11 +88,9 @@ class MinigridSection(Section):
         """Return a new environment."""
         import minigrid  # noqa: F401  (registers its environments)
 
-        defaults = (3, 28, 3, 96) if "Memory" in self.name else (7, 8, 7, 64)
-        given = (self.view_size, self.tile_size, self.num_actions, self.max_episode_steps)
-        view_size, tile_size, num_actions, limit = (
-            default if value is None else value for value, default in zip(given, defaults, strict=True)
-        )
+        memory = "Memory" in self.name
+        view_size, tile_size = self.view_size or (3 if memory else 7), self.tile_size or (28 if memory else 8)
+        num_actions, limit = self.num_actions or (3 if memory else 7), self.max_episode_steps or (96 if memory else 64)
         # Gymnasium's time limit truncates episodes earlier than MiniGrid's own one, `max_steps`, which has to stay as
         # it is: the reward for success, 1 − 0.9·step/max_steps, depends on it.
         grid = make_registered(self.name, render_mode, agent_view_size=view_size, max_episode_steps=limit)
@@ -127,8 +116,8 @@ def is_babyai(space: Any) -> bool:
     return type(space).__name__ == "BabyAIMissionSpace"
 
 
-def vocabulary_of(space: Any) -> dict[str, int]:
-    """Return the words that a task's missions may have, by its mission space, in alphabetical order, numbered."""
+def vocabulary_of(space: Any) -> list[str]:
+    """Return the words that a task's missions may have, by its mission space, in alphabetical order."""
     from minigrid.core.constants import COLOR_NAMES
     from minigrid.envs.babyai.core.verifier import LOC_NAMES, OBJ_TYPES
 
@@ -137,12 +126,4 @@ def vocabulary_of(space: Any) -> dict[str, int]:
     else:
         choices = itertools.product(*(space.ordered_placeholders or []))
         missions = (space.mission_func(*each) for each in itertools.islice(choices, MOST_MISSIONS))
-    return {word: number for number, word in enumerate(sorted({word for each in missions for word in words_of(each)}))}
-
-
-def bag_of_words(mission: str, vocabulary: dict[str, int]) -> np.ndarray:
-    """Return how often each word of the vocabulary is in a mission, and how many others: (words + 1,), float32."""
-    bag = np.zeros(len(vocabulary) + 1, dtype=np.float32)
-    for word in words_of(mission):
-        bag[vocabulary.get(word, len(vocabulary))] += 1
-    return bag
+    return sorted({word for each in missions for word in words_of(each)})

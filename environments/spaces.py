@@ -37,22 +37,19 @@ def check_size(space: gymnasium.Space, what: str, count: int, most: int = MOST_E
         raise BrokenContract(f"{shown} makes {what} of {count:,} values, more than {most:,}: see docs/environments.md")
 
 
-def leaves(space: gymnasium.Space, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Yield the spaces inside nested Dicts and Tuples, each with the keys that lead to it."""
-    if isinstance(space, spaces.Dict | spaces.Tuple):
-        parts: Any = space.spaces.items() if isinstance(space, spaces.Dict) else enumerate(space.spaces)
-        for key, part in parts:
-            yield from leaves(part, (*path, key))
+def leaves(space: gymnasium.Space, path: Path = (), name: str = "") -> Iterator[tuple[Path, Any, str]]:
+    """Yield what lies inside nested Dicts and Tuples: the keys that lead to it, its space, its name.
+
+    It is called `key`, `key.inner` or, in a Tuple, `observation[0]`.
+    """
+    if isinstance(space, spaces.Dict):
+        for key, part in space.spaces.items():
+            yield from leaves(part, (*path, key), f"{name}.{key}" if name else str(key))
+    elif isinstance(space, spaces.Tuple):
+        for index, part in enumerate(space.spaces):
+            yield from leaves(part, (*path, index), f"{name or 'observation'}[{index}]")
     else:
-        yield path, space
-
-
-def path_name(path: Path) -> str:
-    """Return how a part of an observation is called: `key`, `key.inner` or, in a Tuple, `observation[0]`."""
-    name = "" if path and isinstance(path[0], str) else "observation"
-    for key in path:
-        name += f"[{key}]" if not isinstance(key, str) else f".{key}" if name else key
-    return name
+        yield path, space, name or "observation"
 
 
 def choices_of(space: Any) -> list[int]:
@@ -140,8 +137,7 @@ class Observer:
         there = [*space.spaces] if isinstance(space, spaces.Dict) else []
         if not set(observe or ()) <= set(there):
             raise BrokenContract(f"observe: {observe} are not all there; there are {there}")
-        # Of each part: the keys that lead to it, its space, its name
-        parts = [(path, part, path_name(path)) for path, part in leaves(space) if observe is None or path[0] in observe]
+        parts = [part for part in leaves(space) if observe is None or part[0][0] in observe]
         pictures = [part for part in parts if picture_axes(part[1])]
         if len(pictures) > 1:
             names = ", ".join(name for *_, name in pictures)
@@ -213,24 +209,24 @@ class Actor:
         bounds: lowest and highest (n,) of numbers; None where there are branches.
     """
 
+    branches: tuple[int, ...] = ()
+    bounds: tuple[np.ndarray, np.ndarray] | None = None
+
     def __init__(self, space: gymnasium.Space) -> None:
-        self._own, parts = space, [part for _, part in leaves(space)]
-        self.branches: tuple[int, ...] = ()
-        self.bounds: tuple[np.ndarray, np.ndarray] | None = None
+        self._own, parts = space, [part for _, part, _ in leaves(space)]
         if all(isinstance(part, spaces.Box) for part in parts):
             flat: Any = flatten_space(space)
-            self.size = flat.shape[0]
             self.bounds = flat.low.astype(np.float64), flat.high.astype(np.float64)
         elif all(isinstance(part, Choices | spaces.MultiBinary) for part in parts):
             self.branches = tuple(count for part in parts for count in choices_of(part))
-            self.size = sum(self.branches)
         else:
             raise BrokenContract(
                 f"the action space {textwrap.shorten(str(space), 120)} cannot be acted in: wrap it so that all of it "
                 "is Discrete, MultiDiscrete or MultiBinary, or all of it Box"
             )
+        self.size = sum(self.branches) or flatdim(space)
         check_size(space, "actions", self.size)
-        self._offsets = np.cumsum(self.branches, dtype=np.int64) - np.array(self.branches, dtype=np.int64)
+        self._offsets = np.cumsum((0, *self.branches))[:-1]
 
     def features(self, action: Any) -> np.ndarray:
         """Return an action as (size,): one-hot per branch, or numbers as passed on; zeros where it is None."""
@@ -238,7 +234,7 @@ class Actor:
         if action is not None and self.branches:
             features[self._offsets + np.ravel(action)] = 1.0
         elif action is not None:
-            features[:] = flatten(self._own, self.action(action))
+            features[:] = np.asarray(flatten(self._own, self.action(action)))
         return features
 
     def action(self, action: Any) -> Any:
@@ -252,7 +248,7 @@ class Actor:
         It comes as an array over all of them, or nested as the action space is; BrokenContract if it fits neither.
         """
         is_nested = isinstance(mask, Mapping) or isinstance(self._own, spaces.Tuple) and len(mask) != self.size
-        parts = [reduce(getitem, path, mask) for path, _ in leaves(self._own)] if is_nested else [mask]
+        parts = [reduce(getitem, path, mask) for path, *_ in leaves(self._own)] if is_nested else [mask]
         arrays = [np.ravel(one) for part in parts for one in (part if isinstance(part, list | tuple) else [part])]
         flat = np.concatenate(arrays).astype(bool)
         if len(flat) != self.size:
