@@ -103,7 +103,7 @@ class Recall(AuxiliaryTask):
         embed_dim, self.memory_length = model.embedding.out_features, model.core.memory_length
         self.query = nn.Linear(model.core.output_dim, embed_dim)
         self.prior = nn.Linear(embed_dim, 1)
-        # Of a rollout: which of its frames an episode had shown before each step (W, T, M), whether that is known (W, T)
+        # Of a rollout: which of its frames an episode had shown before a step (W, T, M), whether that is known (W, T)
         self.seen, self.known = np.zeros((0, 0, 0), bool), np.zeros((0, 0), bool)
 
     def forward(self, output: Tensor, frames: Tensor) -> Tensor:
