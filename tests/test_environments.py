@@ -124,19 +124,6 @@ def test_infos_and_types(environment):
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "expected"),
-    [
-        ("Minigrid-DoorKey", {}, 64),
-        ("MortarMayhem-Grid", {"reset_params": {"start-seed": 0, "num-seeds": 9, "command_count": [5]}}, 59),
-        ("Endless-SearingSpotlights", {"reset_params": {"max_steps": 50}}, 50),
-    ],
-)
-def test_max_episode_steps(name, changes, expected):
-    found = create(CASES[name] | changes).task.max_episode_steps
-    assert (found, type(found)) == (expected, type(expected))
-
-
-@pytest.mark.parametrize(
     ("section", "parts"),
     [
         ({"type": "Minigrid", "name": "MiniGrid-MemoryS8-v0"}, ["MiniGrid-MemoryS8", "Did you mean"]),
@@ -203,13 +190,11 @@ def test_the_tutorial_s_environment_keeps_the_contract():
 
 @pytest.mark.parametrize("good", [True, False])
 def test_poc_memory_episode(good):
-    env = create({"type": "PocMemoryEnv"})
-    starts, good_sides = set(), set()
+    env, seen = create({"type": "PocMemoryEnv"}), set()
     for seed in range(40):
         shown, _ = env.reset(seed=seed)
         start, good_side = round(5 * float(shown[1])), int(shown[2])
-        starts.add(start)
-        good_sides.add(good_side)
+        seen.add((start, good_side))
         action = int((good_side == 1) == good)
         for _ in range(2):
             observation, *rest = env.step(np.array([action]))
@@ -222,7 +207,7 @@ def test_poc_memory_episode(good):
             assert (terminated, truncated) == (move == moves, False)
             assert reward == (-0.1 if not terminated else 1.6 if good else -1.6)
         assert info["success"] == good and info["length"] == moves + 2
-    assert starts == {-2, -1, 0, 1, 2} and good_sides == {-1, 1}
+    assert seen == {(start, side) for start in range(-2, 3) for side in (-1, 1)}
 
 
 def test_poc_memory_time_limit():
@@ -246,8 +231,7 @@ def play(env, seed, policy):
 
 
 @pytest.mark.parametrize("guided", [True, False])
-@pytest.mark.parametrize("passive", [True, False])
-@pytest.mark.parametrize("length", [1, 2, 30])
+@pytest.mark.parametrize(("passive", "length"), [(True, 1), (False, 1), (False, 9)])
 def test_tmaze_pays_1_who_remembers_and_half_who_does_not(length, passive, guided):
     env = create({"type": "TMaze", "corridor_length": length, "passive": passive, "guided": guided})
 
@@ -261,8 +245,8 @@ def test_tmaze_pays_1_who_remembers_and_half_who_does_not(length, passive, guide
         rewards, info = play(env, seed, oracle)
         assert rewards == [0.0] * (env.task.max_episode_steps - 1) + [1.0]
         assert without_mask(info) == {"success": 1.0, "reward": 1.0, "length": env.task.max_episode_steps}
-    blind = [sum(play(env, seed, lambda seen: UP if seen[-1][3] else RIGHT)[0]) for seed in range(400)]
-    assert set(blind) == {0.0, 1.0} and abs(np.mean(blind) - 0.5) < 0.08
+    blind = [sum(play(env, seed, lambda seen: UP if seen[-1][3] else RIGHT)[0]) for seed in range(200)]
+    assert set(blind) == {0.0, 1.0} and abs(np.mean(blind) - 0.5) < 0.1
 
 
 def test_tmaze_shows_no_time_and_always_comes_to_its_decision():
@@ -382,13 +366,10 @@ def test_missions_are_seen_as_words_which_are_all_known(name):
         assert observation["vector"].sum() == len(mission)
 
 
-@pytest.mark.parametrize(
-    ("name", "noticed"),
-    [("BabyAI-GoToLocal-v0", True), ("MiniGrid-Fetch-5x5-N2-v0", True), ("MiniGrid-MemoryS9-v0", False)],
-)
-def test_goals_that_the_agent_is_not_told_are_noticed(name, noticed):
+@pytest.mark.parametrize("name", ["BabyAI-GoToLocal-v0", "MiniGrid-Fetch-5x5-N2-v0", "MiniGrid-MemoryS9-v0"])
+def test_goals_that_the_agent_is_not_told_are_noticed(name):
     notices = create({"type": "Minigrid", "name": name}).notices
-    assert ["mission: True" in notice for notice in notices] == [True] * noticed
+    assert ["mission: True" in notice for notice in notices] == [True] * ("Memory" not in name)
     assert not create({"type": "Minigrid", "name": name, "mission": True}).notices
 
 
@@ -442,7 +423,9 @@ def test_endless_mortar_mayhem_is_that_of_the_pygame_it_was_made_with():
 
 
 @pytest.mark.parametrize("task", MEMORY_GYM_TYPES)
-def test_memory_gym_environments_do_not_disturb_each_other(task):
+def test_memory_gym_environments_do_not_disturb_each_other(task, monkeypatch):
+    monkeypatch.setenv("SDL_VIDEODRIVER", "offscreen")
+
     def play(envs, count):
         histories = [[digest(env.reset(seed=seed)[0])] for seed, env in enumerate(envs)]
         for step in range(count):
@@ -456,19 +439,14 @@ def test_memory_gym_environments_do_not_disturb_each_other(task):
     first.close()
     pygame.quit()  # as closing a window elsewhere in the process would
     assert play([create({"type": task}, render_mode="rgb_array"), second], 15) == together
-    assert not pygame.display.get_init()
-
-
-def test_memory_gym_leaves_the_video_driver_alone(monkeypatch):
-    monkeypatch.setenv("SDL_VIDEODRIVER", "offscreen")
-    create({"type": "MortarMayhem"})
-    assert os.environ["SDL_VIDEODRIVER"] == "offscreen"
+    assert not pygame.display.get_init() and os.environ["SDL_VIDEODRIVER"] == "offscreen"
 
 
 def test_memory_gym_uses_the_options_at_every_reset():
     """Its time limit is part of the task and terminates."""
     env = create({"type": "MysteryPath-Grid", "reset_params": {"num-seeds": 5, "show_goal": True, "max_steps": 12}})
     green = np.array([0, 255, 0])[:, None, None]
+    assert env.task.max_episode_steps == 12
     for seed in range(3):
         assert (env.reset(seed=seed)[0] == green).all(axis=0).any()
         assert [env.step(0)[2:4] for _ in range(12)] == [(False, False)] * 11 + [(True, False)]
