@@ -66,10 +66,10 @@ class Reconstruction(AuxiliaryTask):
         if not isinstance(encoder, VisualEncoder):
             raise UserError("reconstruction_coefficient: needs frames of at least 36×36; allowed here is 0")
         self.sizes = encoder.sizes
-        self.hidden = orthogonal(nn.Linear(model.core.output_dim, encoder.hidden.in_features), math.sqrt(2))
-        self.deconv3 = orthogonal(nn.ConvTranspose2d(64, 64, 3, 1), math.sqrt(2))
-        self.deconv2 = orthogonal(nn.ConvTranspose2d(64, 32, 4, 2), math.sqrt(2))
-        self.deconv1 = orthogonal(nn.ConvTranspose2d(32, encoder.conv1.in_channels, 8, 4), math.sqrt(2))
+        self.hidden = orthogonal(nn.Linear(model.core.output_dim, encoder.hidden.in_features))
+        self.deconv3 = orthogonal(nn.ConvTranspose2d(64, 64, 3, 1))
+        self.deconv2 = orthogonal(nn.ConvTranspose2d(64, 32, 4, 2))
+        self.deconv1 = orthogonal(nn.ConvTranspose2d(32, encoder.conv1.in_channels, 8, 4))
         channels_last(self)
 
     def forward(self, output: Tensor) -> Tensor:

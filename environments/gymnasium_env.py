@@ -64,7 +64,7 @@ class GymnasiumEnv(gymnasium.Wrapper):
 
     def _begin(self) -> None:
         self._reward, self._length = 0.0, 0  # of the episode, in the environment's own unit
-        self._last: tuple[Any, float] = (None, 0.0)
+        self._last: tuple[Any, float] = (None, 0.0)  # action and reward, as the agent sees them
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, Info]:
         """Start an episode; the info is empty or has the `action_mask`."""
@@ -90,15 +90,9 @@ class GymnasiumEnv(gymnasium.Wrapper):
         return {"reward": self._reward, "length": self._length}
 
     def observed(self, observation: Any, action: Any, reward: float | None) -> Observation:
-        """Return what the agent sees of an observation of `env` itself, none of this one's own episode.
+        """Return what the agent sees of an observation of an environment like `env`, by its last action and the reward.
 
-        Args:
-            observation: of `env`.
-            action: the agent's last, None at the beginning of an episode.
-            reward: that came of it.
-
-        Raises:
-            BrokenContract: if the observation is not as declared, or the reward is missing where the agent sees it.
+        Both are None at the beginning of an episode. BrokenContract where what the agent sees is missing, or wrong.
         """
         if action is not None and reward is None and self.previous_reward:
             raise BrokenContract("needs reward=…, the one of the last step: the agent sees it (previous_reward)")

@@ -26,8 +26,6 @@ MEMORY_GYM_TYPES: tuple[str, ...] = get_args(MemoryGymType)
 TaskOptions = TypedDict("TaskOptions", {"start-seed": StartSeed, "num-seeds": SeedCount}, total=False)
 with_config(ConfigDict(extra="allow"))(TaskOptions)
 
-NO_STEP_LIMIT = -1
-
 
 @functools.cache
 def off_screen() -> Any:
@@ -111,8 +109,8 @@ class MemoryGymTask(gymnasium.Wrapper):
         self._options, self._watched = options, watched
         self._is_mortar_mayhem = task_type in ("MortarMayhem", "MortarMayhem-Grid")
         self.reset()  # the limit is known only now; a seed would be that of later resets without one, too
-        limit = int(self._task.max_episode_steps)
-        self.limit = None if limit == NO_STEP_LIMIT else limit
+        limit = int(self._task.max_episode_steps)  # −1 where there is none
+        self.limit = limit if limit > 0 else None
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
         """Start an episode with the task's options."""

@@ -252,21 +252,17 @@ def test_tmaze_pays_1_who_remembers_and_half_who_does_not(length, passive, guide
 def test_tmaze_shows_no_time_and_always_comes_to_its_decision():
     """Who stands still pays 1 in all; guided, it decides nevertheless, and only then between up and down alone."""
     env = create({"type": "TMaze", "corridor_length": 9})
-    seen, info = [env.reset(seed=0)[0]], {}
-    for _ in range(9):
-        observation, reward, ended, _, info = env.step(DOWN)
-        seen.append(observation)
-        assert (reward, ended) == (-1 / 9, False)
-    assert len({tuple(observation) for observation in seen[1:-1]}) == 1
-    assert seen[-1].tolist() == [0, 0, 0, 1] and info["action_mask"].tolist() == [False, True, False, True]
-    strict = create({"type": "TMaze", "corridor_length": 9, "guided": False})
-    rewards, info = play(strict, 0, lambda seen: DOWN)
-    assert (len(rewards), info["success"]) == (10, 0.0) and "action_mask" not in info
+    env.reset(seed=0)
+    steps = [env.step(DOWN) for _ in range(9)]
+    assert [step[1:4] for step in steps] == [(-1 / 9, False, False)] * 9
+    assert [step[0].tolist() for step in steps] == [[0, 1, 0, 0]] * 8 + [[0, 0, 0, 1]]
+    assert steps[-1][4]["action_mask"].tolist() == [False, True, False, True]
+    rewards, info = play(create({"type": "TMaze", "corridor_length": 9, "guided": False}), 0, lambda seen: DOWN)
+    assert (len(rewards), info["success"]) == (10, 0.0)
 
 
-@pytest.mark.parametrize("length", [40, 60])
-def test_key_to_door_pays_its_optimum_with_the_key_alone(length):
-    env = create({"type": "KeyToDoor", "episode_length": length})
+def test_key_to_door_pays_its_optimum_with_the_key_alone():
+    env = create({"type": "KeyToDoor", "episode_length": 40})
     towards = {(-1, 0): 0, (0, 1): 1, (1, 0): 2, (0, -1): 3}
 
     def walk(seen, skip=None):
@@ -295,7 +291,6 @@ def test_cartpole_masks_velocities_and_scales_rewards():
     masked, full = create({"type": "CartPoleMasked"}), create({"type": "CartPole"})
     hidden, seen = masked.reset(seed=5)[0], full.reset(seed=5)[0]
     for step in range(1, 201):
-        assert seen.all()
         assert np.array_equal(hidden, seen * np.array([1, 0, 1, 0], dtype=np.float32))
         # Keeps the pole upright and the cart in the middle
         action = int(seen @ np.array([0.1, 0.3, 1.0, 0.5]) > 0)
@@ -308,29 +303,25 @@ def test_cartpole_masks_velocities_and_scales_rewards():
 @pytest.mark.parametrize(
     ("name", "entries", "needed", "kept"),
     [
-        ("MiniGrid-MemoryS7-v0", {}, "success", 1000),
-        ("MiniGrid-KeyCorridorS3R1-v0", {"max_episode_steps": 200}, "carrying", 1000),
+        ("MiniGrid-KeyCorridorS3R1-v0", {"view_size": 7, "tile_size": 8, "max_episode_steps": 200}, "carrying", 1000),
         ("MiniGrid-MultiRoom-N2-S4-v0", {"view_size": 5, "tile_size": 10}, "open door", 3),
     ],
 )
 def test_minigrid_pictures_equal_plain_rendering(monkeypatch, name, entries, needed, kept):
     monkeypatch.setattr(minigrid_env, "MAX_KEPT_PICTURES", kept)
     monkeypatch.setattr(minigrid_env, "_kept_pictures", {})
-    env = create({"type": "Minigrid", "name": name, **entries})
-    view_size, tile_size = (3, 28) if "Memory" in name else (entries.get("view_size", 7), entries.get("tile_size", 8))
-    plain = gymnasium.make(name, agent_view_size=view_size).unwrapped
-    create({"type": "Minigrid", "name": name, "tile_size": 16, "view_size": view_size}).reset(seed=0)
-    happened = set()
+    env, happened = create({"type": "Minigrid", "name": name, **entries}), set()
+    plain = gymnasium.make(name, agent_view_size=entries["view_size"]).unwrapped
+    create({"type": "Minigrid", "name": name, **entries, "tile_size": 16}).reset(seed=0)
     for seed in range(6):
         observation, _ = env.reset(seed=seed)
         plain.reset(seed=seed)
         for action in random_actions(env, 120, seed):
             # What MiniGrid's RGBImgPartialObsWrapper observes
-            expected = plain.get_frame(tile_size=tile_size, agent_pov=True)
+            expected = plain.get_frame(tile_size=entries["tile_size"], agent_pov=True)
             assert np.array_equal(observation, expected.transpose(2, 0, 1))
             observation, reward, terminated, truncated, _ = env.step(action)
             assert (reward, terminated) == plain.step(action.item())[1:3]
-            happened.add("success" if reward > 0 else "")
             happened.add("carrying" if plain.carrying else "")
             happened.add("open door" if any(getattr(cell, "is_open", False) for cell in plain.grid.grid) else "")
             if terminated or truncated:
@@ -340,11 +331,9 @@ def test_minigrid_pictures_equal_plain_rendering(monkeypatch, name, entries, nee
 
 def test_minigrid_time_limit_truncates_and_leaves_the_reward():
     env = create(CASES["Minigrid-Memory"])
-    assert env.action_space == spaces.Discrete(3)
     env.reset(seed=0)
     ends = [env.step(Actions.left)[2:] for _ in range(96)]
-    assert ends[:95] == [(False, False, {})] * 95
-    assert ends[95] == (False, True, {"reward": 0.0, "length": 96, "success": 0.0})
+    assert ends == [(False, False, {})] * 95 + [(False, True, {"reward": 0.0, "length": 96, "success": 0.0})]
 
     env = create({"type": "Minigrid", "name": "MiniGrid-Empty-5x5-v0"})
     env.reset(seed=0)
