@@ -278,9 +278,8 @@ class ActorCriticModel(nn.Module):
         embed_dim, hidden = config.core.embed_dim, config.hidden_layer_size
         self.encoder: nn.Module
         if task.frame is None:
-            self.encoder = nn.Sequential(
-                OrderedDict(hidden=orthogonal(nn.Linear(task.vector, embed_dim)), relu=nn.ReLU())
-            )
+            hidden_layer = orthogonal(nn.Linear(task.vector, embed_dim))
+            self.encoder = nn.Sequential(OrderedDict(hidden=hidden_layer, relu=nn.ReLU()))
         elif min(task.frame[1:]) < SMALLEST_PICTURE:
             self.encoder = GridEncoder(task.frame, embed_dim)
         else:

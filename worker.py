@@ -302,7 +302,7 @@ class EnvironmentRunner:
             arrays.show(index, observation, final=True)
         report = env.numbers_so_far() | {"cut": 1.0} if cut else info
         self._reset(index, int(arrays.episode[index]) + 1)
-        return [(index, report)]
+        return [(index, {name: float(number) for name, number in report.items()})]
 
     def close(self) -> None:
         """Close the environments; where that fails, it was told when one was inspected."""
