@@ -105,7 +105,7 @@ class GymnasiumEnv(gymnasium.Wrapper):
             action, reward = self._last
             shown = self._observer.vector(observation)
             shown[self._hidden] = 0.0
-            acted = [self._actor.features(action)] * self.previous_action
+            acted = [self._actor.features(action)] if self.previous_action else []
             vector = np.concatenate([shown, *acted, [reward] * self.previous_reward]).astype(np.float32)
             if not np.isfinite(vector).all():
                 raise BrokenContract(f"observation is not finite: {vector}")

@@ -48,7 +48,8 @@ class Pictures(gymnasium.ObservationWrapper):
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict]:
         """Take one of MiniGrid's actions."""
-        seen, reward, terminated, truncated, _ = super().step(action)
+        # MiniGrid compares with its enumeration, at which NumPy's numbers are slow.
+        seen, reward, terminated, truncated, _ = super().step(int(action))
         return seen, reward, terminated, truncated, {"success": float(reward) > 0}
 
     def observation(self, shown: dict[str, Any]) -> Any:
@@ -57,7 +58,8 @@ class Pictures(gymnasium.ObservationWrapper):
         if key not in _kept_pictures:
             if len(_kept_pictures) >= MAX_KEPT_PICTURES:
                 _kept_pictures.clear()
-            _kept_pictures[key] = self._grid.get_frame(tile_size=self._tile_size, agent_pov=True)
+            picture = self._grid.get_frame(tile_size=self._tile_size, agent_pov=True)
+            _kept_pictures[key] = np.ascontiguousarray(picture)
         if self._vocabulary is None:
             return _kept_pictures[key]
         words = words_of(shown["mission"])

@@ -1,6 +1,6 @@
 """What configs are declared with: numbers, texts, schedules, and the base of the sections on environments.
 
-Each environment's section lies beside its wrapper. Checking a config imports none of the simulators.
+Each section lies beside its environment. Checking a config imports none of the simulators.
 """
 
 from typing import Annotated, Any

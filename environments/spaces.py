@@ -264,7 +264,8 @@ def rebuilt(space: Any, flat: Iterator) -> Any:
         return {key: rebuilt(part, flat) for key, part in space.spaces.items()}
     if isinstance(space, spaces.Tuple):
         return tuple(rebuilt(part, flat) for part in space.spaces)
+    if isinstance(space, spaces.Discrete):
+        return space.dtype.type(next(flat) + space.start)
     values = np.array([next(flat) for _ in range(math.prod(space.shape))]).reshape(space.shape)
     values = np.rint(values) if space.dtype.kind in "iu" else values
-    values = np.asarray(values.astype(space.dtype) + getattr(space, "start", 0), dtype=space.dtype)
-    return values[()] if isinstance(space, spaces.Discrete) else values
+    return np.asarray(values.astype(space.dtype) + getattr(space, "start", 0), dtype=space.dtype)
