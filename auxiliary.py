@@ -66,10 +66,10 @@ class Reconstruction(AuxiliaryTask):
         if not isinstance(encoder, VisualEncoder):
             raise UserError("reconstruction_coefficient: needs frames of at least 36×36; allowed here is 0")
         self.sizes = encoder.sizes
-        self.hidden = orthogonal(nn.Linear(model.core.output_dim, encoder.hidden.in_features), math.sqrt(2))
-        self.deconv3 = orthogonal(nn.ConvTranspose2d(64, 64, 3, 1), math.sqrt(2))
-        self.deconv2 = orthogonal(nn.ConvTranspose2d(64, 32, 4, 2), math.sqrt(2))
-        self.deconv1 = orthogonal(nn.ConvTranspose2d(32, encoder.conv1.in_channels, 8, 4), math.sqrt(2))
+        self.hidden = orthogonal(nn.Linear(model.core.output_dim, encoder.hidden.in_features))
+        self.deconv3 = orthogonal(nn.ConvTranspose2d(64, 64, 3, 1))
+        self.deconv2 = orthogonal(nn.ConvTranspose2d(64, 32, 4, 2))
+        self.deconv1 = orthogonal(nn.ConvTranspose2d(32, encoder.conv1.in_channels, 8, 4))
         channels_last(self)
 
     def forward(self, output: Tensor) -> Tensor:
@@ -103,15 +103,15 @@ class Recall(AuxiliaryTask):
         embed_dim, self.memory_length = model.embedding.out_features, model.core.memory_length
         self.query = nn.Linear(model.core.output_dim, embed_dim)
         self.prior = nn.Linear(embed_dim, 1)
-        self.seen = np.zeros((0, 0, 0), dtype=bool)
-        self.known = np.zeros((0, 0), dtype=bool)
+        # Of a rollout: which of its frames an episode had shown before a step (W, T, M), whether that is known (W, T)
+        self.seen, self.known = np.zeros((0, 0, 0), bool), np.zeros((0, 0), bool)
 
     def forward(self, output: Tensor, frames: Tensor) -> Tensor:
         """Return logits (N, M) for transformer outputs (N, D) and embedded frames (M, D)."""
         return F.linear(self.query(output), frames) / math.sqrt(frames.shape[1]) + self.prior(frames).T
 
     def prepare(self, buffer: Buffer) -> None:
-        """Fill `seen`: which distinct frames the running episode has shown before each step of this rollout."""
+        """Fill `seen` and `known`."""
         frames, (workers, steps) = buffer.frame_number[buffer.frame_index()], buffer.step.shape
         self.known = buffer.step <= np.minimum(np.arange(steps), self.memory_length)
         self.seen = np.zeros((workers, steps, buffer.frame_count), dtype=bool)
@@ -158,25 +158,23 @@ class NextObservation(AuxiliaryTask):
     def __init__(self, model: ActorCriticModel) -> None:
         super().__init__()
         task, embed_dim = model.task, model.embedding.out_features
+        self.task, self.compares = task, task.frame is not None
         self.normalised = model.moments.forward  # the method: the module is the model's
-        self.frames, self.vectors = task.frame is not None, task.vector > 0
-        self.compares = self.frames
-        self.reports = ("prediction", *(("predicted", "predictable") if self.frames else ()))
+        self.reports = ("prediction", "predicted", "predictable") if self.compares else ("prediction",)
         self.query = nn.Linear(model.core.output_dim, embed_dim)
         # No bias: without any action, E[a] would be zero and the output alone would predict.
         sizes = [task.continuous] if task.continuous else task.branches
         self.actions = nn.ModuleList(nn.Linear(n, embed_dim, bias=False) for n in sizes)
         for weight in self.actions.parameters():
             nn.init.zeros_(weight)
-        self.continuous = task.continuous > 0
-        self.prior = nn.Linear(embed_dim, 1) if self.frames else None
-        self.regression = nn.Linear(embed_dim, task.vector) if self.vectors else None
+        self.prior = nn.Linear(embed_dim, 1) if self.compares else None
+        self.regression = nn.Linear(embed_dim, task.vector) if task.vector else None
         self.following = self.frame = np.zeros(0, dtype=np.int64)
         self.observations: ObservationStore | None = None
 
     def forward(self, output: Tensor, actions: Tensor) -> Tensor:
         """Return W o ⊙ (1 + E[a]) (N, D) for transformer outputs (N, D) and what was done (N, entries)."""
-        if self.continuous:
+        if self.task.continuous:
             change = self.actions[0](actions)
         else:
             pairs = zip(self.actions.parameters(), actions.T, strict=True)
@@ -188,38 +186,31 @@ class NextObservation(AuxiliaryTask):
         following = np.concatenate((buffer.observation_index[:, 1:], buffer.last_index[:, None]), axis=1)
         self.following = np.where(buffer.terminated | buffer.truncated, -1, following).flatten()
         self.observations = buffer.observations
-        if self.frames:
+        if self.compares:
             frame = buffer.frame_number[buffer.observations.frame_index(self.following)]
             self.frame = np.where(self.following < 0, -1, frame)
-
-    def next_frame(self, batch: Minibatch) -> Tensor:
-        """Return (N,): which of the minibatch's frames came next, −1 where the episode ended or no sample saw it."""
-        frame = self.frame[batch.samples]
-        place = np.searchsorted(batch.candidates, frame).clip(max=len(batch.candidates) - 1)
-        return to_device(np.where(batch.candidates[place] == frame, place, -1), batch.which.device)
-
-    def next_vector(self, batch: Minibatch) -> tuple[Tensor, Tensor]:
-        """Return what came next (N, n), normalised as the model sees it, and whether the episode went on (N, 1)."""
-        following = self.following[batch.samples]
-        vector = self.normalised(self.observations.vectors_of(following.clip(min=0)))
-        return vector, to_device(following >= 0, batch.which.device)[:, None]
 
     def loss(self, output: Output, batch: Minibatch, candidates: Tensor) -> Loss:
         """Return cross-entropy and squared error per sample; see `AuxiliaryTask.loss`.
 
         Reported are the loss, and of frames the shares of samples that were predicted and that could be.
         """
-        question = self(output.output, batch.actions)
+        question, device = self(output.output, batch.actions), batch.which.device
         loss, reported = question.new_zeros(()), []
-        if self.frames:
-            target = self.next_frame(batch)
+        if self.prior is not None:
+            # Which of the candidates came next, −1 where the episode ended or no sample saw it
+            frame = self.frame[batch.samples]
+            place = np.searchsorted(batch.candidates, frame).clip(max=len(batch.candidates) - 1)
+            target = to_device(np.where(batch.candidates[place] == frame, place, -1), device)
             logits = F.linear(question, candidates) / math.sqrt(candidates.shape[1]) + self.prior(candidates).T
             loss = F.cross_entropy(logits.float(), target, ignore_index=-1, reduction="sum") / batch.size
             predicted = logits.detach().argmax(dim=1) == target
             reported = [batch.mean(predicted.float()), batch.mean((target >= 0).float())]
-        if self.vectors:
-            vector, known = self.next_vector(batch)
-            loss = loss + batch.mean((self.regression(question).float() - vector) ** 2 * known)
+        if self.regression is not None:
+            following = self.following[batch.samples]
+            vector = self.normalised(self.observations.vectors_of(following.clip(min=0)))
+            error = (self.regression(question).float() - vector) ** 2
+            loss = loss + batch.mean(error * to_device(following >= 0, device)[:, None])
         return loss, [loss.detach(), *reported]
 
 

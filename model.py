@@ -160,7 +160,7 @@ class Output:
     attention: list[Tensor]
 
 
-def orthogonal(layer: Layer, gain: float) -> Layer:
+def orthogonal(layer: Layer, gain: float = math.sqrt(2)) -> Layer:
     """Initialise the weight of a layer orthogonally and return the layer."""
     nn.init.orthogonal_(layer.weight, gain)
     return layer
@@ -181,15 +181,15 @@ class VisualEncoder(nn.Module):
 
     def __init__(self, shape: tuple[int, ...], embed_dim: int) -> None:
         super().__init__()
-        self.conv1 = orthogonal(nn.Conv2d(shape[0], 32, 8, 4), math.sqrt(2))
-        self.conv2 = orthogonal(nn.Conv2d(32, 64, 4, 2), math.sqrt(2))
-        self.conv3 = orthogonal(nn.Conv2d(64, 64, 3, 1), math.sqrt(2))
+        self.conv1 = orthogonal(nn.Conv2d(shape[0], 32, 8, 4))
+        self.conv2 = orthogonal(nn.Conv2d(32, 64, 4, 2))
+        self.conv3 = orthogonal(nn.Conv2d(64, 64, 3, 1))
         channels_last(self)
         self.sizes = [(shape[1], shape[2])]
         for conv in (self.conv1, self.conv2, self.conv3):
             height, width = ((size - conv.kernel_size[0]) // conv.stride[0] + 1 for size in self.sizes[-1])
             self.sizes.append((height, width))
-        self.hidden = orthogonal(nn.Linear(64 * math.prod(self.sizes[-1]), embed_dim), math.sqrt(2))
+        self.hidden = orthogonal(nn.Linear(64 * math.prod(self.sizes[-1]), embed_dim))
 
     def forward(self, frames: Tensor) -> Tensor:
         """Return (N, D) for uint8 frames (N, C, H, W)."""
@@ -211,10 +211,10 @@ class GridEncoder(nn.Module):
 
     def __init__(self, shape: tuple[int, ...], embed_dim: int) -> None:
         super().__init__()
-        self.conv1 = orthogonal(nn.Conv2d(shape[0], 32, 3, padding=1), math.sqrt(2))
-        self.conv2 = orthogonal(nn.Conv2d(32, 64, 3, padding=1), math.sqrt(2))
+        self.conv1 = orthogonal(nn.Conv2d(shape[0], 32, 3, padding=1))
+        self.conv2 = orthogonal(nn.Conv2d(32, 64, 3, padding=1))
         channels_last(self)
-        self.hidden = orthogonal(nn.Linear(64 * math.prod(shape[1:]), embed_dim), math.sqrt(2))
+        self.hidden = orthogonal(nn.Linear(64 * math.prod(shape[1:]), embed_dim))
 
     def forward(self, frames: Tensor) -> Tensor:
         """Return (N, D) for uint8 frames (N, C, H, W)."""
@@ -278,13 +278,13 @@ class ActorCriticModel(nn.Module):
         embed_dim, hidden = config.core.embed_dim, config.hidden_layer_size
         self.encoder: nn.Module
         if task.frame is None:
-            hidden_layer = orthogonal(nn.Linear(task.vector, embed_dim), math.sqrt(2))
+            hidden_layer = orthogonal(nn.Linear(task.vector, embed_dim))
             self.encoder = nn.Sequential(OrderedDict(hidden=hidden_layer, relu=nn.ReLU()))
         elif min(task.frame[1:]) < SMALLEST_PICTURE:
             self.encoder = GridEncoder(task.frame, embed_dim)
         else:
             self.encoder = VisualEncoder(task.frame, embed_dim)
-        self.embedding = orthogonal(nn.Linear(embed_dim, embed_dim), math.sqrt(2))
+        self.embedding = orthogonal(nn.Linear(embed_dim, embed_dim))
         # Under the name of its section: so are its parameters called.
         if config.transformer is not None:
             self.transformer = Transformer(config.transformer, task.max_episode_steps)
@@ -292,14 +292,14 @@ class ActorCriticModel(nn.Module):
             self.recurrence = Recurrence(config.recurrence)
         else:
             self.memoryless = Memoryless(config.memoryless)
-        self.policy_hidden = orthogonal(nn.Linear(self.core.output_dim, hidden), math.sqrt(2))
-        self.value_hidden = orthogonal(nn.Linear(self.core.output_dim, hidden), math.sqrt(2))
+        self.policy_hidden = orthogonal(nn.Linear(self.core.output_dim, hidden))
+        self.value_hidden = orthogonal(nn.Linear(self.core.output_dim, hidden))
         outputs = [task.continuous] if task.continuous else task.branches
         self.policy = nn.ModuleList(orthogonal(nn.Linear(hidden, n), math.sqrt(0.01)) for n in outputs)
         self.value = orthogonal(nn.Linear(hidden, 1), config.value_gain)
         self.log_std = nn.Parameter(torch.zeros(task.continuous)) if task.continuous else None
         both = task.frame is not None and task.vector
-        self.vector = orthogonal(nn.Linear(task.vector, embed_dim), math.sqrt(2)) if both else None
+        self.vector = orthogonal(nn.Linear(task.vector, embed_dim)) if both else None
         normalised = config.normalize_observations and task.vector
         self.moments = RunningMoments(task.vector) if normalised else nn.Identity()
 

@@ -30,17 +30,11 @@ def own_rows(state: Any, rows: range) -> Any:
 
 
 def create_env(section: Section, render_mode: str | None = None) -> Any:
-    """Create one environment.
+    """Return a new `GymnasiumEnv`; UserError if it does not exist or cannot be played, in whatever way it fails.
 
     Args:
         section: the `environment` section of a config.
         render_mode: "rgb_array" to be able to call `render`, else None.
-
-    Returns:
-        An environment that speaks the Gymnasium API and has `max_episode_steps` (None if endless).
-
-    Raises:
-        UserError: if the section names something that does not exist or cannot be played, in whatever way it fails.
     """
     try:
         return section.create(render_mode)
@@ -56,14 +50,7 @@ def seed_range(section: Section) -> tuple[int, int]:
 
 
 def training_seed(seed: int, section: Section, index: int, episode: int) -> int:
-    """Return the reset seed of an episode, which depends on nothing but these.
-
-    Args:
-        seed: of the run.
-        section: says by start-seed and num-seeds what to draw from.
-        index: of the environment, among all of the run.
-        episode: its number in this environment.
-    """
+    """Return the reset seed of an environment's episode, by the run's `seed` and the seeds that the section allows."""
     start, count = seed_range(section)
     return start + int(np.random.SeedSequence((seed, index, episode)).generate_state(1)[0]) % count
 
@@ -87,12 +74,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def polynomial_decay(schedule: Schedule, update: int) -> float:
-    """Return the value of a schedule at an update.
-
-    Args:
-        schedule: of a config.
-        update: number of finished updates.
-    """
+    """Return the value of a schedule after so many updates."""
     if update >= schedule.max_decay_steps:
         return schedule.final
     remaining = (1 - update / schedule.max_decay_steps) ** schedule.power

@@ -30,8 +30,7 @@ import numpy as np
 import xxhash
 
 from environments import BrokenContract
-from environments.contract import Task, check_observation, checked_step, failure_of, try_out
-from environments.numbers import episode_numbers
+from environments.contract import Task, failure_of, try_out
 from environments.section import Section
 from utils import EnvironmentFailure, UserError, create_env, training_seed
 
@@ -124,6 +123,8 @@ class SharedArrays:
         digests[index] = np.frombuffer(digest, np.uint8)
         if self.masks is not None:
             self.masks[index] = True if mask is None else mask
+        elif mask is not None:
+            raise BrokenContract("gives an action_mask, but gave none with its first observations")
 
 
 @dataclass
@@ -224,16 +225,16 @@ class EnvironmentRunner:
     def _reset(self, index: int, episode: int) -> None:
         self.arrays.episode[index], self.arrays.steps[index] = episode, 0
         observation, info = self.envs[index].reset(seed=self._seed(index))
-        check_observation(self.envs[index], observation, self.task)
         self.arrays.show(index, observation, info.get("action_mask"))
 
     def inspect(self, _: None) -> tuple[tuple, list[str]]:
         """Play a step of the first environment and close it; return the entries of its `Task`, and notices."""
         env = self.envs.pop(self.indices[0])
         try:
-            task, notices = try_out(env, self.episode_seed(0, 0))
+            task = try_out(env, self.episode_seed(0, 0))
         except Exception as error:
             raise UserError(f"environment: {failure_of(error)}") from error
+        notices = [f"environment: {notice}" for notice in env.notices]
         try:
             env.close()
         except Exception as error:
@@ -266,7 +267,7 @@ class EnvironmentRunner:
         actions = np.frombuffer(packed, packed_type(task)).reshape(-1, task.action_size)
         for action in actions.astype(arrays.actions.dtype):
             arrays.steps[index] += 1
-            observation, _, terminated, truncated, info = checked_step(self.envs[index], action, task)
+            observation, _, terminated, truncated, info = self.envs[index].step(action)
             if terminated or truncated:
                 break
             arrays.show(index, observation, info.get("action_mask"))
@@ -288,21 +289,20 @@ class EnvironmentRunner:
         self._turn_to(index)
         arrays.steps[index] += 1
         steps, limit = int(arrays.steps[index]), self.task.max_episode_steps
-        result = checked_step(env, arrays.actions[index].copy(), self.task)
-        observation, arrays.rewards[index], terminated, truncated, info = result
+        observation, arrays.rewards[index], terminated, truncated, info = env.step(arrays.actions[index].copy())
         cut = steps == self.max_steps and not (terminated or truncated)
         truncated |= cut
         arrays.terminated[index], arrays.truncated[index] = terminated, truncated and not terminated
         if not (terminated or truncated):
             if limit is not None and steps >= limit:
-                raise BrokenContract(f"{type(env).__name__}: episode longer than max_episode_steps, {limit}")
+                raise BrokenContract(f"episode longer than max_episode_steps, {limit}")
             arrays.show(index, observation, info.get("action_mask"))
             return []
         if arrays.truncated[index]:
             arrays.show(index, observation, final=True)
-        report = env.numbers_so_far() | {"cut": 1.0} if cut else episode_numbers(info)
+        report = env.numbers_so_far() | {"cut": 1.0} if cut else info
         self._reset(index, int(arrays.episode[index]) + 1)
-        return [(index, report)]
+        return [(index, {name: float(number) for name, number in report.items()})]
 
     def close(self) -> None:
         """Close the environments; where that fails, it was told when one was inspected."""

@@ -1,4 +1,4 @@
-"""The environments: one small wrapper per family, beside the section of the config that it reads."""
+"""The environments: each family beside the section of the config that it reads; all are played as `GymnasiumEnv`."""
 
 import os
 import sys

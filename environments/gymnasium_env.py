@@ -1,142 +1,178 @@
-"""Any registered environment, whatever it shows and however it is acted in."""
+"""Any Gymnasium environment, whatever it shows and however it is acted in, as an agent plays it."""
 
-import textwrap
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from typing import Annotated, Any, Literal
 
 import gymnasium
 import numpy as np
-from gymnasium import spaces
 from gymnasium.wrappers import NormalizeObservation, NormalizeReward
 from pydantic import Field
 
-from environments.contract import BrokenContract
-from environments.episode import Info, Observation, Step, WrappedEnv, make_registered, picture_space, vector_picture
+from environments.contract import BrokenContract, Task
 from environments.numbers import task_numbers
+from environments.pictures import frame_picture, vector_picture
 from environments.section import Flag, Nothing, Number, Section, Steps, Text, Whole
-from environments.spaces import Actor, Observer, hidden_entries
+from environments.spaces import Actor, Observer, entry_names, hidden_entries
+
+Info = dict[str, Any]
+# A frame or a vector, an array; both are a dict of two arrays, "frame" and "vector"
+Observation = Any
 
 
-class GymnasiumEnv(WrappedEnv):
-    """A registered environment as the trainer expects it; BrokenContract where it leaves its spaces."""
+class GymnasiumEnv(gymnasium.Wrapper):
+    """An environment as an agent plays it: it shows a frame, a vector or both; BrokenContract where it cannot.
 
-    def __init__(self, section: "GymnasiumSection", render_mode: str | None = None):
-        super().__init__(section, render_mode)
-        self.reward_scale = section.reward_scale
-        arguments = {"max_episode_steps": section.max_episode_steps, **section.arguments}
-        self._env = make_registered(section.name, **arguments)
-        self._draws = render_mode in self._env.metadata.get("render_modes", ())
-        if self._draws:
-            self._env.close()
-            self._env = make_registered(section.name, render_mode=render_mode, **arguments)
-        self.max_episode_steps = self._env.spec.max_episode_steps
-        shown, acted = self.own_spaces
-        described = f"the observation space {textwrap.shorten(str(shown), 120)}"
-        try:
-            self._observer = Observer(shown, section.observe)
-            self._hidden = hidden_entries(section.hide, self._observer.size)
-            described = f"the action space {textwrap.shorten(str(acted), 120)}"
-            self._actor = Actor(acted)
-        except ValueError as error:
-            raise BrokenContract(f"name: {section.name!r} has {described}; {error}") from error
-        self.action_space, self.action_bounds = self._actor.space, self._actor.bounds
-        actions = self._actor.names("previous_action") if section.previous_action else []
-        self.vector_names = (*self._observer.names(), *actions, *["previous_reward"] * section.previous_reward)
-        parts: dict[str, gymnasium.Space] = {}
-        if self._observer.frame_shape is not None:
-            parts["frame"] = picture_space(*self._observer.frame_shape)
-        if self.vector_names:
-            parts["vector"] = spaces.Box(-np.inf, np.inf, (len(self.vector_names),), np.float32)
-        self.observation_space = spaces.Dict(parts) if len(parts) == 2 else next(iter(parts.values()))
-        self._last: tuple[Any, float] = (None, 0.0)
+    An action is int64 (branches,), or an int where there is one branch, or float32 (n,) where it is numbers. An episode
+    is determined by its seed and its actions. The info is empty before the end, but for an `action_mask`; at the end it
+    has reward and length of the episode, and the numbers in the environment's own info.
+
+    Args:
+        env: the environment itself.
+        max_episode_steps: the longest episode, None where episodes have no limit.
+        names: what each entry of the observed vector is, if its space does not say that well.
+        observe, hide, previous_action, previous_reward, reward_scale: see `GymnasiumSection`.
+
+    Attributes:
+        task: what a model needs to know of it; `try_out` says whether actions are masked.
+        vector_names: what each entry of the observed vector is.
+        action_bounds: lowest and highest (n,) of what an action of n numbers is clipped to; None for other actions.
+        notices: what someone who trains on it had better know, a line each.
+    """
+
+    def __init__(
+        self, env: gymnasium.Env, max_episode_steps: int | None, *, names: Sequence[str] = (),
+        observe: list[str] | None = None, hide: Iterable[int | str] = (), previous_action: bool = False,
+        previous_reward: bool = False, reward_scale: float = 1.0,
+    ) -> None:  # fmt: skip
+        super().__init__(env)
+        self.previous_action, self.previous_reward, self.reward_scale = previous_action, previous_reward, reward_scale
+        self._observer, self._actor = Observer(env.observation_space, observe), Actor(env.action_space)
+        self._hidden = hidden_entries(hide, self._observer.size)
+        branches, self.action_bounds = self._actor.branches, self._actor.bounds
+        size = self._observer.size + previous_action * self._actor.size + previous_reward
+        continuous = 0 if branches else self._actor.size
+        self.task = Task(self._observer.frame_shape, size, branches, continuous, max_episode_steps)
+        self.observation_space, self.action_space = self.task.observation_space, self.task.action_space
+        acted = entry_names(self.action_space, "previous_action") if previous_action else []
+        self.vector_names = (*(names or self._observer.names), *acted, *["previous_reward"] * previous_reward)
+        self.notices = statistics_inside(env)
+        self._masks = env.get_wrapper_attr("action_masks") if env.has_wrapper_attr("action_masks") else None
+        self._begin()
+
+    def _begin(self) -> None:
+        self._reward, self._length = 0.0, 0  # of the episode, in the environment's own unit
+        self._last: tuple[Any, float] = (None, 0.0)  # action and reward, as the agent sees them
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, Info]:
         """Start an episode; the info is empty or has the `action_mask`."""
-        observation, info = self._env.reset(seed=seed, options=options)
-        self._start_episode()
-        self._last = (None, 0.0)
-        return self._observe(observation), self._mask(info or {})
+        observation, info = self.env.reset(seed=seed, options=options)
+        self._begin()
+        return self._observe(observation), self._mask(info)
 
-    def step(self, action: np.ndarray | int) -> Step:
-        """Take an action; the info has the `action_mask` if there is one, and at the end the environment's numbers."""
-        observation, given, terminated, truncated, own_info = self._env.step(self._actor.action(action))
-        terminated, truncated, own_info = bool(terminated), bool(truncated), own_info or {}
+    def step(self, action: np.ndarray | int) -> tuple[Observation, float, bool, bool, Info]:
+        """Take an action; return observation, reward, terminated, truncated, info."""
+        observation, given, terminated, truncated, own_info = self.env.step(self._actor.action(action))
         reward = float(np.asarray(given).item())  # NumPy's arrays and PyTorch's tensors of one number, too
-        ended = terminated or truncated
-        numbers = task_numbers(own_info) if ended else {}
-        if "is_success" in numbers:
-            numbers["success"] = numbers.pop("is_success")
-        info = self._count_step(reward, ended, numbers) | self._mask(own_info, ended)
+        if not math.isfinite(reward):
+            raise BrokenContract(f"reward is not finite: {reward}")
+        self._reward += reward
+        self._length += 1
         self._last = action, reward * self.reward_scale
-        return self._observe(observation), reward * self.reward_scale, terminated, truncated, info
+        ended = bool(terminated or truncated)
+        info = task_numbers(own_info) | self.numbers_so_far() if ended else self._mask(own_info)
+        return self._observe(observation), reward * self.reward_scale, bool(terminated), bool(truncated), info
 
-    def notices(self) -> list[str]:
-        """Return a line if something inside the environment keeps running statistics."""
-        layer = self._env
-        while isinstance(layer, gymnasium.Wrapper):
-            if isinstance(layer, NormalizeObservation | NormalizeReward):
-                return [
-                    f"{self.section.name}: {type(layer).__name__} inside it keeps running statistics, which start anew "
-                    "in each process and in evaluation, so that what is seen and paid there differs; "
-                    "normalize_observations: True in place of it is saved with the model"
-                ]
-            layer = layer.env
-        return []
-
-    @property
-    def own_spaces(self) -> tuple[gymnasium.Space, gymnasium.Space]:
-        """The observation and the action space of the registered environment itself."""
-        return self._env.observation_space, self._env.action_space
+    def numbers_so_far(self) -> dict[str, float]:
+        """Return reward, in the environment's own unit, and length of the running episode."""
+        return {"reward": self._reward, "length": self._length}
 
     def observed(self, observation: Any, action: Any, reward: float | None) -> Observation:
-        """Return what the agent sees of an observation of the registered environment, none of this one's own episode.
+        """Return what the agent sees of an observation of an environment like `env`, by its last action and the reward.
 
-        Args:
-            observation: of the registered environment.
-            action: the agent's last, None at the beginning of an episode.
-            reward: that came of it.
-
-        Raises:
-            BrokenContract: if the observation is not as declared, or the reward is missing where the agent sees it.
+        Both are None at the beginning of an episode. BrokenContract where what the agent sees is missing, or wrong.
         """
-        if action is not None and reward is None and self.section.previous_reward:
+        if action is not None and reward is None and self.previous_reward:
             raise BrokenContract("needs reward=…, the one of the last step: the agent sees it (previous_reward)")
         self._last = action, float(reward or 0.0) * self.reward_scale
         return self._observe(observation)
 
     def _observe(self, observation: Any) -> Observation:
         frame, vector = self._observer.frame(observation), None
-        if self.vector_names:
+        if self.task.vector:
             action, reward = self._last
-            shown = np.concatenate([np.zeros(0), *self._observer.vector(observation)])
+            shown = self._observer.vector(observation)
             shown[self._hidden] = 0.0
-            acted = [self._actor.features(action)] * self.section.previous_action
-            vector = np.concatenate([shown, *acted, [reward] * self.section.previous_reward]).astype(np.float32)
+            acted = [self._actor.features(action)] if self.previous_action else []
+            vector = np.concatenate([shown, *acted, [reward] * self.previous_reward]).astype(np.float32)
+            if not np.isfinite(vector).all():
+                raise BrokenContract(f"observation is not finite: {vector}")
         both = {"frame": frame, "vector": vector}
-        self._observation = vector if frame is None else frame if vector is None else both
+        self._observation: Observation = vector if frame is None else frame if vector is None else both
         return self._observation
 
-    def _mask(self, info: Mapping, ended: bool = False) -> Info:
-        """Return an info with the allowed actions, if the environment says which; none at the end."""
-        if ended or not self._actor.branches:
-            return {}
-        mask = info.get("action_mask")
-        if mask is None and self._env.has_wrapper_attr("action_masks"):
-            mask = self._env.get_wrapper_attr("action_masks")()
-        return {} if mask is None else {"action_mask": self._actor.mask(mask)}
+    def _mask(self, info: Info | None) -> Info:
+        """Return an info with the allowed actions, if the environment says which."""
+        mask = (info or {}).get("action_mask")
+        if mask is None and self._masks is not None:
+            mask = self._masks()
+        return {} if mask is None or self.task.continuous else {"action_mask": self._actor.mask(mask)}
 
-    def render(self) -> np.ndarray:
-        """Return what the environment draws; where it draws nothing, what the agent sees."""
-        if self._draws:
-            return super().render()
-        view = self.agent_view()
-        return vector_picture(self._observation) if view is None else view
+    def render(self) -> np.ndarray:  # type: ignore[override]
+        """Return a copy of the picture that the environment draws; where it draws nothing, what the agent sees."""
+        drawn = self.env.render() if "rgb_array" in self.env.metadata.get("render_modes", ()) else None
+        if drawn is None:
+            view = self.agent_view()
+            return vector_picture(self._observation) if view is None else view
+        picture = np.array(drawn)
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+            found = f"{picture.dtype} {picture.shape}"
+            raise BrokenContract(f"render returned {found}, should be uint8 (height, width, 3)")
+        return picture
+
+    def agent_view(self) -> np.ndarray | None:
+        """Return the frame that the agent sees as a picture (height, width, 3), None where it sees numbers only."""
+        frame = self._observation["frame"] if isinstance(self._observation, dict) else self._observation
+        return frame_picture(frame) if frame.ndim == 3 else None
+
+
+def statistics_inside(env: gymnasium.Env) -> list[str]:
+    """Return a line if something inside an environment keeps running statistics."""
+    while isinstance(env, gymnasium.Wrapper):
+        if isinstance(env, NormalizeObservation | NormalizeReward):
+            return [
+                f"{type(env).__name__} inside it keeps running statistics, which start anew in each process and in "
+                "evaluation, so that what is seen and paid there differs; normalize_observations: True in place of it "
+                "is saved with the model"
+            ]
+        env = env.env
+    return []
+
+
+def make_registered(name: str, render_mode: str | None = None, **arguments: Any) -> gymnasium.Env:
+    """Make an environment that is registered with Gymnasium, without its checker and its warnings.
+
+    Args:
+        name: the id.
+        render_mode: is left out where the environment does not know it.
+        arguments: of the environment.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        env = gymnasium.make(name, disable_env_checker=True, **arguments)
+        if render_mode in env.metadata.get("render_modes", ()):
+            with suppress(TypeError):  # an environment that inherits the modes of another may not take them
+                drawing = gymnasium.make(name, disable_env_checker=True, render_mode=render_mode, **arguments)
+                env.close()
+                return drawing
+        return env
 
 
 class GymnasiumSection(Section):
     """Any environment that is registered with Gymnasium."""
 
-    makes: ClassVar[type] = GymnasiumEnv
     type: Literal["Gymnasium"] = Field(description="Which environment.")
     name: Text = Field(min_length=1, description="The registered id; `package.module:Id-v0` imports the module first.")
     max_episode_steps: Steps | Nothing = Field(
@@ -155,6 +191,16 @@ class GymnasiumSection(Section):
         1.0, ge=1e-6, le=10**6, description="Rewards are multiplied by it for learning, not for what is reported."
     )
 
+    def create(self, render_mode: str | None = None) -> GymnasiumEnv:
+        """Return a new environment."""
+        arguments = {"max_episode_steps": self.max_episode_steps, **self.arguments}
+        env = make_registered(self.name, render_mode, **arguments)
+        limit = env.spec.max_episode_steps if env.spec else None
+        return GymnasiumEnv(
+            env, limit, observe=self.observe, hide=self.hide, previous_action=self.previous_action,
+            previous_reward=self.previous_reward, reward_scale=self.reward_scale,
+        )  # fmt: skip
+
 
 class CartPoleSection(Section):
     """CartPole, whose velocities `CartPoleMasked` hides."""
@@ -162,10 +208,9 @@ class CartPoleSection(Section):
     type: Literal["CartPole", "CartPoleMasked"] = Field(description="Which environment.")
     max_episode_steps: Steps = Field(200, description="Episodes are truncated there.")
 
-    def create(self, render_mode: str | None = None) -> "GymnasiumEnv":
+    def create(self, render_mode: str | None = None) -> GymnasiumEnv:
         """Return a new CartPole; a step's reward is 1/100 for learning, the return in the info is not divided."""
-        entries = {"type": "Gymnasium", "name": "CartPole-v1", "max_episode_steps": self.max_episode_steps}
-        entries |= {"reward_scale": 0.01, "hide": [1, 3] if self.type == "CartPoleMasked" else []}
-        env = GymnasiumSection.model_validate(entries).create(render_mode)
-        env.vector_names = ("cart position", "cart velocity", "pole angle", "pole velocity")
-        return env
+        env = make_registered("CartPole-v1", render_mode, max_episode_steps=self.max_episode_steps)
+        names = ("cart position", "cart velocity", "pole angle", "pole velocity")
+        hidden = [1, 3] if self.type == "CartPoleMasked" else []
+        return GymnasiumEnv(env, self.max_episode_steps, names=names, hide=hidden, reward_scale=0.01)

@@ -1,12 +1,13 @@
 """Three rooms: a key, apples that distract, a door that pays with the key only (Hung et al. 2019, Ni et al. 2023)."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import gymnasium
 import numpy as np
 from pydantic import Field
 
-from environments.episode import EpisodeEnv, Info, Step, cell_picture, discrete
+from environments.gymnasium_env import GymnasiumEnv
+from environments.pictures import cell_picture
 from environments.section import Section, Whole
 
 KEY_ROOM, APPLE_ROOM, DOOR_ROOM = range(3)
@@ -18,7 +19,7 @@ WALL, FLOOR, AGENT, HOLDER = (60, 60, 60), (225, 225, 225), (40, 90, 200), (40, 
 OBJECTS = ((230, 180, 40), (200, 50, 50), (130, 80, 40))  # key, apples, door
 
 
-class KeyToDoor(EpisodeEnv):
+class KeyToDoor(gymnasium.Env):
     """Three rooms of 3×3 cells in which the agent begins in the centre and takes what it steps on.
 
     The key pays nothing when it is taken, and the agent is not shown whether it has it. Each of 0 to 8 apples pays .1:
@@ -31,33 +32,29 @@ class KeyToDoor(EpisodeEnv):
     and whatever the object is, so that one linear layer is enough to walk to it.
     """
 
-    vector_names = (
-        *(f"room {number}" for number in (1, 2, 3)),
-        *(f"{down:+d},{right:+d}" for down in range(-2, 3) for right in range(-2, 3)),
-    )
-    observation_space = gymnasium.spaces.Box(-1.0, 1.0, (len(vector_names),), np.float32)
+    metadata = {"render_modes": ["rgb_array"]}
+    observation_space = gymnasium.spaces.Box(-1.0, 1.0, (3 + 5 * 5,), np.float32)
     action_space = gymnasium.spaces.Discrete(len(MOVES))
 
-    def __init__(self, section: "KeyToDoorSection", render_mode: str | None = None):
-        super().__init__(section, render_mode)
-        self.max_episode_steps = section.episode_length
+    def __init__(self, episode_length: int = 60) -> None:
+        self._episode_length = episode_length
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, Info]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
         """Start an episode with key, apples and door in random cells; the observation has the shape (28,)."""
         super().reset(seed=seed)
-        self._start_episode()
         cells = [cell for cell in np.ndindex(SIDE, SIDE) if cell != CENTRE]
         self._apples = int(self.np_random.integers(len(cells) + 1))
         self._objects = [
             {cells[number] for number in self.np_random.permutation(len(cells))[:count]}
             for count in (1, self._apples, 1)
         ]
-        self._room, self._cell, self._has_key = KEY_ROOM, CENTRE, False
+        self._step, self._room, self._cell, self._has_key = 0, KEY_ROOM, CENTRE, False
         return self._observe(), {}
 
-    def step(self, action: np.ndarray | int) -> Step:
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
         """Go up (0), right (1), down (2) or left (3); walls leave the agent where it is."""
-        down, right = MOVES[discrete(action)]
+        self._step += 1
+        down, right = MOVES[action]
         self._cell = min(max(self._cell[0] + down, 0), SIDE - 1), min(max(self._cell[1] + right, 0), SIDE - 1)
         took = self._cell in self._objects[self._room]
         self._objects[self._room].discard(self._cell)
@@ -66,13 +63,11 @@ class KeyToDoor(EpisodeEnv):
         success = opened and self._has_key
         reward = APPLE_REWARD * (took and self._room == APPLE_ROOM) + DOOR_REWARD * success
 
-        step = self._episode_length + 1
-        ended = opened or step == self.max_episode_steps
-        if step in (ROOM_STEPS, self.max_episode_steps - ROOM_STEPS):
+        ended = opened or self._step == self._episode_length
+        if self._step in (ROOM_STEPS, self._episode_length - ROOM_STEPS):
             self._room, self._cell = self._room + 1, CENTRE
-        numbers = {"success": float(success), "optimum": DOOR_REWARD + APPLE_REWARD * self._apples}
-        info = self._count_step(reward, ended, numbers)
-        return self._observe(), reward, ended, False, info
+        numbers = {"success": success, "optimum": DOOR_REWARD + APPLE_REWARD * self._apples}
+        return self._observe(), reward, ended, False, numbers
 
     def _observe(self) -> np.ndarray:
         board = np.full((SIDE + 4, SIDE + 4), -1.0)
@@ -81,10 +76,9 @@ class KeyToDoor(EpisodeEnv):
             board[row + 2, column + 2] = 1.0
         row, column = self._cell
         view = board[row : row + 5, column : column + 5]
-        self._observation = np.concatenate((np.eye(3)[self._room], view.ravel())).astype(np.float32)
-        return self._observation.copy()
+        return np.concatenate((np.eye(3)[self._room], view.ravel())).astype(np.float32)
 
-    def render(self) -> np.ndarray:
+    def render(self) -> np.ndarray:  # type: ignore[override]
         """Draw the rooms side by side with what lies in them, and the agent: uint8 (H, W, 3)."""
         board = np.full((SIDE, 3, SIDE + 1, 3), WALL)  # the rooms side by side, a wall after each
         board[:, :, :SIDE] = FLOOR
@@ -98,8 +92,13 @@ class KeyToDoor(EpisodeEnv):
 class KeyToDoorSection(Section):
     """A key in the first room, apples in the second, and in the third a door that pays only who has the key."""
 
-    makes: ClassVar[type] = KeyToDoor
     type: Literal["KeyToDoor"] = Field(description="Which environment.")
     episode_length: Annotated[Whole, Field(ge=40, le=10**5)] = Field(
         60, description="Steps of an episode: 15 in the first room, 15 in the last, and all others among the apples."
     )
+
+    def create(self, render_mode: str | None = None) -> GymnasiumEnv:
+        """Return new rooms."""
+        names = [f"room {number}" for number in (1, 2, 3)]
+        names += [f"{down:+d},{right:+d}" for down in range(-2, 3) for right in range(-2, 3)]
+        return GymnasiumEnv(KeyToDoor(self.episode_length), self.episode_length, names=names)

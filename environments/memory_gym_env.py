@@ -5,46 +5,26 @@ import math
 import os
 import sys
 import types
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 from unittest import mock
 
 import gymnasium
 import numpy as np
-from pydantic import ConfigDict, Field, ValidationError, create_model, with_config
+from pydantic import ConfigDict, Field, with_config
 from typing_extensions import TypedDict
 
 from environments.contract import BrokenContract
-from environments.episode import EpisodeEnv, Info, Step, discrete, make_registered, picture_space
-from environments.numbers import COUNTED, task_numbers
+from environments.gymnasium_env import GymnasiumEnv
+from environments.numbers import COUNTED
 from environments.section import SEEDS, Section, SeedCount, Seeds, StartSeed
 
 MemoryGymType = Literal[
-    "MortarMayhem",
-    "MortarMayhem-Grid",
-    "MysteryPath",
-    "MysteryPath-Grid",
-    "SearingSpotlights",
-    "Endless-MortarMayhem",
-    "Endless-MysteryPath",
-    "Endless-SearingSpotlights",
-]
+    "MortarMayhem", "MortarMayhem-Grid", "MysteryPath", "MysteryPath-Grid", "SearingSpotlights",
+    "Endless-MortarMayhem", "Endless-MysteryPath", "Endless-SearingSpotlights",
+]  # fmt: skip
 MEMORY_GYM_TYPES: tuple[str, ...] = get_args(MemoryGymType)
 TaskOptions = TypedDict("TaskOptions", {"start-seed": StartSeed, "num-seeds": SeedCount}, total=False)
 with_config(ConfigDict(extra="allow"))(TaskOptions)
-
-NO_STEP_LIMIT = -1
-
-
-def copy_pixels(surface: Any) -> np.ndarray:
-    """Return the pixels as pygame.surfarray.array3d does, shape (x, y, channel), but several times as fast.
-
-    In memory the array is (y, x, channel): the picture as it is looked at, transposed.
-    """
-    import pygame
-
-    width, height = surface.get_size()
-    pixels = np.frombuffer(pygame.image.tobytes(surface, "RGB"), dtype=np.uint8)
-    return pixels.reshape(height, width, 3).transpose(1, 0, 2)
 
 
 @functools.cache
@@ -58,6 +38,11 @@ def off_screen() -> Any:
     import memory_gym
     import pygame
     from memory_gym import endless_mortar_mayhem
+
+    def array3d(surface: Any) -> np.ndarray:
+        """As that of pygame.surfarray, shape (x, y, channel), but several times as fast; in memory (y, x, channel)."""
+        pixels = np.frombuffer(pygame.image.tobytes(surface, "RGB"), dtype=np.uint8)
+        return pixels.reshape(surface.get_height(), -1, 3).transpose(1, 0, 2)
 
     class RoundedRect(pygame.Rect):
         """A rectangle whose center is rounded, halves away from zero, as by the pygame Memory Gym was made with.
@@ -85,7 +70,7 @@ def off_screen() -> Any:
     vars(stand_in).update(vars(pygame))
     stand_in.init = lambda: None
     stand_in.display = display
-    stand_in.surfarray = types.SimpleNamespace(array3d=copy_pixels)
+    stand_in.surfarray = types.SimpleNamespace(array3d=array3d)
     modules: dict[str, Any] = sys.modules
     for name, module in modules.items():
         if name.startswith(f"{memory_gym.__name__}.") and hasattr(module, "pygame"):
@@ -99,44 +84,36 @@ def make_task(task_type: str) -> Any:
     # A new task sets SDL_VIDEODRIVER to one that shows nothing, for the whole process.
     with mock.patch.dict(os.environ):
         # This render mode draws only when asked to; with None, the task would want the events of a window.
-        return make_registered(f"{task_type}-v0", render_mode="debug_rgb_array").unwrapped
+        return gymnasium.make(f"{task_type}-v0", disable_env_checker=True, render_mode="debug_rgb_array").unwrapped
 
 
-class MemoryGymEnv(EpisodeEnv):
-    """A task of Memory Gym: the agent sees 84×84 pixels, an episode is determined by its seed and the actions.
+class MemoryGymTask(gymnasium.Wrapper):
+    """A task of Memory Gym whose episodes are determined by their seed and the actions; it shows pictures (84, 84, 3).
 
     Time limits arrive as terminated, as Memory Gym reports them: they are part of the task (Mortar Mayhem has as many
     steps as its commands take, Searing Spotlights is to be solved in time), so that no value lies beyond them.
+
+    Args:
+        task_type: which one.
+        options: its own, for every reset.
+        watched: whether `render` is going to be called.
+
+    Attributes:
+        limit: the longest episode, None where episodes have no limit.
     """
 
-    def __init__(self, section: "MemoryGymSection", render_mode: str | None = None):
-        super().__init__(section, render_mode)
-        self._type, self._options, self._display = section.type, section.options, off_screen()
-        self._task = make_task(self._type)
-        self.action_space = self._task.action_space
-        self.observation_space = picture_space(3, self._task.screen_dim, self._task.screen_dim)
-        check_options(self._type, self._options, self._task.default_reset_parameters)
-        self._reset_task(None)  # the limit is known only now; a seed would be that of later resets without one, too
-        max_episode_steps = int(self._task.max_episode_steps)
-        self.max_episode_steps = None if max_episode_steps == NO_STEP_LIMIT else max_episode_steps
+    def __init__(self, task_type: str, options: dict[str, Any], watched: bool) -> None:
+        self._task, self._display = make_task(task_type), off_screen()
+        super().__init__(self._task)
+        check_options(options, self._task.default_reset_parameters)
+        self._options, self._watched = options, watched
+        self._is_mortar_mayhem = task_type in ("MortarMayhem", "MortarMayhem-Grid")
+        self.reset()  # the limit is known only now; a seed would be that of later resets without one, too
+        limit = int(self._task.max_episode_steps)  # −1 where there is none
+        self.limit = limit if limit > 0 else None
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, Info]:
-        """Start an episode with the options of the config; the observation is a picture of shape (3, 84, 84)."""
-        pixels = self._reset_task(seed)
-        self._start_episode()
-        return self._observe(pixels), {}
-
-    def step(self, action: np.ndarray | int) -> Step:
-        """Play a step; at an episode's end, its info holds what Memory Gym reports of it."""
-        pixels, reward, terminated, truncated, task_info = self._step_task(action)
-        # Memory Gym counts reward and length too.
-        numbers = task_numbers({key: value for key, value in task_info.items() if key not in COUNTED})
-        if terminated and self._type in ("MortarMayhem", "MortarMayhem-Grid"):
-            numbers.update(self._mortar_mayhem_results())
-        info = self._count_step(float(reward), terminated or truncated, numbers)
-        return self._observe(pixels), float(reward), bool(terminated), bool(truncated), info
-
-    def _reset_task(self, seed: int | None) -> np.ndarray:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        """Start an episode with the task's options."""
         # What would be seen of the previous episode: the agent in the first frames of Endless-MortarMayhem (and in the
         # global view of other tasks), and the spotlights in the first frame if they are not dimmed to begin with.
         self._task.rotated_agent_surface, self._task.rotated_agent_rect = None, None
@@ -144,25 +121,28 @@ class MemoryGymEnv(EpisodeEnv):
             self._task.spotlight_surface.fill(0)
         self._display.surface = self._task.screen
         # The options have to be given each time, or else the defaults hold.
-        return self._task.reset(seed=None if seed is None else int(seed), options=self._options)[0]
+        return self._seen(self._task.reset(seed=seed, options=self._options)[0]), {}
 
-    def _step_task(self, action: np.ndarray | int) -> Step:
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
+        """Play a step; the info holds what Memory Gym reports of it."""
         self._display.surface = self._task.screen
-        if isinstance(self.action_space, gymnasium.spaces.Discrete):
-            # A list of one action would silently do nothing.
-            return self._task.step(discrete(action))
-        # Tasks keep a reference to the action until the next step, so they must not get the caller's array.
-        return self._task.step(tuple(np.asarray(action).tolist()))
+        # Some tasks keep a reference to the action: it must be nobody else's array.
+        pixels, reward, terminated, truncated, info = self._task.step(action)
+        # Memory Gym counts reward and length too.
+        info = {key: value for key, value in info.items() if key not in COUNTED}
+        if terminated and self._is_mortar_mayhem:
+            info |= self._mortar_mayhem_results()
+        return self._seen(pixels), reward, terminated, truncated, info
 
-    def _observe(self, pixels: np.ndarray) -> np.ndarray:
-        if self.render_mode is not None:
+    def _seen(self, pixels: np.ndarray) -> np.ndarray:
+        if self._watched:
             # Drawing Mortar Mayhem's global view uses up its list of shown commands: exactly once for each state.
-            self._global_view = np.ascontiguousarray(self._task.render())
-        self._observation = pixels.transpose(2, 1, 0)
-        return self._observation
+            self._global_view = self._task.render()
+        return pixels.transpose(1, 0, 2)
 
-    def render(self) -> np.ndarray:
-        return self._global_view.copy()
+    def render(self) -> np.ndarray:  # type: ignore[override]
+        """Return the global view."""
+        return self._global_view
 
     def _mortar_mayhem_results(self) -> dict[str, float]:
         """Return success and completed commands of an episode of Mortar Mayhem that has just ended.
@@ -182,7 +162,6 @@ class MemoryGymEnv(EpisodeEnv):
 class MemoryGymSection(Section):
     """The tasks of Memory Gym."""
 
-    makes: ClassVar[type] = MemoryGymEnv
     type: MemoryGymType = Field(description="Which environment.")
     reset_params: TaskOptions = Field(  # type: ignore[assignment]  # more keys, beside the same ones
         TaskOptions(), description=f"The task's own options, and {SEEDS}"
@@ -193,17 +172,17 @@ class MemoryGymSection(Section):
         """Return the reset options of the task."""
         return {key: value for key, value in self.reset_params.items() if key not in Seeds.__annotations__}
 
+    def create(self, render_mode: str | None = None) -> GymnasiumEnv:
+        """Return a new task."""
+        task = MemoryGymTask(self.type, self.options, render_mode is not None)
+        return GymnasiumEnv(task, task.limit)
 
-def check_options(task_type: str, options: dict[str, Any], defaults: dict[str, Any]) -> None:
-    """Raise BrokenContract if a reset option of a task is not among its defaults or has another type than there."""
-    types: dict[str, Any] = {
-        key: (list[type(default[0])] if isinstance(default, list) else type(default), default)  # type: ignore[misc]
-        for key, default in defaults.items()
-    }
-    allowed = create_model("Options", __config__=ConfigDict(extra="forbid", strict=True), **types)
-    try:
-        allowed.model_validate(options)
-    except ValidationError as error:
-        found = error.errors()[0]
-        key, known = found["loc"][0], ", ".join(defaults)
-        raise BrokenContract(f"reset_params: {key}: {found['msg']}; {task_type} has {known}") from error
+
+def check_options(options: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Raise BrokenContract if a reset option is a number where its default is a list, or the other way round.
+
+    Memory Gym itself names those that it does not know.
+    """
+    for key, default in defaults.items():
+        if isinstance(options.get(key, default), list) != isinstance(default, list):
+            raise BrokenContract(f"reset_params: {key}: should be {type(default).__name__}, by default it is {default}")

@@ -2,18 +2,19 @@
 
 import itertools
 import re
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import gymnasium
 import numpy as np
-from pydantic import AfterValidator, Field
+from gymnasium import spaces
+from pydantic import Field
 
-from environments.episode import Info, Observation, Step, WrappedEnv, discrete, make_registered, picture_space
+from environments.gymnasium_env import GymnasiumEnv, make_registered
 from environments.section import Flag, Nothing, Section, Steps, Text, Whole
 
 # Grid worlds show the same few views over and over, and rendering one takes longer than the rest of a step. The
-# symbolic view determines its picture, so pictures are kept by (environment, tile size, bytes of the symbolic view),
-# the oldest leaving first. 1,000 pictures of 84×84 are 21 MB, shared by all environments of a process.
+# symbolic view determines its picture, so pictures are kept by (environment, tile size, bytes of the symbolic view)
+# for all environments of a process. 1,000 pictures of 84×84 are 21 MB; then all are forgotten.
 MAX_KEPT_PICTURES = 1000
 _kept_pictures: dict[tuple[str, int, bytes], np.ndarray] = {}
 
@@ -23,98 +24,58 @@ BABY_PHRASES = "go to, pick up, open, put a, next to the, object, and, then, aft
 MOST_MISSIONS = 100_000
 
 
-def odd(value: int) -> int:
-    """Return an odd number; ValueError where it is even."""
-    if value % 2 == 0:
-        raise ValueError("even")
-    return value
+class Pictures(gymnasium.ObservationWrapper):
+    """Shows a picture of the part of the grid before the agent, (height, width, 3); reports success.
 
-
-class MinigridEnv(WrappedEnv):
-    """A MiniGrid environment whose observation is a picture of the part of the grid before the agent.
-
-    With `mission` it is a dict of the picture (`frame`) and of the mission's words (`vector`).
+    Args:
+        env: of MiniGrid.
+        tile_size: pixels along a tile.
+        num_actions: how many of the first actions can be taken.
+        vocabulary: of missions; with it, observations are a dict of `frame`, the picture, and `vector`, how often each
+            of these words, and any other, is in the mission.
     """
 
-    def __init__(self, section: "MinigridSection", render_mode: str | None = None):
-        import minigrid  # noqa: F401  (registers its environments)
+    def __init__(self, env: gymnasium.Env, tile_size: int, num_actions: int, vocabulary: list[str] | None) -> None:
+        super().__init__(env)
+        grid: Any = env.unwrapped
+        self._grid, self._tile_size, self._vocabulary = grid, tile_size, vocabulary
+        self.action_space: gymnasium.Space = spaces.Discrete(min(num_actions, int(grid.action_space.n)))
+        side = grid.agent_view_size * tile_size
+        self.observation_space: gymnasium.Space = spaces.Box(0, 255, (side, side, 3), np.uint8)
+        if vocabulary is not None:
+            words = spaces.Box(0, np.inf, (len(vocabulary) + 1,), np.float32)
+            self.observation_space = spaces.Dict(frame=self.observation_space, vector=words)
 
-        super().__init__(section, render_mode)
-        defaults = (3, 28, 3, 96) if "Memory" in section.name else (7, 8, 7, 64)
-        given = (section.view_size, section.tile_size, section.num_actions, section.max_episode_steps)
-        view_size, self._tile_size, num_actions, self.max_episode_steps = (
-            default if value is None else value for value, default in zip(given, defaults, strict=True)
-        )
-        # Gymnasium's time limit truncates episodes earlier than MiniGrid's own one, `max_steps`, which has to stay as
-        # it is: the reward for success, 1 − 0.9·step/max_steps, depends on it.
-        self._env = make_registered(
-            section.name, agent_view_size=view_size, max_episode_steps=self.max_episode_steps, render_mode=render_mode
-        )
-        self._grid = self._env.unwrapped
-        self.action_space = gymnasium.spaces.Discrete(min(num_actions, int(self._grid.action_space.n)))
-
-        side = view_size * self._tile_size
-        self.observation_space: gymnasium.Space = picture_space(3, side, side)
-        self._vocabulary: dict[str, int] | None = None
-        if section.mission:
-            self._vocabulary = vocabulary_of(self._grid.observation_space["mission"])
-            self.vector_names = tuple(f"mission[{word}]" for word in (*self._vocabulary, "other words"))
-            vector = gymnasium.spaces.Box(0, np.inf, (len(self.vector_names),), np.float32)
-            self.observation_space = gymnasium.spaces.Dict(frame=self.observation_space, vector=vector)
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, Info]:
-        """Start an episode; its pictures, of shape (3, height, width), cannot be written to."""
-        observation, _ = self._env.reset(seed=seed, options=options)
-        self._start_episode()
-        return self._observe(observation), {}
-
-    def step(self, action: np.ndarray | int) -> Step:
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict]:
         """Take one of MiniGrid's actions."""
-        observation, reward, terminated, truncated, _ = self._env.step(discrete(action))
-        reward = float(reward)
-        info = self._count_step(reward, terminated or truncated, {"success": float(reward > 0)})
-        return self._observe(observation), reward, bool(terminated), bool(truncated), info
+        # MiniGrid compares with its enumeration, at which NumPy's numbers are slow.
+        seen, reward, terminated, truncated, _ = super().step(int(action))
+        return seen, reward, terminated, truncated, {"success": float(reward) > 0}
 
-    def notices(self) -> list[str]:
-        """Return a line if the agent may have another goal in each episode and is not told."""
-        space = self._grid.observation_space["mission"]
-        if self.section.mission or not (is_babyai(space) or space.ordered_placeholders):
-            return []
-        return [
-            f"{self.section.name}: the mission may change from episode to episode, and the agent is not told; "
-            "environment.mission: True shows it the mission's words"
-        ]
-
-    def _observe(self, shown: dict[str, Any]) -> Observation:
-        frame = self._picture(shown["image"])
-        self._observation = frame
-        if self._vocabulary is not None:
-            self._observation = {"frame": frame, "vector": bag_of_words(shown["mission"], self._vocabulary)}
-        return self._observation
-
-    def _picture(self, symbols: np.ndarray) -> np.ndarray:
-        key = (self.section.name, self._tile_size, symbols.tobytes())
+    def observation(self, shown: dict[str, Any]) -> Any:
+        """Return what is seen where MiniGrid has `shown` something."""
+        key = (self._grid.spec.id, self._tile_size, shown["image"].tobytes())
         if key not in _kept_pictures:
             if len(_kept_pictures) >= MAX_KEPT_PICTURES:
-                del _kept_pictures[next(iter(_kept_pictures))]
+                _kept_pictures.clear()
             picture = self._grid.get_frame(tile_size=self._tile_size, agent_pov=True)
-            picture = np.array(picture, dtype=np.uint8, order="C")
-            # Everyone who sees this view gets the same array.
-            picture.setflags(write=False)
-            _kept_pictures[key] = picture.transpose(2, 0, 1)
-        return _kept_pictures[key]
+            _kept_pictures[key] = np.ascontiguousarray(picture)
+        if self._vocabulary is None:
+            return _kept_pictures[key]
+        words = words_of(shown["mission"])
+        counts = [words.count(word) for word in self._vocabulary]
+        return {"frame": _kept_pictures[key], "vector": np.array([*counts, len(words) - sum(counts)])}
 
 
 class MinigridSection(Section):
     """Any environment of MiniGrid or BabyAI, seen as pictures."""
 
-    makes: ClassVar[type] = MinigridEnv
     type: Literal["Minigrid"] = Field(description="Which environment.")
     name: Text = Field(min_length=1, description="Which of the registered environments.")
     max_episode_steps: Steps | Nothing = Field(
         None, description="Episodes are truncated there: by default at 96 for Memory tasks, else at 64."
     )
-    view_size: Annotated[Whole, Field(ge=3, le=99), AfterValidator(odd)] | Nothing = Field(
+    view_size: Literal[3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25] | Nothing = Field(
         None, description="Tiles along each side of the view: by default 3 for Memory tasks, else 7."
     )
     tile_size: Annotated[Whole, Field(ge=1, le=64)] | Nothing = Field(
@@ -124,6 +85,27 @@ class MinigridSection(Section):
         None, description="The first so many of MiniGrid's actions: by default 3 for Memory tasks, else all."
     )
     mission: Flag = Field(False, description="The mission's words are observed as a vector beside the picture.")
+
+    def create(self, render_mode: str | None = None) -> GymnasiumEnv:
+        """Return a new environment."""
+        import minigrid  # noqa: F401  (registers its environments)
+
+        memory = "Memory" in self.name
+        view_size, tile_size = self.view_size or (3 if memory else 7), self.tile_size or (28 if memory else 8)
+        num_actions, limit = self.num_actions or (3 if memory else 7), self.max_episode_steps or (96 if memory else 64)
+        # Gymnasium's time limit truncates episodes earlier than MiniGrid's own one, `max_steps`, which has to stay as
+        # it is: the reward for success, 1 − 0.9·step/max_steps, depends on it.
+        grid = make_registered(self.name, render_mode, agent_view_size=view_size, max_episode_steps=limit)
+        missions: Any = grid.observation_space["mission"]  # type: ignore[index]
+        vocabulary = vocabulary_of(missions) if self.mission else None
+        names = [f"mission[{word}]" for word in (*(vocabulary or ()), "other words")] if self.mission else []
+        env = GymnasiumEnv(Pictures(grid, tile_size, num_actions, vocabulary), limit, names=names)
+        if not self.mission and (is_babyai(missions) or missions.ordered_placeholders):
+            env.notices.append(
+                "the mission may change from episode to episode, and the agent is not told; environment.mission: True "
+                "shows it the mission's words"
+            )
+        return env
 
 
 def words_of(mission: str) -> list[str]:
@@ -136,8 +118,8 @@ def is_babyai(space: Any) -> bool:
     return type(space).__name__ == "BabyAIMissionSpace"
 
 
-def vocabulary_of(space: Any) -> dict[str, int]:
-    """Return the words that a task's missions may have, by its mission space, in alphabetical order, numbered."""
+def vocabulary_of(space: Any) -> list[str]:
+    """Return the words that a task's missions may have, by its mission space, in alphabetical order."""
     from minigrid.core.constants import COLOR_NAMES
     from minigrid.envs.babyai.core.verifier import LOC_NAMES, OBJ_TYPES
 
@@ -146,12 +128,4 @@ def vocabulary_of(space: Any) -> dict[str, int]:
     else:
         choices = itertools.product(*(space.ordered_placeholders or []))
         missions = (space.mission_func(*each) for each in itertools.islice(choices, MOST_MISSIONS))
-    return {word: number for number, word in enumerate(sorted({word for each in missions for word in words_of(each)}))}
-
-
-def bag_of_words(mission: str, vocabulary: dict[str, int]) -> np.ndarray:
-    """Return how often each word of the vocabulary is in a mission, and how many others: (words + 1,), float32."""
-    bag = np.zeros(len(vocabulary) + 1, dtype=np.float32)
-    for word in words_of(mission):
-        bag[vocabulary.get(word, len(vocabulary))] += 1
-    return bag
+    return sorted({word for each in missions for word in words_of(each)})

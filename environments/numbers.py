@@ -15,27 +15,19 @@ NAME_LENGTH = 64
 
 
 def task_numbers(info: Any) -> dict[str, float]:
-    """Return the numbers in a task's own info, to which reward and length as counted here can be added."""
-    return episode_numbers(info, COUNTED + PLAYED)
-
-
-def episode_numbers(info: Any, reserved: Sequence[str] = PLAYED) -> dict[str, float]:
-    """Return the numbers in the info that an environment of this package gives at the end of an episode.
+    """Return the numbers in a task's own info, a dictionary or None.
 
     Numbers are bools, NumPy scalars, arrays and tensors of one element, too. Those in nested dictionaries are named by
     their path, `score/left`. Whatever else there is, NaN and infinity included, is left out. Names keep letters,
-    digits, `_`, `-`, `.` and `/`, which TensorBoard and spreadsheets can take, and have 64 characters at most.
-
-    Args:
-        info: a dictionary, or None.
-        reserved: names that the program itself uses.
+    digits, `_`, `-`, `.` and `/`, which TensorBoard and spreadsheets can take, and have 64 characters at most;
+    `is_success` is called `success`.
     """
     numbers = {}
     for path, value in _leaves(info or {}):
         number = _number(value)
         if number is not None and path != "action_mask":  # that of one action looks like a number
-            name = re.sub(r"[^\w./-]+", "_", path)
-            numbers[f"info_{name}" if name in reserved else name[:NAME_LENGTH]] = number
+            name = "success" if path == "is_success" else re.sub(r"[^\w./-]+", "_", path)
+            numbers[f"info_{name}" if name in COUNTED + PLAYED else name[:NAME_LENGTH]] = number
     return numbers
 
 
@@ -89,9 +81,8 @@ def episode_means(episodes: Sequence[dict[str, float]]) -> dict[str, EpisodeMean
     """Return the mean of every number that any of the episodes reports; success counts as 0 where it is missing."""
     means = {}
     for name in metrics_of(episodes):
-        values = [episode[name] for episode in episodes if math.isfinite(episode.get(name, math.nan))]
-        if name == "success":
-            values += [0.0] * (len(episodes) - len(values))
+        found = [episode.get(name, 0.0 if name == "success" else math.nan) for episode in episodes]
+        values = [value for value in found if math.isfinite(value)]
         if values:
             with np.errstate(over="ignore", invalid="ignore"):  # a task may report 1e308
                 mean, std = float(np.mean(values)), float(np.std(values, ddof=min(1, len(values) - 1)))
@@ -100,11 +91,7 @@ def episode_means(episodes: Sequence[dict[str, float]]) -> dict[str, EpisodeMean
 
 
 def episode_scalars(episodes: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Return `episode_means` by TensorBoard tag.
-
-    The tags are `episode/<name>_mean`, `_std` for reward and length, and, where some episodes lack a number, `_share`:
-    how many of them report it, as a share.
-    """
+    """Return the means by TensorBoard tag, of reward and length deviations too, and shares of episodes that report."""
     scalars = {}
     for name, found in episode_means(episodes).items():
         scalars[f"episode/{name}_mean"] = found.mean

@@ -1,9 +1,9 @@
 """What configs are declared with: numbers, texts, schedules, and the base of the sections on environments.
 
-Each environment's section lies beside its wrapper. Checking a config imports none of the simulators.
+Each section lies beside its environment. Checking a config imports none of the simulators.
 """
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_serializer, with_config
 from pydantic.functional_serializers import SerializerFunctionWrapHandler
@@ -65,7 +65,6 @@ SEEDS = "`start-seed` (default 0) and `num-seeds` (default 100,000): the seeds o
 class Section(Declared):
     """Base of the sections: what a config says of its environment."""
 
-    makes: ClassVar[type]
     type: str
     reset_params: Seeds = Field(Seeds(), description=SEEDS)
 
@@ -74,5 +73,5 @@ class Section(Declared):
         return {key: value for key, value in serialize(self).items() if value is not None}
 
     def create(self, render_mode: str | None = None) -> Any:
-        """Return a new environment; its simulator is imported only now. `utils.create_env` says what can go wrong."""
-        return self.makes(self, render_mode)
+        """Return a new `GymnasiumEnv`; its simulator is imported only now. See `utils.create_env`."""
+        raise NotImplementedError

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from gymnasium import Space, spaces
+from gymnasium import Space
 from gymnasium.vector.utils import batch_space, concatenate, create_empty_array, iterate
 from torch import Tensor
 
 from environments import BrokenContract
-from environments.contract import Task, check_observation, declared_task
-from environments.gymnasium_env import GymnasiumEnv
+from environments.contract import Task
+from environments.gymnasium_env import CartPoleSection, GymnasiumEnv, GymnasiumSection
 from environments.section import Section
 from environments.spaces import Actor
 from memory import ObservationStore, States, make_memory, policy_step
@@ -64,7 +64,8 @@ class Agent:
         device, count = next(model.parameters()).device, environments or 1
         self.model, self.task, self.section, self.deterministic = model, task, config.environment, deterministic
         self.single, self.registered = environments is None, registered
-        self.observation_space, self.action_space = registered.own_spaces if registered else spaces_of(task)
+        shown = registered.env if registered else task
+        self.observation_space, self.action_space = shown.observation_space, shown.action_space
         self.actor = Actor(self.action_space)
         self.own, self.everyone = own or (range(count), count)
         self.length = config.transformer.memory_length if config.transformer else 0
@@ -95,8 +96,8 @@ class Agent:
         model, config, task, _ = load_model(Path(path), torch.device(device))
         env = None if wrapped else create_env(config.environment)
         if env is not None:
-            check_unchanged(path, config, task, replace(declared_task(env), masked=task.masked))
-        registered = env if isinstance(env, GymnasiumEnv) else None
+            check_unchanged(path, config, task, replace(env.task, masked=task.masked))
+        registered = env if isinstance(config.environment, GymnasiumSection | CartPoleSection) else None
         return cls(model.eval(), config, task, environments, deterministic, seed, registered=registered)
 
     def reset(self, which: int | Sequence[int] | Sequence[bool] | np.ndarray | None = None) -> None:
@@ -202,7 +203,8 @@ class Agent:
         if self.registered is not None:
             last = (self.actions[index], reward) if step else (None, None)
             observation = self.registered.observed(observation, *last)
-        check_observation(self, observation, self.task)
+        elif not self.observation_space.contains(observation):
+            raise BrokenContract(f"observation is not one of {self.observation_space}")
         self.arrays.show(index, observation, None if mask is None else self.actor.mask(mask))
 
     # ------------------------------------------------------------------------------------ one step, whoever asks for it
@@ -225,20 +227,6 @@ class Agent:
         policy = output.policy
         actions = policy.mode() if self.deterministic else policy.sample(self.noise[rows])
         return output, actions.cpu().numpy()
-
-
-def spaces_of(task: Task) -> tuple[Space, Space]:
-    """Return the spaces of what the wrapped environments of a task show, and of how they are acted in."""
-    parts: dict[str, Space] = {}
-    if task.frame is not None:
-        parts["frame"] = spaces.Box(0, 255, task.frame, np.uint8)
-    if task.vector:
-        parts["vector"] = spaces.Box(-np.inf, np.inf, (task.vector,), np.float32)
-    shown = spaces.Dict(parts) if len(parts) == 2 else next(iter(parts.values()))
-    if task.continuous:
-        return shown, spaces.Box(-np.inf, np.inf, (task.continuous,), np.float32)
-    single = len(task.branches) == 1
-    return shown, spaces.Discrete(task.branches[0]) if single else spaces.MultiDiscrete(list(task.branches))
 
 
 def task_name(section: Section) -> str:

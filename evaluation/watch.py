@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.tensorboard.summary import Summary
 
-from environments.contract import Task, check_observation, checked_step, failure_of
-from environments.numbers import episode_means, episode_numbers
+from environments.contract import Task, failure_of
+from environments.numbers import episode_means
 from evaluation.agent import Agent, first_unseen_seed, task_name
 from evaluation.video import encode_gif
 from model import ActorCriticModel
@@ -127,9 +127,8 @@ class Player:
     def _play(self, seed: int) -> Iterator[Moment]:
         agent = Agent(self.model, self.config, self.task, None, self.deterministic, seed)
         # Rewards are shown as they are reported, not as they are learned from.
-        scale, changes = getattr(self.env, "reward_scale", 1.0), deque[float](maxlen=LONGEST_STRIP)
+        scale, changes = self.env.reward_scale, deque[float](maxlen=LONGEST_STRIP)
         observation, info = self.env.reset(seed=seed)
-        check_observation(self.env, observation, self.task)
         total, ended = 0.0, False
         while not ended and self.steps < self.max_steps:
             everything = np.ones(sum(self.task.branches), bool) if self.task.masked else None
@@ -143,9 +142,9 @@ class Player:
             yield moment
             changes.append(agent.change or 0.0)
             self.steps += 1
-            observation, reward, terminated, truncated, info = checked_step(self.env, agent.actions[0], self.task)
-            total, ended = total + float(reward) / scale, terminated or truncated
-        numbers = episode_numbers(info) if ended else self.env.numbers_so_far() | {"cut": 1.0}
+            observation, reward, terminated, truncated, info = self.env.step(agent.actions[0])
+            total, ended = total + reward / scale, terminated or truncated
+        numbers = info if ended else self.env.numbers_so_far() | {"cut": 1.0}
         yield Moment(self.steps, *self._pictures(), None, moment.value, total, past, result=numbers)
 
     def _pictures(self) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -160,8 +159,7 @@ class Player:
         """Return the numbers of a moment before the end in words, by name; those that have no room are counted."""
         found = self._acted(moment.action) if self.task.continuous else {}
         if moment.vector is not None:
-            names = getattr(self.env, "vector_names", None) or [f"[{index}]" for index in range(len(moment.vector))]
-            found |= named(moment.vector, names)
+            found |= named(moment.vector, self.env.vector_names)
         most = PANEL_COLUMNS * PANEL_ROWS
         if len(found) <= most:
             return found
@@ -169,9 +167,8 @@ class Player:
 
     def _acted(self, action: np.ndarray) -> dict[str, str]:
         """Return the numbers of an action as the environment takes them, clipped, with their bounds."""
-        bounds = getattr(self.env, "action_bounds", (-math.inf, math.inf))
-        clipped = np.broadcast(np.clip(action, *bounds), *bounds)
-        return {f"action[{k}]": f"{number:.2f} in {low:g}…{high:g}" for k, (number, low, high) in enumerate(clipped)}
+        entries = enumerate(zip(np.clip(action, *self.env.action_bounds), *self.env.action_bounds, strict=True))
+        return {f"action[{k}]": f"{number:.2f} in {low:g}…{high:g}" for k, (number, low, high) in entries}
 
 
 def named(vector: np.ndarray, names: Sequence[str]) -> dict[str, str]:

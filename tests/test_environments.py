@@ -119,21 +119,8 @@ def test_infos_and_types(environment):
         assert info == {}
     assert terminated or truncated
     assert info["reward"] == pytest.approx(sum(rewards) / env.reward_scale)
-    assert info["length"] == len(rewards) <= (env.max_episode_steps or len(rewards))
+    assert info["length"] == len(rewards) <= (env.task.max_episode_steps or len(rewards))
     assert {type(value) for key, value in info.items() if key != "length"} == {float}
-
-
-@pytest.mark.parametrize(
-    ("name", "changes", "expected"),
-    [
-        ("Minigrid-DoorKey", {}, 64),
-        ("MortarMayhem-Grid", {"reset_params": {"start-seed": 0, "num-seeds": 9, "command_count": [5]}}, 59),
-        ("Endless-SearingSpotlights", {"reset_params": {"max_steps": 50}}, 50),
-    ],
-)
-def test_max_episode_steps(name, changes, expected):
-    found = create(CASES[name] | changes).max_episode_steps
-    assert (found, type(found)) == (expected, type(expected))
 
 
 @pytest.mark.parametrize(
@@ -141,8 +128,8 @@ def test_max_episode_steps(name, changes, expected):
     [
         ({"type": "Minigrid", "name": "MiniGrid-MemoryS8-v0"}, ["MiniGrid-MemoryS8", "Did you mean"]),
         ({"type": "Minigrid", "name": "CartPole-v1"}, ["CartPole-v1", "agent_view_size"]),
-        ({"type": "MortarMayhem", "reset_params": {"comand_count": [5]}}, ["comand_count", "command_count"]),
-        ({"type": "MortarMayhem", "reset_params": {"command_count": 5}}, ["command_count", "a valid list"]),
+        ({"type": "MortarMayhem", "reset_params": {"comand_count": [5]}}, ["comand_count", "not valid"]),
+        ({"type": "MortarMayhem", "reset_params": {"command_count": 5}}, ["command_count", "should be list"]),
     ],
 )
 def test_bad_configuration_is_refused_in_one_line(section, parts):
@@ -178,9 +165,9 @@ SECTIONS = [yaml.safe_load(block)["environment"] for block in re.findall(r"```ya
 
 @pytest.mark.parametrize("entries", SECTIONS, ids=lambda entries: entries.get("name", entries["type"]))
 def test_documented_sections(entries):
-    if entries["type"] == "Recall" or entries.get("name", "").startswith("my_package"):
+    if entries["name"].startswith("recall"):
         pytest.skip("it is yet to be written")
-    if entries.get("name", "").startswith("ale_py"):
+    if entries["name"].startswith("ale_py"):
         pytest.importorskip("ale_py")
     env = create(entries)
     try_out(env)
@@ -188,10 +175,9 @@ def test_documented_sections(entries):
 
 
 def test_the_tutorial_s_environment_keeps_the_contract():
-    names = {"__name__": "recall"}
-    exec(re.search(r"```python\n(\"\"\".*?)```", DOCUMENTED, re.S)[1], names)
-    env = names["RecallSection"](type="Recall", delay=3).create("rgb_array")
-    assert try_out(env)[0].vector == 4
+    exec(re.search(r"```python\n(\"\"\".*?)```", DOCUMENTED, re.S)[1], {})
+    env = create({"type": "Gymnasium", "name": "Recall-v0", "arguments": {"delay": 3}}, "rgb_array")
+    assert try_out(env).vector == 4
     symbol = env.reset(seed=1)[0].argmax()
     assert env.render().shape[2] == 3
     results = [env.step(symbol) for _ in range(4)]
@@ -204,13 +190,11 @@ def test_the_tutorial_s_environment_keeps_the_contract():
 
 @pytest.mark.parametrize("good", [True, False])
 def test_poc_memory_episode(good):
-    env = create({"type": "PocMemoryEnv"})
-    starts, good_sides = set(), set()
+    env, seen = create({"type": "PocMemoryEnv"}), set()
     for seed in range(40):
         shown, _ = env.reset(seed=seed)
         start, good_side = round(5 * float(shown[1])), int(shown[2])
-        starts.add(start)
-        good_sides.add(good_side)
+        seen.add((start, good_side))
         action = int((good_side == 1) == good)
         for _ in range(2):
             observation, *rest = env.step(np.array([action]))
@@ -223,7 +207,7 @@ def test_poc_memory_episode(good):
             assert (terminated, truncated) == (move == moves, False)
             assert reward == (-0.1 if not terminated else 1.6 if good else -1.6)
         assert info["success"] == good and info["length"] == moves + 2
-    assert starts == {-2, -1, 0, 1, 2} and good_sides == {-1, 1}
+    assert seen == {(start, side) for start in range(-2, 3) for side in (-1, 1)}
 
 
 def test_poc_memory_time_limit():
@@ -247,8 +231,7 @@ def play(env, seed, policy):
 
 
 @pytest.mark.parametrize("guided", [True, False])
-@pytest.mark.parametrize("passive", [True, False])
-@pytest.mark.parametrize("length", [1, 2, 30])
+@pytest.mark.parametrize(("passive", "length"), [(True, 1), (False, 1), (False, 9)])
 def test_tmaze_pays_1_who_remembers_and_half_who_does_not(length, passive, guided):
     env = create({"type": "TMaze", "corridor_length": length, "passive": passive, "guided": guided})
 
@@ -260,30 +243,26 @@ def test_tmaze_pays_1_who_remembers_and_half_who_does_not(length, passive, guide
 
     for seed in range(20):
         rewards, info = play(env, seed, oracle)
-        assert rewards == [0.0] * (env.max_episode_steps - 1) + [1.0]
-        assert without_mask(info) == {"success": 1.0, "reward": 1.0, "length": env.max_episode_steps}
-    blind = [sum(play(env, seed, lambda seen: UP if seen[-1][3] else RIGHT)[0]) for seed in range(400)]
-    assert set(blind) == {0.0, 1.0} and abs(np.mean(blind) - 0.5) < 0.08
+        assert rewards == [0.0] * (env.task.max_episode_steps - 1) + [1.0]
+        assert without_mask(info) == {"success": 1.0, "reward": 1.0, "length": env.task.max_episode_steps}
+    blind = [sum(play(env, seed, lambda seen: UP if seen[-1][3] else RIGHT)[0]) for seed in range(200)]
+    assert set(blind) == {0.0, 1.0} and abs(np.mean(blind) - 0.5) < 0.1
 
 
 def test_tmaze_shows_no_time_and_always_comes_to_its_decision():
     """Who stands still pays 1 in all; guided, it decides nevertheless, and only then between up and down alone."""
     env = create({"type": "TMaze", "corridor_length": 9})
-    seen, info = [env.reset(seed=0)[0]], {}
-    for _ in range(9):
-        observation, reward, ended, _, info = env.step(DOWN)
-        seen.append(observation)
-        assert (reward, ended) == (-1 / 9, False)
-    assert len({tuple(observation) for observation in seen[1:-1]}) == 1
-    assert seen[-1].tolist() == [0, 0, 0, 1] and info["action_mask"].tolist() == [False, True, False, True]
-    strict = create({"type": "TMaze", "corridor_length": 9, "guided": False})
-    rewards, info = play(strict, 0, lambda seen: DOWN)
-    assert (len(rewards), info["success"]) == (10, 0.0) and "action_mask" not in info
+    env.reset(seed=0)
+    steps = [env.step(DOWN) for _ in range(9)]
+    assert [step[1:4] for step in steps] == [(-1 / 9, False, False)] * 9
+    assert [step[0].tolist() for step in steps] == [[0, 1, 0, 0]] * 8 + [[0, 0, 0, 1]]
+    assert steps[-1][4]["action_mask"].tolist() == [False, True, False, True]
+    rewards, info = play(create({"type": "TMaze", "corridor_length": 9, "guided": False}), 0, lambda seen: DOWN)
+    assert (len(rewards), info["success"]) == (10, 0.0)
 
 
-@pytest.mark.parametrize("length", [40, 60])
-def test_key_to_door_pays_its_optimum_with_the_key_alone(length):
-    env = create({"type": "KeyToDoor", "episode_length": length})
+def test_key_to_door_pays_its_optimum_with_the_key_alone():
+    env = create({"type": "KeyToDoor", "episode_length": 40})
     towards = {(-1, 0): 0, (0, 1): 1, (1, 0): 2, (0, -1): 3}
 
     def walk(seen, skip=None):
@@ -312,7 +291,6 @@ def test_cartpole_masks_velocities_and_scales_rewards():
     masked, full = create({"type": "CartPoleMasked"}), create({"type": "CartPole"})
     hidden, seen = masked.reset(seed=5)[0], full.reset(seed=5)[0]
     for step in range(1, 201):
-        assert seen.all()
         assert np.array_equal(hidden, seen * np.array([1, 0, 1, 0], dtype=np.float32))
         # Keeps the pole upright and the cart in the middle
         action = int(seen @ np.array([0.1, 0.3, 1.0, 0.5]) > 0)
@@ -325,45 +303,37 @@ def test_cartpole_masks_velocities_and_scales_rewards():
 @pytest.mark.parametrize(
     ("name", "entries", "needed", "kept"),
     [
-        ("MiniGrid-MemoryS7-v0", {}, "success", 1000),
-        ("MiniGrid-KeyCorridorS3R1-v0", {"max_episode_steps": 200}, "carrying", 1000),
+        ("MiniGrid-KeyCorridorS3R1-v0", {"view_size": 7, "tile_size": 8, "max_episode_steps": 200}, "carrying", 1000),
         ("MiniGrid-MultiRoom-N2-S4-v0", {"view_size": 5, "tile_size": 10}, "open door", 3),
     ],
 )
 def test_minigrid_pictures_equal_plain_rendering(monkeypatch, name, entries, needed, kept):
     monkeypatch.setattr(minigrid_env, "MAX_KEPT_PICTURES", kept)
     monkeypatch.setattr(minigrid_env, "_kept_pictures", {})
-    env = create({"type": "Minigrid", "name": name, **entries})
-    view_size, tile_size = (3, 28) if "Memory" in name else (entries.get("view_size", 7), entries.get("tile_size", 8))
-    plain = gymnasium.make(name, agent_view_size=view_size).unwrapped
-    create({"type": "Minigrid", "name": name, "tile_size": 16, "view_size": view_size}).reset(seed=0)
-    happened = set()
+    env, happened = create({"type": "Minigrid", "name": name, **entries}), set()
+    plain = gymnasium.make(name, agent_view_size=entries["view_size"]).unwrapped
+    create({"type": "Minigrid", "name": name, **entries, "tile_size": 16}).reset(seed=0)
     for seed in range(6):
         observation, _ = env.reset(seed=seed)
         plain.reset(seed=seed)
         for action in random_actions(env, 120, seed):
             # What MiniGrid's RGBImgPartialObsWrapper observes
-            expected = plain.get_frame(tile_size=tile_size, agent_pov=True)
+            expected = plain.get_frame(tile_size=entries["tile_size"], agent_pov=True)
             assert np.array_equal(observation, expected.transpose(2, 0, 1))
             observation, reward, terminated, truncated, _ = env.step(action)
             assert (reward, terminated) == plain.step(action.item())[1:3]
-            happened.add("success" if reward > 0 else "")
             happened.add("carrying" if plain.carrying else "")
             happened.add("open door" if any(getattr(cell, "is_open", False) for cell in plain.grid.grid) else "")
             if terminated or truncated:
                 break
     assert needed in happened and len(minigrid_env._kept_pictures) <= kept
-    with pytest.raises(ValueError, match="read-only"):  # everyone who sees this view gets the same array
-        observation[:] = 0
 
 
 def test_minigrid_time_limit_truncates_and_leaves_the_reward():
     env = create(CASES["Minigrid-Memory"])
-    assert env.action_space == spaces.Discrete(3)
     env.reset(seed=0)
     ends = [env.step(Actions.left)[2:] for _ in range(96)]
-    assert ends[:95] == [(False, False, {})] * 95
-    assert ends[95] == (False, True, {"reward": 0.0, "length": 96, "success": 0.0})
+    assert ends == [(False, False, {})] * 95 + [(False, True, {"reward": 0.0, "length": 96, "success": 0.0})]
 
     env = create({"type": "Minigrid", "name": "MiniGrid-Empty-5x5-v0"})
     env.reset(seed=0)
@@ -380,19 +350,16 @@ def test_missions_are_seen_as_words_which_are_all_known(name):
         observation, _ = env.reset(seed=seed)
         assert env.observation_space.contains(observation)
         seen = [word for word, count in zip(env.vector_names, observation["vector"], strict=True) if count]
-        mission = re.findall(r"\w+", env._env.unwrapped.mission.lower())
+        mission = re.findall(r"\w+", env.unwrapped.mission.lower())
         assert seen == sorted(f"mission[{word}]" for word in set(mission))
         assert observation["vector"].sum() == len(mission)
 
 
-@pytest.mark.parametrize(
-    ("name", "noticed"),
-    [("BabyAI-GoToLocal-v0", True), ("MiniGrid-Fetch-5x5-N2-v0", True), ("MiniGrid-MemoryS9-v0", False)],
-)
-def test_goals_that_the_agent_is_not_told_are_noticed(name, noticed):
-    notices = create({"type": "Minigrid", "name": name}).notices()
-    assert ["mission: True" in notice for notice in notices] == [True] * noticed
-    assert not create({"type": "Minigrid", "name": name, "mission": True}).notices()
+@pytest.mark.parametrize("name", ["BabyAI-GoToLocal-v0", "MiniGrid-Fetch-5x5-N2-v0", "MiniGrid-MemoryS9-v0"])
+def test_goals_that_the_agent_is_not_told_are_noticed(name):
+    notices = create({"type": "Minigrid", "name": name}).notices
+    assert ["mission: True" in notice for notice in notices] == [True] * ("Memory" not in name)
+    assert not create({"type": "Minigrid", "name": name, "mission": True}).notices
 
 
 # ---------------------------------------------------------------------------------------------------------- Memory Gym
@@ -445,7 +412,9 @@ def test_endless_mortar_mayhem_is_that_of_the_pygame_it_was_made_with():
 
 
 @pytest.mark.parametrize("task", MEMORY_GYM_TYPES)
-def test_memory_gym_environments_do_not_disturb_each_other(task):
+def test_memory_gym_environments_do_not_disturb_each_other(task, monkeypatch):
+    monkeypatch.setenv("SDL_VIDEODRIVER", "offscreen")
+
     def play(envs, count):
         histories = [[digest(env.reset(seed=seed)[0])] for seed, env in enumerate(envs)]
         for step in range(count):
@@ -459,19 +428,14 @@ def test_memory_gym_environments_do_not_disturb_each_other(task):
     first.close()
     pygame.quit()  # as closing a window elsewhere in the process would
     assert play([create({"type": task}, render_mode="rgb_array"), second], 15) == together
-    assert not pygame.display.get_init()
-
-
-def test_memory_gym_leaves_the_video_driver_alone(monkeypatch):
-    monkeypatch.setenv("SDL_VIDEODRIVER", "offscreen")
-    create({"type": "MortarMayhem"})
-    assert os.environ["SDL_VIDEODRIVER"] == "offscreen"
+    assert not pygame.display.get_init() and os.environ["SDL_VIDEODRIVER"] == "offscreen"
 
 
 def test_memory_gym_uses_the_options_at_every_reset():
     """Its time limit is part of the task and terminates."""
     env = create({"type": "MysteryPath-Grid", "reset_params": {"num-seeds": 5, "show_goal": True, "max_steps": 12}})
     green = np.array([0, 255, 0])[:, None, None]
+    assert env.task.max_episode_steps == 12
     for seed in range(3):
         assert (env.reset(seed=seed)[0] == green).all(axis=0).any()
         assert [env.step(0)[2:4] for _ in range(12)] == [(False, False)] * 11 + [(True, False)]
@@ -479,7 +443,7 @@ def test_memory_gym_uses_the_options_at_every_reset():
 
 def mortar_mayhem_action(env, wrong):
     """Return an action that moves the agent to the target of the current command, or away from it."""
-    task = env._task
+    task = env.unwrapped
     x, y = task.normalized_agent_position
     goal_x, goal_y = task._target_pos
     if wrong:
@@ -505,8 +469,8 @@ def test_mortar_mayhem_success(task, failing_command, fails_while_tiles_are_dead
         env.reset(seed=seed)
         ended, total = False, 0.0
         while not ended:
-            command = env._task._current_command - int(env._task.arena.tiles_on)
-            wrong = command == failing_command and env._task.arena.tiles_on == fails_while_tiles_are_deadly
+            command = env.unwrapped._current_command - int(env.unwrapped.arena.tiles_on)
+            wrong = command == failing_command and env.unwrapped.arena.tiles_on == fails_while_tiles_are_deadly
             _, reward, ended, _, info = env.step(mortar_mayhem_action(env, wrong))
             total += reward
         assert total == pytest.approx(completed * 0.1)

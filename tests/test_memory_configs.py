@@ -41,7 +41,7 @@ def test_rungs_of_the_ladder_can_be_trained(task):
         configs = [load_config(rung.config, rung.changes) for rung in rungs]
         assert len({(config.core.embed_dim, config.updates * config.samples) for config in configs}) == 1
         for config in configs:
-            longest = config.environment.create().max_episode_steps
+            longest = config.environment.create().task.max_episode_steps
             assert config.transformer is None or config.transformer.memory_length >= longest - 1
 
 

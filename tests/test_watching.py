@@ -210,7 +210,7 @@ def test_numbers_are_shown_by_name():
     assert player.numbers(moment) == {
         "action[0]": "2.00 in -2…2", "action[1]": "0.00 in 0…inf", "x": "0.25", "suit": "= 1", "rank": "= –"
     }  # fmt: skip
-    player.env.vector_names, moment.vector = (), np.arange(40.0)
+    player.env.vector_names, moment.vector = [f"[{index}]" for index in range(40)], np.arange(40.0)
     names = list(player.numbers(moment))
     assert len(names) == 15 and names[-1] == "and 28 more" and names[2] == "[0]"
 

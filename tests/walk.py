@@ -62,7 +62,7 @@ def task_of(section: Section) -> Task:
     """Return what `inspect_environment` finds, without a process of its own."""
     env = create_env(section)
     try:
-        return try_out(env)[0]
+        return try_out(env)
     finally:
         env.close()
 
