@@ -15,7 +15,7 @@ from evaluation.agent import first_unseen_seed, play_episodes
 from evaluation.watch import episode_summary
 from run.checkpoint import load, load_model, model_file, write_file
 from run.cli import command_line, step_limit
-from utils import UserError, reason_of
+from utils import reason_of
 
 EPISODES = 100
 # So far from the first unseen seed they begin: a best model is evaluated on others than it was chosen on.
@@ -43,7 +43,7 @@ def main() -> None:
         found = {name: mean.mean for name, mean in means.items()}
         for name, mean in found.items():
             writer.add_scalar(f"evaluation/{name}_mean", mean, run["steps"])
-        if ranking(found) > ranking(best_so_far(arguments.best)):
+        if not arguments.best.exists() or ranking(found) > ranking(load(arguments.best, "model")["run"]["evaluation"]):
             state = load(arguments.model, "model")
             write_file(arguments.best, model_file(state, run | {"evaluation": found | {"seeds": [first, EPISODES]}}))
     if arguments.video:
@@ -54,14 +54,6 @@ def main() -> None:
         else:
             writer.file_writer.add_summary(summary, run["steps"])
     writer.close()
-
-
-def best_so_far(path: Path) -> dict[str, float]:
-    """Return the evaluation of the best model, nothing where there is none."""
-    try:
-        return load(path, "model")["run"]["evaluation"]
-    except (UserError, KeyError, TypeError):
-        return {}
 
 
 def ranking(means: dict[str, float]) -> tuple[float, float]:

@@ -18,7 +18,7 @@ from scipy.stats import t
 
 import evaluate
 from environments.numbers import episode_numbers, episode_scalars, task_numbers
-from evaluation.published import Reference, read_references
+from evaluation.published import read_references
 from evaluation.statistics import (
     STATISTICS,
     Evaluated,
@@ -45,7 +45,8 @@ def evaluated(run_id: str, seed: int, steps: int, config: dict, reward: float = 
     """Return a model that did something made up."""
     episodes = [{"seed": s, "repetition": r, "reward": reward + s} for s in range(4) for r in range(2)]
     run = {"run_id": run_id, "seed": seed, "steps": steps, "commit": more.pop("commit", "1234567890")}
-    return Evaluated(more.pop("path", f"{run_id}-{steps}.nn"), "Task", config, run, episodes, **more)
+    path, environment = more.pop("path", f"{run_id}-{steps}.nn"), more.pop("environment", "Task")
+    return Evaluated(path, environment, config, run, episodes, **more)
 
 
 # ------------------------------------------------------------------------------------------------ what episodes report
@@ -159,23 +160,24 @@ def test_success_is_a_share():
 
 
 def test_groups_are_runs_of_one_config_and_commit():
-    """Other configs and other commits are other groups, bookkeeping is none, a label decides; a seed counts once."""
+    """Other configs, commits and tasks, and seeds that come again, are other groups; a label decides within a task."""
     config, longer, other = {"gamma": 0.9, "updates": 5}, {"gamma": 0.9, "eval_interval": 9}, {"gamma": 0.8}
     models = [evaluated(f"poc-{seed}", seed, steps, config, seed) for seed in (1, 2) for steps in (200, 100)]
     models += [evaluated("poc-3", 3, 100, longer), evaluated("poc-2", 2, 200, longer, 9, path="again.nn")]
     models += [evaluated("poc-5", 5, 10, other), evaluated("poc-1", 1, 200, config, commit="abcdefgh-dirty")]
     groups = group_runs(models)
     assert {name: runs_of(points) for name, points in groups.items()} == {
-        "poc": ["poc-1", "poc-2", "poc-3"], "poc-5": ["poc-5"], "poc-1": ["poc-1"]
+        "poc": ["poc-1", "poc-2", "poc-3"], "poc-2": ["poc-2"], "poc-5": ["poc-5"], "poc-1": ["poc-1"]
     }  # fmt: skip
     assert [(point.steps, len(point.models)) for point in groups["poc"]] == [(100, 3), (200, 2)]
     assert groups["poc"][1].statistics["reward"]["runs"] == [2.5, 3.5]
     text = "\n".join(table(groups))
-    assert "    not counted, for seed 2 comes again: again.nn" in text and "again.nn: 1 run (Task)" in text
+    assert "again.nn: 1 run (Task)" in text and "trained by abcdefg-dirty" in text
     assert "2.500, 3.500" in text, "two runs have no interval and are shown themselves"
-    assert "trained by abcdefg-dirty" in text
-    labelled = group_runs([evaluated("a", seed, 5, {"gamma": seed}, label="mine") for seed in (1, 2)])
-    assert [(name, len(points[0].models)) for name, points in labelled.items()] == [("mine", 2)]
+    models = [evaluated("a", seed, 5, {"gamma": seed}, label="mine") for seed in (1, 2)]
+    models += [evaluated("a", 3, 5, {}, label="mine", environment="Other")]
+    found = {name: len(points[0].models) for name, points in group_runs(models).items()}
+    assert found == {"mine": 2, "mine @1234567": 1}
 
 
 def test_seeds_are_unseen_or_those_that_are_asked_for():
@@ -184,18 +186,17 @@ def test_seeds_are_unseen_or_those_that_are_asked_for():
     many = SimpleNamespace(reset_params={})
     assert chosen_seeds("2", 3, [few, many]) == ([100_003, 100_004], "")
     assert chosen_seeds("8:12", 3, [few]) == ([8, 9, 10, 11], "--seeds: training may have drawn 2 of these 4")
-    for text in ("0", "-3", "5:5", "9:3", ":4", "1:2:3", "x", "²"):
+    for text in ("0", "-3", "5:5", "9:3", ":4", "1:2:3", "x", "²", "9" * 30):
         with pytest.raises(UserError, match="--seeds: .* should be how many"):
             chosen_seeds(text, 0, [few])
 
 
 def test_files_and_table_agree(tmp_path):
-    """A run that never succeeds counts; NaN is null; what is cut or missing is said everywhere; files can be read."""
+    """A run that never succeeds counts; what is cut or missing is said everywhere; files can be read."""
     good, bad = evaluated("run-1", 1, 100, {}), evaluated("run-2", 2, 100, {})
     good.max_steps = 10_000
     for episode in good.episodes[:4]:
         episode |= {"success": 1.0, "keys": 3.0, "cut": 1.0}
-    bad.episodes[0]["odd"] = math.nan
     groups = group_runs([good, bad])
     lines = list(table(groups))
     assert max(map(len, lines)) <= 80 and lines[2].split() == ["over", "4", "seeds", "mean", "95", "%", "interval",
@@ -209,7 +210,6 @@ def test_files_and_table_agree(tmp_path):
     statistics = [model["statistics"] for model in content["models"]]
     assert [found["success"]["mean"] for found in statistics] == [0.5, 0.0]
     assert (statistics[0]["keys"]["episodes"], statistics[0]["keys"]["of"]) == (4, 8)
-    assert content["models"][0]["episodes"][0]["cut"] == 1.0 and content["models"][1]["episodes"][0]["odd"] is None
     rows = list(csv.DictReader(io.StringIO(to_csv(groups).decode())))
     for row, found, cut in zip(rows, statistics, ("4", "0"), strict=True):
         assert (row["aggregate"], row["interval_of"], row["episodes"], row["cut"]) == ("runs", "mean", "8", cut)
@@ -222,29 +222,19 @@ def test_files_and_table_agree(tmp_path):
         from_json(Path(__file__))
 
 
-# -------------------------------------------------------------------------------------------------------------- curves
-
-
 @pytest.mark.parametrize("aggregate", ["runs", "episodes"])
 def test_plot_is_readable(aggregate):
-    """The figure of a curve of two runs, a single point and a published curve is a file of its format."""
+    """The figure of a curve of two runs, a single point and published curves is a file of its format."""
     models = [
         evaluated(f"a-{seed}", seed, steps, {"gamma": 0.9}) for seed in (1, 2) for steps in (0, 5, 10)[seed - 1 :]
     ]
     models.append(evaluated("b", 1, 5, {"gamma": 0.8}))
-    reference = Reference("task/other", "Task", [0.0, 50.0], [0.0, 2.0], [0.1, 0.2], [0.0, 3.0], 5)
-    groups = group_runs(models, aggregate)
-    png, pdf, svg = (plot(groups, "reward", suffix, [reference]) for suffix in (".png", ".pdf", ".svg"))
-    assert imageio.v2.imread(png).shape[:2] == (800, 1280) and pdf.startswith(b"%PDF-1.4")
-    assert all(name in svg for name in (b"a (2 runs)", b"b (1 run, band over ", b"task/other (published, 5 runs"))
-
-
-def test_published_curves_are_read():
-    """Points of one curve and metric, in order of steps; a file is named once for several."""
-    first, second = read_references([f"{PUBLISHED}:mp_grid_off/trxl,mp_grid_off/gru"], "success")
-    assert (first.name, first.runs, len(first.steps), second.name) == ("mp_grid_off/trxl", 5, 21, "mp_grid_off/gru")
-    assert first.steps == sorted(first.steps) and first.mean[10] == pytest.approx(0.87, abs=0.01)
-    assert first.environment == "MysteryPath-Grid"
+    names = f"{PUBLISHED}:mp_grid_off/trxl,mp_grid_off/gru"
+    first, second = read_references([names], "success", ["MysteryPath-Grid"])
+    assert (first.name, first.runs[0], len(first.steps), second.name) == ("mp_grid_off/trxl", 5, 21, "mp_grid_off/gru")
+    assert (np.diff(first.steps) > 0).all() and first.mean[10] == pytest.approx(0.87, abs=0.01)
+    svg = plot(group_runs(models, aggregate), "reward", ".svg", [first])
+    assert all(name in svg for name in (b"a (2 runs)", b"b (1 run, band over ", b"mp_grid_off/trxl (published, 5 runs"))
 
 
 # ------------------------------------------------------------------------------------------------------- command lines
@@ -258,9 +248,6 @@ def played(monkeypatch):
     task, asked = SimpleNamespace(max_episode_steps=None), {}
 
     def load_for_play(path, device):
-        if path.name == "other.nn":
-            other = SimpleNamespace(environment=SimpleNamespace(type="Other", reset_params={}), model_dump=dict)
-            return torch.nn.Linear(1, 1), other, task, {"run_id": "other", "seed": 1, "steps": 5}
         return torch.nn.Linear(1, 1), config, task, {"run_id": "run", "seed": 1, "steps": 5}
 
     def play_episodes(model, config, task, seeds, repetitions, **options):
@@ -297,8 +284,6 @@ def test_evaluate_says_how_it_aggregated(played, monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().out == table and not played
     limited, endless = SimpleNamespace(max_episode_steps=512), SimpleNamespace(max_episode_steps=None)
     assert [step_limit(None, limited), step_limit(None, endless), step_limit(99, limited)] == [None, 10_000, 99]
-    evaluate_with(monkeypatch, "other.nn", "--plot=both.png")
-    assert "both.png: 2 tasks on one axis: MysteryPath-Grid, Other" in capsys.readouterr().err
 
 
 def test_output_is_never_the_reason_to_lose_results(played, monkeypatch, tmp_path):
@@ -312,13 +297,10 @@ def test_output_is_never_the_reason_to_lose_results(played, monkeypatch, tmp_pat
 
 MISTAKES = [
     (("--aggregate=seeds",), "should be 'runs' or 'episodes'"),
-    (("--max-steps=0",), "--max-steps"),
     (("--group=a.nn",), "should be <label>:<models>"),
-    (("--group=all:a.nn,other.nn",), "--group: all has models of several tasks: MysteryPath-Grid, Other"),
     (("--reference=x.csv:a/b",), "name one with --plot"),
     (("--plot=c.png", "--reference=a/b"), "should be <file>:<task>/<run>"),
-    (("--plot=c.png", f"--reference={PUBLISHED}:mp/trxl"), "has no mp/trxl of success; there are mm_grid/trxl (c"),
-    (("--plot=c.png", f"--reference={PUBLISHED}:mp_off_dense/trxl"), "mp_off_dense/trxl is of MysteryPath; the models"),
+    (("--plot=c.png", f"--reference={PUBLISHED}:mp/trxl"), "of success in MysteryPath-Grid it has mp_grid_"),
     (("--plot=c.png", f"--reference={Path(__file__)}:mm_grid/trxl"), "should have the columns environment, "),
 ]
 
@@ -348,7 +330,7 @@ def test_evaluate_writes_what_it_found(monkeypatch, tmp_path, capsys):
     ])  # fmt: skip
     command_line(evaluate.main)
     said = capsys.readouterr()
-    assert "run: 2 runs (PocMemoryEnv), 200 steps, 8" in said.out and "3/3 two.nn: 4 episodes" in said.err
+    assert "run: 2 runs (PocMemoryEnv), 200 steps, 8" in said.out and "3/3 two.nn: 100%" in said.err
     assert max(map(len, said.out.splitlines())) <= 80
     content = json.loads(Path("numbers.json").read_text())
     assert content["seeds"] == list(range(100_003, 100_005)) and content["versions"]["torch"] == torch.__version__

@@ -8,25 +8,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import imageio.v2
+import matplotlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageSequence
 
 import enjoy
 from evaluation.agent import Agent, load_for_play, play_episodes
 from evaluation.video import film
-from evaluation.watch import (
-    GAP,
-    MARGIN,
-    MARK,
-    SUMMARY_STEPS,
-    SUMMARY_WIDTH,
-    Painter,
-    Player,
-    draw_episode,
-    episode_summary,
-)  # fmt: skip
+from evaluation.watch import FAINT, MARK, Painter, Player, draw_episode, episode_summary
 from evaluation.window import Window
 from memory import make_memory
 from run.cli import command_line
@@ -167,12 +157,12 @@ def test_processes_of_environments_do_without_pytorch():
 @pytest.mark.parametrize(("environment", "core"), [(POC, "gru"), (POC, "none"), (GRID, "relative")])
 def test_pictures_have_one_even_size(environment, core):
     """A picture per step plus the end; a strip for each block, one for a recurrent state, none without memory."""
-    player = Player(*make_model(environment, core), max_steps=20)
+    player = Player(*make_model(environment, core), max_steps=7)
     moments, pictures = zip(*draw_episode(player, 3, 4), strict=True)
     length = int(moments[-1].result["length"])
     assert [moment.step for moment in moments] == [*range(length + 1)]
     assert [len(some) for some in pictures] == [1] * length + [6]
-    ((width, height),) = {picture.size for some in pictures for picture in some}
+    ((height, width, _),) = {picture.shape for some in pictures for picture in some}
     assert width == 720 and height % 2 == 0 and player.strips == {
         "gru": ["state"], "none": [], "relative": ["block 1", "block 2"]}[core]  # fmt: skip
     assert (moments[0].view is None) == (environment == POC)
@@ -190,15 +180,18 @@ def test_thumbnails_are_of_the_most_attended_steps():
     """The thumbnails under the strips show the frames of the steps with the largest weights, in order of time."""
     player = Player(*make_model(POC))
     moments = list(player.play(3))[:-1]
-    painter = Painter(player, "title", moments[0])
+    painter = Painter(player, "title", moments[0], 50)
     for step, moment in enumerate(moments[:4]):
         moment.frame = np.full_like(moment.frame, 40 * (step + 1))
         moment.past = np.array([[[0.1, 0.2, 0.7]]] * 2)[:, :, :step]
-        picture = np.asarray(painter.draw(moment))
-    width, height = painter.past[0].size
-    row, lefts = len(picture) - 28 - height // 2, [MARGIN + number * (width + GAP) for number in range(4)]
-    assert [int(picture[row, left + 20, 0]) for left in lefts] == [40, 80, 120, 255]
-    assert [tuple(picture[row, left - 1]) == MARK for left in lefts] == [False, False, True, False]
+        painter.draw(moment)
+    assert [int(image.get_array().max()) for image in painter.thumbnails] == [40, 80, 120, 255, 255]
+    labels = [image.axes.get_xlabel() for image in painter.thumbnails]
+    assert labels == ["step 0: 10%", "step 1: 20%", "step 2: 70%", " ", " "]
+    edges = [matplotlib.colors.to_hex(image.axes.spines["left"].get_edgecolor()) for image in painter.thumbnails]
+    assert edges == [FAINT, FAINT, MARK, FAINT, FAINT]
+    shown = painter.strips.get_array().filled(-1)
+    np.testing.assert_allclose(shown[:, :4], [[1 / 7, 2 / 7, 1, -1]] * 2)
 
 
 def test_numbers_are_shown_by_name():
@@ -225,8 +218,9 @@ def test_an_environment_that_fails_is_named():
         play_episodes(model, config, task, [100_000])
 
 
-def test_summary_is_an_animated_picture_and_the_same_each_time():
+def test_summary_is_an_animated_picture_and_the_same_each_time(monkeypatch):
     """TensorBoard gets a GIF of bounded size; nothing about the model or PyTorch's random state changes."""
+    monkeypatch.setattr("evaluation.watch.SUMMARY_STEPS", 5)
     model, config, task = make_model(POC)
     weights, state = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
     first, second = (episode_summary(model, config, task, "episode") for _ in range(2))
@@ -234,8 +228,7 @@ def test_summary_is_an_animated_picture_and_the_same_each_time():
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     (value,) = first.value
     frames = imageio.v2.mimread(value.image.encoded_image_string)
-    assert value.tag == "episode" and 1 < len(frames) <= SUMMARY_STEPS + 10
-    assert frames[0].shape[:2] == (value.image.height, SUMMARY_WIDTH)
+    assert value.tag == "episode" and len(frames) == 5 + 9
 
 
 # --------------------------------------------------------------------------------------------------- files and windows
@@ -249,7 +242,7 @@ def test_videos_hold_every_picture_up_to_where_they_are_stopped(tmp_path, suffix
         for step in range(10):
             if step == 4 and stopped_by:
                 os.kill(os.getpid(), stopped_by)
-            yield Image.new("RGB", (64, 48), (20 * step, 0, 255 - 20 * step))
+            yield np.full((48, 64, 3), (20 * step, 0, 255 - 20 * step), np.uint8)
 
     path = tmp_path / f"video{suffix}"
     path.write_bytes(b"old")
@@ -259,7 +252,7 @@ def test_videos_hold_every_picture_up_to_where_they_are_stopped(tmp_path, suffix
     assert abs(int(frames[-1][20, 20, 0]) - 20 * (len(frames) - 1)) < 20 and os.listdir(tmp_path) == [path.name]
     whole = path.read_bytes()
     with pytest.raises(ZeroDivisionError):
-        film(path, (Image.new("RGB", (64, 48), (1 // (2 - step), 0, 0)) for step in range(5)), 5)
+        film(path, (np.full((48, 64, 3), 1 // (2 - step), np.uint8) for step in range(5)), 5)
     assert path.read_bytes() == whole and os.listdir(tmp_path) == [path.name]
 
 
@@ -269,7 +262,7 @@ def test_escape_closes_the_window(monkeypatch):
 
     monkeypatch.setenv("DISPLAY", ":9")
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
-    window, picture = Window(720), Image.new("RGB", (64, 48), (255, 0, 0))
+    window, picture = Window(), np.full((48, 64, 3), (255, 0, 0), np.uint8)
     assert window.show(picture, 100)
     assert window.surface.get_size() == (64, 48) and window.surface.get_at((5, 5))[:3] == (255, 0, 0)
     for key, goes_on in ((pygame.K_SPACE, True), (pygame.K_ESCAPE, False)):
@@ -297,14 +290,11 @@ def test_enjoy_prints_results_without_a_display(model_file, enjoy_with):
 
 def test_enjoy_writes_videos(model_file, enjoy_with):
     """--video, --fps, --deterministic and --episodes: as many pictures as steps, ends and the time they are held."""
-    arguments = (model_file, "--cpu", "--deterministic", "--episodes=2", "--fps=4")
-    made, moving = (enjoy_with(*arguments, f"--video=film.{kind}") for kind in ("mp4", "GIF"))
-    assert made.out == moving.out and "film.mp4" in made.err
+    made = enjoy_with(model_file, "--cpu", "--deterministic", "--episodes=2", "--fps=4", "--video=film.MP4")
     lengths = [int(line.split("length ")[1].split(",")[0]) for line in made.out.splitlines()[:2]]
-    with imageio.v2.get_reader("film.mp4") as reader:
+    with imageio.v2.get_reader("film.MP4") as reader:
         assert sum(1 for _ in reader) == sum(lengths) + 2 * 6 and reader.get_meta_data()["fps"] == 4
-    with Image.open("film.GIF") as picture:
-        assert sum(frame.info["duration"] for frame in ImageSequence.Iterator(picture)) == 250 * (sum(lengths) + 12)
+    assert "film.MP4" in made.err
 
 
 def test_enjoy_opens_a_window(model_file, enjoy_with, monkeypatch):
@@ -319,11 +309,7 @@ MISTAKES = {
     "missing.nn": "missing.nn: cannot be read: No such file",
     "MODEL --window": "--window: there is no display",
     "MODEL --video=film.avi": "should end in .mp4 or .gif",
-    "MODEL --html=nowhere/page.html": "cannot be written to",
-    "MODEL --fps=0": "--fps",
     "MODEL --seeds=7:5": "--seeds",
-    "MODEL --device=tpu": "--device",
-    "": "see --help",
 }
 
 
