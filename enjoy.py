@@ -23,6 +23,7 @@ Example: python enjoy.py models/poc_memory_env.nn --video=episode.mp4
 """
 
 import sys
+from collections import deque
 from collections.abc import Iterator
 from contextlib import closing, nullcontext, suppress
 from pathlib import Path
@@ -72,8 +73,8 @@ def main() -> None:
         pictures = play(player, seeds, arguments, path.name, window, results)
         if video:
             stopped = film(video, pictures, arguments.fps)
-        for _ in pictures:
-            pass
+        else:
+            deque(pictures, maxlen=0)
     if len(results) > 1:
         print(f"mean of {len(results)} episodes: {', '.join(describe_means(results))}")
     where = f"stopped at step {player.steps:,} of an episode; " if stopped else ""
@@ -100,10 +101,8 @@ def play(player, seeds: list[int], arguments: Arguments, model: str, window, res
     from run.checkpoint import write_file
 
     for number, seed in enumerate(seeds, start=1):
-        page, drawn = Page(player, seed, model), ((moment, []) for moment in player.play(seed))
-        if arguments.video or window:
-            drawn = draw_episode(player, seed, arguments.fps)
-        for moment, pictures in drawn:
+        page, draws = Page(player, seed, model), bool(arguments.video or window)
+        for moment, pictures in draw_episode(player, seed, arguments.fps if draws else 0):
             if arguments.html:
                 page.add(moment)
             if moment.result is not None:

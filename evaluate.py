@@ -129,7 +129,7 @@ def play(agents: list[tuple], seeds: list[int], arguments: Arguments, ranks) -> 
             )  # fmt: skip
 
 
-def report(evaluated: list, protocol: dict, arguments: Arguments, references: list) -> None:
+def report(evaluated: list, protocol: dict, arguments: Arguments, references: dict) -> None:
     """Write the files that were asked for, and only then print; UserError where no group reports what is plotted."""
     from evaluation import statistics
     from run.checkpoint import write_file

@@ -17,7 +17,6 @@ import numpy as np
 from scipy.stats import binomtest, t, trim_mean
 
 from environments.numbers import count_missing_success, metrics_of
-from evaluation.published import Reference
 from utils import UserError, seed_range
 
 # Of fewer runs nothing can be said but what they are: they are shown themselves.
@@ -328,7 +327,7 @@ def to_csv(groups: Groups) -> bytes:
     return stream.getvalue().encode()
 
 
-def plot(groups: Groups, metric: str, suffix: str, references: Sequence[Reference] = ()) -> bytes:
+def plot(groups: Groups, metric: str, suffix: str, references: dict[str, np.ndarray]) -> bytes:
     """Return a figure of the learning curves over environment steps.
 
     Lines are means over runs with their confidence band, or with a dot for each run where these are fewer than
@@ -338,7 +337,7 @@ def plot(groups: Groups, metric: str, suffix: str, references: Sequence[Referenc
         groups: one line each.
         metric: what is drawn; groups that do not report it are left out.
         suffix: .png, .pdf or .svg.
-        references: published curves of the same metric.
+        references: published curves of the same metric, of `read_references`.
     """
     import matplotlib.style
     from matplotlib.figure import Figure
@@ -353,10 +352,10 @@ def plot(groups: Groups, metric: str, suffix: str, references: Sequence[Referenc
         for name, points in curves.items():
             if points:
                 _plot_group(axes, name, points, metric, statistic)
-        for reference in references:
-            reference.plot(axes, statistic)
+        for name, rows in references.items():
+            _plot_reference(axes, name, rows, statistic)
         own = [point.steps for points in curves.values() for point in points if point.steps > 0]
-        longest = max((max(reference.steps) for reference in references), default=0)
+        longest = max((rows["steps"].max() for rows in references.values()), default=0)
         if own and longest > LOGARITHMIC * max(own):  # it would squeeze our own; linear around 0
             axes.set_xscale("symlog", linthresh=min(own), linscale=0.5)
             axes.set_xlim(left=0)
@@ -384,6 +383,15 @@ def _plot_group(axes, name: str, points: list[Point], metric: str, statistic: st
     if 1 < len(most.models) < FEWEST:
         dots = [(point.steps, mean) for point, numbers in zip(points, found, strict=True) for mean in numbers["runs"]]
         axes.plot(*zip(*dots, strict=True), ".", color=colour, markersize=4)
+
+
+def _plot_reference(axes, name: str, rows: np.ndarray, statistic: str) -> None:
+    """Draw a published curve; its deviation is one of means and no band around an interquartile mean."""
+    is_mean, steps, mean, std = statistic == "mean", rows["steps"], rows["mean"], rows["std_over_runs"]
+    label = f"{name} (published, {rows['runs'][0]} runs{' ± std' * is_mean})"
+    (line,) = axes.plot(steps, mean if is_mean else rows["iqm_over_episodes"], ".--", label=label)
+    if is_mean:
+        axes.fill_between(steps, mean - std, mean + std, color=line.get_color(), alpha=0.1, linewidth=0)
 
 
 def find_models(names: Sequence[str]) -> list[Path]:

@@ -190,7 +190,7 @@ class Painter:
 
     def __init__(self, player: Player, title: str, moment: Moment, dpi: int) -> None:
         self.player, self.title, self.last, views = player, title, moment, views_of(moment)
-        self.past: deque[Image.Image] = deque(maxlen=player.longest)
+        self.past = deque[np.ndarray](maxlen=player.longest)
         names, heights = ["world", "agent's view"][: len(views)], [height_of(views, 3.6)]
         rows: list[list] = [[name for name in names for _ in range(2 * THUMBNAILS // len(views))]]
         if player.strips:
@@ -220,7 +220,7 @@ class Painter:
             self._show_past()
         self.figure.canvas.draw()
         seen = Image.fromarray(views_of(moment)[-1])
-        self.past.append(seen.reduce(max(1, seen.height // THUMBNAIL_PIXELS)))
+        self.past.append(np.asarray(seen.reduce(max(1, seen.height // THUMBNAIL_PIXELS))))
         return np.asarray(self.figure.canvas.buffer_rgba())[..., :3].copy()  # type: ignore[attr-defined]
 
     def _words(self, moment: Moment) -> str:
@@ -303,12 +303,10 @@ def describe(result: dict[str, float]) -> list[str]:
 
 def describe_means(results: list[dict[str, float]]) -> list[str]:
     """Return the mean of each number in words, with how many episodes report it where some do not."""
-    words = []
-    for name, found in episode_means(results).items():
-        some = f" (in {found.reported:,} of {found.episodes:,} episodes)" if found.reported < found.episodes else ""
-        words.append(f"{name.replace('_', ' ')} {found.mean:.2f}{some}")
-    cut = sum("cut" in result for result in results)
-    return words + ([f"{cut:,} of {len(results):,} episodes cut"] if cut else [])
+    return [
+        f"{name.replace('_', ' ')} {found.mean:.2f}{f' (in {found.reported:,})' * (found.reported < found.episodes)}"
+        for name, found in episode_means(results).items()
+    ]
 
 
 def draw_episode(player: Player, seed: int, fps: int, dpi: int = DPI) -> Iterator[tuple[Moment, list[np.ndarray]]]:
@@ -317,13 +315,15 @@ def draw_episode(player: Player, seed: int, fps: int, dpi: int = DPI) -> Iterato
     Args:
         player: who plays.
         seed: of the episode.
-        fps: pictures per second.
+        fps: pictures per second, 0 for none.
         dpi: pixels per inch of the pictures.
     """
     painter, title = None, f"{task_name(player.config.environment)}, seed {seed}"
     for moment in player.play(seed):
-        painter = painter or Painter(player, title, moment, dpi)
-        yield moment, [painter.draw(moment)] * (1 if moment.result is None else math.ceil(HOLD_SECONDS * fps))
+        if fps and painter is None:
+            painter = Painter(player, title, moment, dpi)
+        times = 1 if moment.result is None else math.ceil(HOLD_SECONDS * fps)
+        yield moment, [painter.draw(moment)] * times if painter else []
 
 
 def episode_summary(model: ActorCriticModel, config: Config, task: Task, tag: str) -> Summary:
