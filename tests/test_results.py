@@ -241,95 +241,75 @@ def test_plot_is_readable(aggregate):
 
 
 @pytest.fixture
-def played(monkeypatch):
-    """Let evaluate.py believe that models were played; takes what it was asked for."""
-    section = SimpleNamespace(type="MysteryPath-Grid", reset_params={"num-seeds": 10})
-    config = SimpleNamespace(environment=section, model_dump=lambda: {"gamma": 0.9})
-    task, asked = SimpleNamespace(max_episode_steps=None), {}
-
-    def load_for_play(path, device):
-        return torch.nn.Linear(1, 1), config, task, {"run_id": "run", "seed": 1, "steps": 5}
-
-    def play_episodes(model, config, task, seeds, repetitions, **options):
-        asked.update(options, seeds=seeds)
-        return [{"seed": s, "repetition": r, "success": float(s % 5 > 0)} for s in seeds for r in range(repetitions)]
-
-    monkeypatch.setattr("evaluation.agent.load_for_play", load_for_play)
-    monkeypatch.setattr("evaluation.agent.play_episodes", play_episodes)
-    monkeypatch.setattr("torch.set_num_threads", lambda number: None)
-    return asked
-
-
-def evaluate_with(monkeypatch, *arguments: str) -> None:
-    """Run evaluate.py in this process."""
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "model.nn", "--cpu", "--metric=success", *arguments])
-    command_line(evaluate.main)
-
-
-def test_evaluate_says_how_it_aggregated(played, monkeypatch, tmp_path, capsys):
-    """--aggregate, --max-steps, --seeds and --reference reach table, files and figure; files are read again."""
+def evaluate_with(monkeypatch, tmp_path, capsys):
+    """A function that runs evaluate.py in this process, beside a file of results, and returns what it says."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.set_num_threads", lambda number: None)
+    models = [evaluated("run", 1, 5, {}, environment="MysteryPath-Grid")]
+    for episode in models[0].episodes:
+        episode["success"] = 1.0
+    Path("old.json").write_bytes(to_json(group_runs(models), {}))
+
+    def run(*arguments: str):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "--cpu", *arguments])
+        command_line(evaluate.main)
+        return capsys.readouterr()
+
+    return run
+
+
+def test_results_are_aggregated_anew(evaluate_with):
+    """Files are read again; --aggregate and --reference reach table, files and figure."""
     curve = f"--reference={PUBLISHED}:mp_grid_off/trxl"
-    evaluate_with(monkeypatch, "--output=new", "--plot=curve.png", curve, curve.replace("trxl", "gru"))
-    assert played["max_steps"] == 10_000 and "0.800" in (table := capsys.readouterr().out)
-    evaluate_with(monkeypatch, "--output=old", "--aggregate=episodes", "--max-steps=7", "--seeds=0:9")
-    said = capsys.readouterr()
-    assert played["max_steps"] == 7 and "1.000" in said.out and "training may have drawn 9 of these 9" in said.err
-    new, old = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("new", "old"))
-    assert (new["aggregate"], old["aggregate"], old["models"][0]["max_steps"]) == ("runs", "episodes", 7)
-    assert new["seeds"] == list(range(10, 60)) and imageio.v2.imread(tmp_path / "curve.png").std() > 0
-    played.clear()
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "new.json", "--cpu"])
-    command_line(evaluate.main)
-    assert capsys.readouterr().out == table and not played
+    said = evaluate_with("old.json", "--aggregate=episodes", "--output=new")
+    assert "over 8 episodes" in said.out and "wrote new.json, new.csv" in said.err
+    content = json.loads(Path("new.json").read_text())
+    assert (content["aggregate"], content["interval_of"], content["seeds"]) == ("episodes", "iqm", [0, 1, 2, 3])
+    table = evaluate_with("new.json", "--plot=curve.png", "--metric=success", curve).out
+    assert table == evaluate_with("old.json").out and imageio.v2.imread("curve.png").std() > 0
     limited, endless = SimpleNamespace(max_episode_steps=512), SimpleNamespace(max_episode_steps=None)
     assert [step_limit(None, limited), step_limit(None, endless), step_limit(99, limited)] == [None, 10_000, 99]
 
 
-def test_output_is_never_the_reason_to_lose_results(played, monkeypatch, tmp_path):
+def test_output_is_never_the_reason_to_lose_results(evaluate_with, monkeypatch, tmp_path):
     """Files are written before anything is printed, and before a metric that nobody reports ends it."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.stdout", SimpleNamespace(write=lambda text: 1 / 0, flush=lambda: None))
     with pytest.raises(ZeroDivisionError):
-        evaluate_with(monkeypatch, "--output=a", "--plot=a.png")
-    assert {path.name for path in tmp_path.iterdir()} == {"a.json", "a.csv", "a.png"}
+        evaluate_with("old.json", "--output=a", "--plot=a.png")
+    assert {path.name for path in tmp_path.iterdir()} == {"old.json", "a.json", "a.csv", "a.png"}
 
 
-MISTAKES = [
-    (("--aggregate=seeds",), "should be 'runs' or 'episodes'"),
-    (("--group=a.nn",), "should be <label>:<models>"),
-    (("--reference=x.csv:a/b",), "name one with --plot"),
-    (("--plot=c.png", "--reference=a/b"), "should be <file>:<task>/<run>"),
-    (("--plot=c.png", f"--reference={PUBLISHED}:mp/trxl"), "of success in MysteryPath-Grid it has mp_grid_"),
-    (("--plot=c.png", f"--reference={Path(__file__)}:mm_grid/trxl"), "should have the columns environment, "),
-]
+MISTAKES = {
+    "--aggregate=seeds": "should be 'runs' or 'episodes'",
+    "--group=a.nn": "should be <label>:<models>",
+    "--reference=x.csv:a/b": "name one with --plot",
+    "--plot=c.png --reference=a/b": "should be <file>:<task>/<run>",
+    f"--plot=c.png --metric=success --reference={PUBLISHED}:mp/trxl": "of success in MysteryPath-Grid it has mp_grid_",
+    f"--plot=c.png --reference={Path(__file__)}:mm_grid/trxl": "should have the columns environment, ",
+    "--plot=c.png --metric=keys": "--metric: 'keys' is not reported; allowed here are reward",
+}
 
 
-@pytest.mark.parametrize(("arguments", "message"), MISTAKES)
-def test_mistakes_are_one_line_before_anything_is_played(played, monkeypatch, tmp_path, capsys, arguments, message):
+@pytest.mark.parametrize("arguments", MISTAKES)
+def test_mistakes_are_one_line(evaluate_with, capsys, arguments):
     """Exit code 2, and one line that says what to put right."""
-    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
-        evaluate_with(monkeypatch, *arguments)
-    lines = capsys.readouterr().err.splitlines()
-    assert stopped.value.code == 2 and len(lines) == 1 and message in lines[0] and not played
+        evaluate_with("old.json", *arguments.split())
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and MISTAKES[arguments] in line
 
 
-def test_evaluate_writes_what_it_found(monkeypatch, tmp_path, capsys):
+def test_evaluate_writes_what_it_found(evaluate_with):
     """Every flag; folders and files; JSON with every episode, CSV with a row per model, statistics as by hand."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("torch.set_num_threads", lambda number: None)
     made = make_model({"type": "PocMemoryEnv"})
     Path("run-1").mkdir()
     for steps in (100, 200):
         write(Path("run-1") / f"model-{steps:012d}.nn", *made, run_id="run-1", steps=steps)
     write(Path("two.nn"), *made, run_id="run-2", seed=2, steps=200)
-    monkeypatch.setattr(sys, "argv", [
-        "evaluate.py", "run-1", "two.nn", "two.nn", "--seeds=2", "--repetitions=2", "--seed=3", "--processes=2",
-        "--deterministic", "--cpu", "--metric=length", "--plot=curve.png", "--output=numbers",
-    ])  # fmt: skip
-    command_line(evaluate.main)
-    said = capsys.readouterr()
+    said = evaluate_with(
+        "run-1", "two.nn", "two.nn", "--seeds=2", "--repetitions=2", "--seed=3", "--processes=2", "--deterministic",
+        "--metric=length", "--plot=curve.png", "--output=numbers", "--max-steps=9",
+    )  # fmt: skip
     assert "run: 2 runs (PocMemoryEnv), 200 steps, 8" in said.out and "3/3 two.nn: 100%" in said.err
     assert max(map(len, said.out.splitlines())) <= 80
     content = json.loads(Path("numbers.json").read_text())

@@ -256,21 +256,6 @@ def test_videos_hold_every_picture_up_to_where_they_are_stopped(tmp_path, suffix
     assert path.read_bytes() == whole and os.listdir(tmp_path) == [path.name]
 
 
-def test_escape_closes_the_window(monkeypatch):
-    """Space pauses and goes on, Esc ends."""
-    import pygame
-
-    monkeypatch.setenv("DISPLAY", ":9")
-    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
-    window, picture = Window(), np.full((48, 64, 3), (255, 0, 0), np.uint8)
-    assert window.show(picture, 100)
-    assert window.surface.get_size() == (64, 48) and window.surface.get_at((5, 5))[:3] == (255, 0, 0)
-    for key, goes_on in ((pygame.K_SPACE, True), (pygame.K_ESCAPE, False)):
-        for _ in range(2 if goes_on else 1):
-            pygame.event.post(pygame.event.Event(pygame.KEYDOWN, key=key))
-        assert window.show(picture, 100) == goes_on
-
-
 # -------------------------------------------------------------------------------------------------------- command lines
 
 
@@ -298,11 +283,19 @@ def test_enjoy_writes_videos(model_file, enjoy_with):
 
 
 def test_enjoy_opens_a_window(model_file, enjoy_with, monkeypatch):
-    """With a display, --window shows the episode; SDL's dummy driver stands in for the screen."""
+    """With a display, --window shows the episode; space pauses and goes on, Esc ends."""
+    import pygame
+
     monkeypatch.setenv("DISPLAY", ":9")
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
     shown = enjoy_with(model_file, "--window", "--fps=120", "--cpu")
     assert shown.out.startswith("episode 1") and not shown.err
+    window, picture = Window(), np.full((48, 64, 3), (255, 0, 0), np.uint8)
+    for keys, goes_on in (([], True), ([pygame.K_SPACE] * 2, True), ([pygame.K_ESCAPE], False)):
+        for key in keys:
+            pygame.event.post(pygame.event.Event(pygame.KEYDOWN, key=key))
+        assert window.show(picture, 100) == goes_on
+        assert not goes_on or window.surface.get_at((5, 5))[:3] == (255, 0, 0)
 
 
 MISTAKES = {
