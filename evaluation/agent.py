@@ -306,18 +306,12 @@ def play_episodes(
     planned = [(seed, repetition) for repetition in range(repetitions) for seed in seeds]
     count, ranks = min(ENVIRONMENTS, len(planned)), ranks or Ranks()
     plan, own = [planned[index::count] for index in range(count)], ranks.share(count)
-    episode_seed = partial(planned_seed, [[seed for seed, _ in episodes] for episodes in plan])
     found: dict[tuple[int, int], dict[str, float]] = {}
     try:
         with ranks.agree_on(EnvironmentFailure):
             if own:
                 agent = Agent(model, config, task, len(own), deterministic, action_seed, (own, count))
-                workers = Workers(
-                    agent.section, task, len(own), episode_seed, processes, min(2, len(own)), own.start, max_steps
-                )
-                for episode, info in _play(agent, workers, [plan[index] for index in own]):
-                    found[episode] = info
-                    progress(1)
+                found = dict(_play(agent, plan, processes, max_steps, progress))
     except EnvironmentFailure as error:  # on one line: of a traceback, what it ends in
         where, *trace = str(error).splitlines()
         raise EnvironmentFailure(f"{task_name(config.environment)}, {' '.join([where, *trace[-1:]])}") from error
@@ -326,22 +320,31 @@ def play_episodes(
 
 
 def _play(
-    agent: Agent, workers: Workers, plan: list[list[tuple[int, int]]]
+    agent: Agent,
+    plan: list[list[tuple[int, int]]],
+    processes: int,
+    max_steps: int | None,
+    progress: Callable[[int], None],
 ) -> Iterator[tuple[tuple[int, int], dict[str, float]]]:
-    """Play until each environment has ended its planned episodes; yield each of them and what is reported of it.
+    """Play until each of an agent's environments has ended its planned episodes; yield these with what they report.
 
     The environments of one group step while the model looks at the other group.
     """
-    stepping = set()
+    own, stepping = agent.own, set()
+    seed = partial(planned_seed, [[seed for seed, _ in episodes] for episodes in plan])
+    groups = min(2, len(own))
+    workers = Workers(agent.section, agent.task, len(own), seed, processes, groups, own.start, max_steps)
+    plan = [plan[index] for index in own]
     with closing(workers):
         workers.start()
-        while any(episode.number < len(own) for episode, own in zip(workers.episodes, plan, strict=True)):
+        while any(episode.number < len(planned) for episode, planned in zip(workers.episodes, plan, strict=True)):
             agent.advance()
             for group in workers.groups:
                 if group in stepping:
                     for index, info in workers.receive(group):
                         number = workers.episodes[index].number - 1
                         if number < len(plan[index]):
+                            progress(1)
                             yield plan[index][number], info
                 workers.send(group, agent.observe(workers.arrays, slice(group.start, group.stop))[1])
                 stepping.add(group)

@@ -128,27 +128,13 @@ def test_memory_goes_on_when_the_timeline_is_full(monkeypatch):
     np.testing.assert_allclose(*values, atol=1e-5)
 
 
-def test_evaluation_is_repeatable_and_what_the_player_sees(monkeypatch):
-    """The same with one process, with two, and by oneself."""
+def test_evaluation_is_repeatable_and_its_processes_do_without_pytorch(monkeypatch):
+    """The same with one process and with two; PyTorch would take seconds to load, and the memory of each."""
     monkeypatch.setattr("evaluation.agent.ENVIRONMENTS", 3)
-    model, config, task = make_model(POC)
-    seeds = list(range(100_000, 100_003))
-    one, two, sure = (
-        play_episodes(model, config, task, seeds, 2, action_seed=5, processes=processes, deterministic=is_sure)
-        for processes, is_sure in ((1, False), (2, False), (1, True))
-    )
-    assert one == two
+    made, seeds = make_model(walk("vectors", "one branch")["environment"]), [100_000, 100_001, 100_002]
+    one, two = (play_episodes(*made, seeds, 2, action_seed=5, processes=processes) for processes in (1, 2))
+    assert one == two and not any(episode["pytorch"] for episode in one)
     assert [(e["seed"], e["repetition"]) for e in one] == [(seed, r) for seed in seeds for r in (0, 1)]
-    player = Player(model, config, task, deterministic=True, render=False)
-    for episode in sure[:2]:
-        alone = list(player.play(episode["seed"]))[-1].result
-        assert {key: episode[key] for key in alone} == pytest.approx(alone)
-
-
-def test_processes_of_environments_do_without_pytorch():
-    """It would take seconds to load, and the memory of each."""
-    (episode,) = play_episodes(*make_model(walk("vectors", "one branch")["environment"]), [100_000])
-    assert episode["pytorch"] == 0
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures
@@ -274,12 +260,11 @@ def test_enjoy_prints_results_without_a_display(model_file, enjoy_with):
 
 
 def test_enjoy_writes_videos(model_file, enjoy_with):
-    """--video, --fps, --deterministic and --episodes: as many pictures as steps, ends and the time they are held."""
-    made = enjoy_with(model_file, "--cpu", "--deterministic", "--episodes=2", "--fps=4", "--video=film.MP4")
-    lengths = [int(line.split("length ")[1].split(",")[0]) for line in made.out.splitlines()[:2]]
+    """--video, --fps, --max-steps and --episodes: as many pictures as steps, ends and the time they are held."""
+    made = enjoy_with(model_file, "--cpu", "--max-steps=3", "--episodes=2", "--fps=4", "--video=film.MP4")
     with imageio.v2.get_reader("film.MP4") as reader:
-        assert sum(1 for _ in reader) == sum(lengths) + 2 * 6 and reader.get_meta_data()["fps"] == 4
-    assert "film.MP4" in made.err
+        assert sum(1 for _ in reader) == 2 * (3 + 6) and reader.get_meta_data()["fps"] == 4
+    assert "film.MP4" in made.err and made.out.count("cut after 3 steps") == 2
 
 
 def test_enjoy_opens_a_window(model_file, enjoy_with, monkeypatch):
