@@ -17,48 +17,30 @@ import onnxruntime
 import export
 from evaluation import graph as graphs
 from model import ActorCriticModel
-from run.checkpoint import encode
-from run.config import Config, check_config
-from tests.walk import task_of
+from run.config import Config
+from tests.test_agent import make_model, write
 from utils import UserError
-
-GRU = {"recurrence": {"layer_type": "gru", "embed_dim": 12, "hidden_state_size": 16, "num_layers": 2}}
-LSTM = {"recurrence": {"layer_type": "lstm", "embed_dim": 12, "hidden_state_size": 16}}
-
-
-def transformer(**changes) -> dict:
-    """The section of a small transformer."""
-    return {"transformer": {"embed_dim": 16, "num_heads": 2, "num_blocks": 2, "memory_length": 7} | changes}
-
 
 POC = {"type": "PocMemoryEnv"}
 MASKED = {"type": "Gymnasium", "name": "tests.toy_environments:Masked-v0"}
 ACTED = {"type": "Gymnasium", "name": "tests.toy_environments:Acted-v0"}
 BOTH = {"type": "Minigrid", "name": "MiniGrid-GoToDoor-5x5-v0", "mission": True, "max_episode_steps": 20}
 ABSOLUTE = "absolute, longer than the episode"
-CASES = {
-    ABSOLUTE: (POC, transformer(positional_encoding="absolute", layer_norm="post", memory_length=40)),
-    "learned, gates, masks": (MASKED, transformer(positional_encoding="learned", gtrxl=True, num_blocks=1)),
-    "relative, numbers as actions": (
-        ACTED,
-        transformer(positional_encoding="relative", query_position=True) | {"normalize_observations": True},
-    ),
-    "gru, frames beside vectors": (BOTH, GRU),
-    "lstm": (POC, LSTM),
-    "none": (POC, {"memoryless": {"embed_dim": 12}}),
+CASES: dict[str, tuple[dict, str, dict]] = {
+    ABSOLUTE: (POC, "absolute", {"layer_norm": "post", "memory_length": 40}),
+    "learned, gates, masks": (MASKED, "learned", {"gtrxl": True, "num_blocks": 1}),
+    "relative, numbers as actions": (ACTED, "relative", {"query_position": True, "normalize": True}),
+    "gru, frames beside vectors": (BOTH, "gru", {"num_layers": 2}),
+    "lstm": (POC, "lstm", {}),
+    "none": (POC, "none", {}),
 }
 
 
 @cache
 def made(case: str) -> tuple[ActorCriticModel, Config, onnx.ModelProto]:
     """A small model with random weights, biases and gates included, and its graph."""
-    environment, changes = CASES[case]
-    schedules = ("learning_rate_schedule", "beta_schedule", "clip_range_schedule")
-    given: dict = dict.fromkeys(schedules, {"initial": 1e-3, "final": 0, "max_decay_steps": 10})
-    given |= {"updates": 1, "n_workers": 2, "worker_steps": 8, "hidden_layer_size": 16}
-    config = check_config({"environment": environment} | given | changes, "test")
-    torch.manual_seed(1)
-    model = ActorCriticModel(config, task_of(config.environment)).eval()
+    environment, core, more = CASES[case]
+    model, config, _ = make_model(environment, core, **more)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
@@ -69,20 +51,17 @@ def made(case: str) -> tuple[ActorCriticModel, Config, onnx.ModelProto]:
 def small(tmp_path_factory):
     """A model file and its graph."""
     model, config, graph = made(ABSOLUTE)
-    content = {"config": config.model_dump(), "task": vars(model.task), "weights": model.state_dict(), "run": {}}
-    path = tmp_path_factory.mktemp("models") / "small.nn"
-    path.write_bytes(encode("model", content))
-    return path, graph
+    return write(tmp_path_factory.mktemp("models") / "small.nn", model, config, model.task), graph
 
 
 @pytest.fixture
 def written(small, tmp_path, monkeypatch):
     """A function that exports the model, with another graph in place of its own, and returns the file."""
 
-    def write(graph=small[1], model=small[0]):
+    def export_it(graph=small[1]):
         output = tmp_path / "agent.onnx"
         monkeypatch.setattr(graphs, "to_graph", lambda _: graph)
-        monkeypatch.setattr(sys, "argv", ["export.py", f"--model={model}", f"--output={output}"])
+        monkeypatch.setattr(sys, "argv", ["export.py", f"--model={small[0]}", f"--output={output}"])
         try:
             export.main()
         except UserError as error:
@@ -90,7 +69,7 @@ def written(small, tmp_path, monkeypatch):
             raise
         return output
 
-    return write
+    return export_it
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -315,9 +315,7 @@ def test_evaluate_writes_what_it_found(evaluate_with):
     with open("numbers.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     for row, model in zip(rows, content["models"], strict=True):
-        assert {episode["seed"] for episode in model["episodes"]} == set(content["seeds"])
         lengths = [episode["length"] for episode in model["episodes"]]
         assert lengths[::2] == lengths[1::2], "deterministic: each seed's repetitions are the same"
         assert float(row["length_mean"]) == model["statistics"]["length"]["mean"] == pytest.approx(np.mean(lengths))
-        assert (row["model"], int(row["steps"]), row["episodes"]) == (model["path"], model["run"]["steps"], "4")
     assert imageio.v2.imread("curve.png").std() > 0
