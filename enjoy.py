@@ -23,14 +23,16 @@ Example: python enjoy.py models/poc_memory_env.nn --video=episode.mp4
 """
 
 import sys
+from collections import deque
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
 from run.cli import Computing, Count, arguments_of, choose_device, command_line, step_limit, to_file, use_cores
+from utils import UserError
 
 
 class Arguments(Computing):
@@ -55,13 +57,14 @@ def main() -> None:
     from evaluation.agent import load_for_play
     from evaluation.statistics import chosen_seeds
     from evaluation.video import film
-    from evaluation.watch import WIDTH, Player, describe_means
-    from evaluation.window import open_window
+    from evaluation.watch import Player, describe_means
+    from evaluation.window import Window
 
     device, path, video = choose_device(arguments), arguments.given or arguments.model, arguments.video
     use_cores(device)
-    to_files = bool(video or arguments.html)
-    window = open_window(WIDTH, arguments.window) if arguments.window or not to_files else None
+    to_files, window = bool(video or arguments.html), None
+    with nullcontext() if arguments.window else suppress(UserError):
+        window = Window() if arguments.window or not to_files else None
     model, config, task, _ = load_for_play(path, device)
     seeds, note = chosen_seeds(arguments.seeds or str(arguments.episodes), arguments.seed, [config.environment])
     limit, results, stopped = step_limit(arguments.max_steps, task), list[dict[str, float]](), False
@@ -70,8 +73,8 @@ def main() -> None:
         pictures = play(player, seeds, arguments, path.name, window, results)
         if video:
             stopped = film(video, pictures, arguments.fps)
-        for _ in pictures:
-            pass
+        else:
+            deque(pictures, maxlen=0)
     if len(results) > 1:
         print(f"mean of {len(results)} episodes: {', '.join(describe_means(results))}")
     where = f"stopped at step {player.steps:,} of an episode; " if stopped else ""
@@ -98,13 +101,9 @@ def play(player, seeds: list[int], arguments: Arguments, model: str, window, res
     from run.checkpoint import write_file
 
     for number, seed in enumerate(seeds, start=1):
-        page = Page(player, seed, model) if arguments.html else None
-        if arguments.video or window:
-            drawn = draw_episode(player, seed, arguments.fps)
-        else:
-            drawn = ((moment, []) for moment in player.play(seed))
-        for moment, pictures in drawn:
-            if page is not None:
+        page, draws = Page(player, seed, model), bool(arguments.video or window)
+        for moment, pictures in draw_episode(player, seed, arguments.fps if draws else 0):
+            if arguments.html:
                 page.add(moment)
             if moment.result is not None:
                 results.append(moment.result)
@@ -113,7 +112,7 @@ def play(player, seeds: list[int], arguments: Arguments, model: str, window, res
                 yield picture
                 if window is not None and not window.show(picture, arguments.fps):
                     return
-        if page is not None:
+        if arguments.html:
             file = arguments.html.with_stem(arguments.html.stem + f"-{seed}" * (len(seeds) > 1))
             write_file(file, page.html())
             print(f"the page is {file}", file=sys.stderr)

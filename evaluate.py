@@ -25,7 +25,6 @@ Example: python evaluate.py models/*.nn --output=results --plot=curves.pdf
 """
 
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -57,6 +56,7 @@ def main() -> None:
     """Parse the command line and evaluate, together with the other ranks that torchrun started."""
     arguments = arguments_of(__doc__, Arguments)
     from evaluation.published import read_references
+    from evaluation.statistics import chosen_seeds
     from run.checkpoint import provenance
     from run.distributed import check_alike, together
 
@@ -65,22 +65,25 @@ def main() -> None:
         with ranks.agree_on(UserError):
             if arguments.reference and arguments.plot is None:
                 raise UserError("--reference: is for a figure; name one with --plot=<file>")
-            references = read_references(arguments.reference, arguments.metric)
-            models = load(arguments, device)
-            check_tasks([evaluated for evaluated, _ in models], references)
-            seeds, note = seeds_of(models, arguments)
+            stored, agents = load(arguments, device)
+            models = [*stored, *(evaluated for evaluated, *_ in agents)]
+            references = read_references(arguments.reference, arguments.metric, [m.environment for m in models])
+            seeds, note = sorted({episode["seed"] for model in stored for episode in model.episodes}), ""
+            if agents:
+                sections = [config.environment for _, _, config, _ in agents]
+                seeds, note = chosen_seeds(arguments.seeds, arguments.seed, sections)
         if ranks.first and note:
             print(note, file=sys.stderr)
-        play([(evaluated, agent) for evaluated, agent in models if agent], seeds, arguments, ranks)
+        play(agents, seeds, arguments, ranks)
         with ranks.agree_on(UserError, OSError):
             if ranks.first:
                 protocol = {"command": ["python", *sys.argv], "seeds": seeds, "versions": provenance(device)}
                 protocol |= arguments.model_dump(include={"repetitions", "seed", "deterministic"})
-                report([evaluated for evaluated, _ in models], protocol, arguments, references)
+                report(models, protocol, arguments, references)
 
 
-def load(arguments: Arguments, device) -> list[tuple]:
-    """Return, of each model, what is known of it and (model, config, task) to play it, None where it was played."""
+def load(arguments: Arguments, device) -> tuple[list, list[tuple]]:
+    """Return the `Evaluated` of files that --output wrote, and (`Evaluated`, model, config, task) of those to play."""
     from evaluation.agent import load_for_play, task_name
     from evaluation.statistics import Evaluated, find_models, from_json
 
@@ -90,44 +93,20 @@ def load(arguments: Arguments, device) -> list[tuple]:
         if not label or not names:
             raise UserError(f"--group: {text!r} should be <label>:<models>,<models>…")
         labels |= dict.fromkeys(find_models(names.split(",")), label)
-    models: list[tuple] = []
+    if not labels:
+        raise UserError("evaluate.py: name the models, or files that --output wrote; see --help")
+    stored, agents = [], []
     for path, label in labels.items():
         if path.suffix == ".json":
-            models += [(stored, None) for stored in from_json(path, label)]
+            stored += from_json(path, label)
             continue
         model, config, task, run = load_for_play(path, device)
-        evaluated = Evaluated(
-            str(path), task_name(config.environment), config.model_dump(), run, [],
-            step_limit(arguments.max_steps, task), label,
-        )  # fmt: skip
-        models.append((evaluated, (model, config, task)))
-    if not models:
-        raise UserError("evaluate.py: name the models, or files that --output wrote; see --help")
-    return models
+        name, limit = task_name(config.environment), step_limit(arguments.max_steps, task)
+        agents.append((Evaluated(str(path), name, config.model_dump(), run, [], limit, label), model, config, task))
+    return stored, agents
 
 
-def check_tasks(models: list, references: list) -> None:
-    """Raise UserError where a named group is of several tasks, or a published curve is of none of them."""
-    from evaluation.published import check_task
-
-    for label in {model.label for model in models} - {""}:
-        tasks = sorted({model.environment for model in models if model.label == label})
-        if len(tasks) > 1:
-            raise UserError(f"--group: {label} has models of several tasks: {', '.join(tasks)}")
-    check_task(references, [model.environment for model in models])
-
-
-def seeds_of(models: list[tuple], arguments: Arguments) -> tuple[list[int], str]:
-    """Return the seeds that all models play, or did where all of them have, and what is to be said of them."""
-    from evaluation.statistics import chosen_seeds
-
-    sections = [agent[1].environment for _, agent in models if agent]
-    if sections:
-        return chosen_seeds(arguments.seeds, arguments.seed, sections)
-    return sorted({episode["seed"] for evaluated, _ in models for episode in evaluated.episodes}), ""
-
-
-def play(models: list[tuple], seeds: list[int], arguments: Arguments, ranks) -> None:
+def play(agents: list[tuple], seeds: list[int], arguments: Arguments, ranks) -> None:
     """Let all models play the seeds."""
     import torch
     from tqdm import tqdm
@@ -138,29 +117,25 @@ def play(models: list[tuple], seeds: list[int], arguments: Arguments, ranks) -> 
     # The environments need the other cores. Must not depend on --processes: it decides how sums are rounded.
     torch.set_num_threads(max(1, mine // 2))
     processes = arguments.processes or mine - max(1, mine // 2) or 1
-    total, quiet = len(seeds) * arguments.repetitions, not (ranks.first and sys.stderr.isatty())
-    for number, (evaluated, (model, config, task)) in enumerate(models, start=1):
-        name, started = f"{number}/{len(models)} {Path(evaluated.path).name}", time.perf_counter()
-        with tqdm(desc=name[-30:], total=total // ranks.size, unit="episode", dynamic_ncols=True, disable=quiet) as bar:
+    total = len(seeds) * arguments.repetitions // ranks.size
+    for number, (evaluated, model, config, task) in enumerate(agents, start=1):
+        name = f"{number}/{len(agents)} {Path(evaluated.path).name}"[-30:]
+        with tqdm(desc=name, total=total, unit="episode", mininterval=1, disable=not ranks.first) as bar:
             evaluated.episodes = play_episodes(
                 model, config, task, seeds, arguments.repetitions, action_seed=arguments.seed,
                 deterministic=arguments.deterministic, processes=processes,
                 progress=bar.update,  # type: ignore[arg-type]
                 max_steps=evaluated.max_steps, ranks=ranks,
             )  # fmt: skip
-        if ranks.first and quiet:
-            seconds = time.perf_counter() - started
-            print(f"{name}: {total:,} episodes in {seconds:.1f} s", file=sys.stderr, flush=True)
 
 
-def report(evaluated: list, protocol: dict, arguments: Arguments, references: list) -> None:
+def report(evaluated: list, protocol: dict, arguments: Arguments, references: dict) -> None:
     """Write the files that were asked for, and only then print; UserError where no group reports what is plotted."""
     from evaluation import statistics
     from run.checkpoint import write_file
 
     groups = statistics.group_runs(evaluated, arguments.aggregate)
-    output, figure, metric = arguments.output, arguments.plot, arguments.metric
-    files = {}
+    output, figure, metric, files = arguments.output, arguments.plot, arguments.metric, {}
     known = dict.fromkeys(name for points in groups.values() for point in points for name in point.statistics)
     if output is not None:
         files[output.with_name(output.name + ".json")] = statistics.to_json(groups, protocol)
@@ -172,9 +147,6 @@ def report(evaluated: list, protocol: dict, arguments: Arguments, references: li
     print("\n".join(statistics.table(groups)), flush=True)
     if files:
         print(f"wrote {', '.join(map(str, files))}", file=sys.stderr)
-    tasks = dict.fromkeys(model.environment for model in evaluated)
-    if figure is not None and len(tasks) > 1:
-        print(f"{figure}: {len(tasks)} tasks on one axis: {', '.join(tasks)}", file=sys.stderr)
     if figure is not None and metric not in known:
         raise UserError(f"--metric: {metric!r} is not reported; allowed here are {', '.join(known)}")
 

@@ -50,13 +50,8 @@ def main() -> None:
         largest = play_beside(graph, model, config, step_limit(arguments.max_steps, task))
     except UserError as error:
         raise UserError(f"{output}: not written: {error}") from error
-    describe(
-        graph,
-        model=arguments.model.name,
-        environment=config.environment.model_dump(),
-        run=run,
-        largest_difference=largest,
-    )
+    environment, name = config.environment.model_dump(), arguments.model.name
+    describe(graph, model=name, environment=environment, run=run, largest_difference=largest)
     content = graph.SerializeToString()
     write_file(output, content)
     differences = ", ".join(f"{name} {difference:.1e}" for name, difference in largest.items())

@@ -1,9 +1,9 @@
 """Acting with a trained model: in a loop of one's own, and in many unseen episodes at once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,8 @@ class Agent:
         self.store = ObservationStore(task, config.core.embed_dim, self.capacity, device)
         self.generator = torch.Generator(device).manual_seed(seed)
         self.count, self.t = count, -1
+        # What `act` was shown, and how many steps each environment's episode has had.
+        self.arrays = SharedArrays(count, task)
         # Of the last call of `act`: the episode steps, the outputs and the actions.
         self.looked, self.outputs = np.zeros(count, dtype=np.int64), list[Output]()
         self.actions = np.zeros((count, task.action_size))
@@ -172,11 +174,6 @@ class Agent:
         before, after = self.memory.states[:, self.t].cpu().numpy(), self.memory.states[:, self.t + 1].cpu().numpy()
         change = np.abs(after - before * (self.looked > 0)[:, None]).mean(axis=1)
         return change[0] if self.single else change
-
-    @cached_property
-    def arrays(self) -> SharedArrays:
-        """What `act` was shown, and how many steps each environment's episode has had."""
-        return SharedArrays(self.count, self.task)
 
     def _joined(self, part: Callable[[Output], Tensor]) -> Any:
         rows = torch.cat([part(output) for output in self.outputs]).cpu().numpy()
@@ -295,18 +292,18 @@ def play_episodes(
         EnvironmentFailure: in one line, if an environment breaks its contract or fails.
     """
     planned = [(seed, repetition) for repetition in range(repetitions) for seed in seeds]
-    count = min(ENVIRONMENTS, len(planned))
-    plan = [planned[index::count] for index in range(count)]
-    own, found = (ranks := ranks or Ranks()).share(count), {}
+    count, ranks = min(ENVIRONMENTS, len(planned)), ranks or Ranks()
+    plan, own = [planned[index::count] for index in range(count)], ranks.share(count)
+    found: dict[tuple[int, int], dict[str, float]] = {}
     try:
         with ranks.agree_on(EnvironmentFailure):
             if own:
                 agent = Agent(model, config, task, len(own), deterministic, action_seed, (own, count))
-                found = _play(agent, plan, processes, max_steps, progress)
+                found = dict(_play(agent, plan, processes, max_steps, progress))
     except EnvironmentFailure as error:  # on one line: of a traceback, what it ends in
         where, *trace = str(error).splitlines()
         raise EnvironmentFailure(f"{task_name(config.environment)}, {' '.join([where, *trace[-1:]])}") from error
-    infos = {plan[index][number]: info for part in ranks.gather(found) for (index, number), info in part.items()}
+    infos = {episode: info for part in ranks.gather(found) for episode, info in part.items()}
     return [{"seed": s, "repetition": r} | infos[s, r] for s in seeds for r in range(repetitions)]
 
 
@@ -316,35 +313,26 @@ def _play(
     processes: int,
     max_steps: int | None,
     progress: Callable[[int], None],
-) -> dict[tuple[int, int], dict[str, float]]:
-    """Play until each of an agent's environments has ended its episodes; return infos by (environment, episode).
+) -> Iterator[tuple[tuple[int, int], dict[str, float]]]:
+    """Play until each of an agent's environments has ended its planned episodes; yield these with what they report.
 
     The environments of one group step while the model looks at the other group.
-
-    Args:
-        agent: acts.
-        plan: (seed, repetition) of the episodes of each environment, of all processes.
-        processes: number of processes that step the environments.
-        max_steps: after how many steps an episode is cut.
-        progress: called with the number of episodes that have just ended.
     """
-    own, found, stepping = agent.own, {}, set()
-    episode_seed = partial(planned_seed, [[seed for seed, _ in episodes] for episodes in plan])
-    wanted = [len(plan[index]) for index in own]
-    workers = Workers(
-        agent.section, agent.task, len(own), episode_seed, processes, min(2, len(own)), own.start, max_steps
-    )
+    own, stepping = agent.own, set()
+    seed = partial(planned_seed, [[seed for seed, _ in episodes] for episodes in plan])
+    groups = min(2, len(own))
+    workers = Workers(agent.section, agent.task, len(own), seed, processes, groups, own.start, max_steps)
+    plan = [plan[index] for index in own]
     with closing(workers):
         workers.start()
-        while any(episode.number < number for episode, number in zip(workers.episodes, wanted, strict=True)):
+        while any(episode.number < len(planned) for episode, planned in zip(workers.episodes, plan, strict=True)):
             agent.advance()
             for group in workers.groups:
                 if group in stepping:
                     for index, info in workers.receive(group):
                         number = workers.episodes[index].number - 1
-                        if number < wanted[index]:
-                            found[own[index], number] = info
+                        if number < len(plan[index]):
                             progress(1)
+                            yield plan[index][number], info
                 workers.send(group, agent.observe(workers.arrays, slice(group.start, group.stop))[1])
                 stepping.add(group)
-    return found

@@ -1,6 +1,5 @@
 """Evaluate a model while its run trains: what `eval_interval` and `video_interval` of a config start."""
 
-import argparse
 import os
 import sys
 import threading
@@ -15,7 +14,7 @@ from evaluation.agent import first_unseen_seed, play_episodes
 from evaluation.watch import episode_summary
 from run.checkpoint import load, load_model, model_file, write_file
 from run.cli import command_line, step_limit
-from utils import UserError, reason_of
+from utils import reason_of
 
 EPISODES = 100
 # So far from the first unseen seed they begin: a best model is evaluated on others than it was chosen on.
@@ -23,30 +22,28 @@ DISTANCE = 1_000_000
 
 
 def main() -> None:
-    """Play as the command line says; whoever started this process closes its standard input to end it."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--summaries", help="where TensorBoard finds what comes of it")
-    parser.add_argument("--best", type=Path, help="the best model so far; this one takes its place if it is better")
-    parser.add_argument("--eval", action="store_true", help="play the fixed set of unseen episodes")
-    parser.add_argument("--video", action="store_true", help="draw an episode")
-    arguments = parser.parse_args()
+    """Play a model; whoever started this process closes its standard input to end it.
+
+    The command line is the model, where TensorBoard finds what comes of it, the best model so far, whose place this one
+    takes if it is better, and what is wanted: eval, the fixed set of unseen episodes, and video, a drawn episode.
+    """
+    path, summaries, best, wanted = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), sys.argv[4:]
     threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
     os.nice(10)
     torch.set_num_threads(1)
-    model, config, task, run = load_model(arguments.model, torch.device("cpu"))
-    writer: Any = SummaryWriter(arguments.summaries)
-    if arguments.eval:
+    model, config, task, run = load_model(path, torch.device("cpu"))
+    writer: Any = SummaryWriter(summaries)
+    if "eval" in wanted:
         first = first_unseen_seed(config.environment) + DISTANCE
         seeds = list(range(first, first + EPISODES))
         means = episode_means(play_episodes(model.eval(), config, task, seeds, max_steps=step_limit(None, task)))
         found = {name: mean.mean for name, mean in means.items()}
         for name, mean in found.items():
             writer.add_scalar(f"evaluation/{name}_mean", mean, run["steps"])
-        if ranking(found) > ranking(best_so_far(arguments.best)):
-            state = load(arguments.model, "model")
-            write_file(arguments.best, model_file(state, run | {"evaluation": found | {"seeds": [first, EPISODES]}}))
-    if arguments.video:
+        if not best.exists() or ranking(found) > ranking(load(best, "model")["run"]["evaluation"]):
+            evaluated = run | {"evaluation": found | {"seeds": [first, EPISODES]}}
+            write_file(best, model_file(load(path, "model"), evaluated))
+    if "video" in wanted:
         try:
             summary = episode_summary(model.eval(), config, task, "episode")
         except Exception as error:  # whatever an environment's own drawing does
@@ -54,14 +51,6 @@ def main() -> None:
         else:
             writer.file_writer.add_summary(summary, run["steps"])
     writer.close()
-
-
-def best_so_far(path: Path) -> dict[str, float]:
-    """Return the evaluation of the best model, nothing where there is none."""
-    try:
-        return load(path, "model")["run"]["evaluation"]
-    except (UserError, KeyError, TypeError):
-        return {}
 
 
 def ranking(means: dict[str, float]) -> tuple[float, float]:

@@ -3,9 +3,7 @@
 import json
 import logging
 import warnings
-from collections.abc import Iterator
 from contextlib import closing
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,18 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from evaluation.agent import Agent, first_unseen_seed
-from memory import States, Timeline
+from evaluation.watch import Player
+from memory import Timeline
 from model import ActorCriticModel, Normal, Output
 from recurrence import Fragments
 from run.config import Config
 from transformer import MemoryView, Transformer
-from utils import UserError, planned_seed
-from worker import Workers
+from utils import UserError
+from worker import SharedArrays
 
 # Type and shape of tensors by name.
 Kinds = dict[str, tuple[str, tuple[int, ...]]]
-# How far results may lie apart, and in how many environments that is looked at.
-TOLERANCE, ENVIRONMENTS = 1e-4, 3
+# How far results may lie apart, and in how many episodes that is looked at.
+TOLERANCE, EPISODES = 1e-4, 3
 ABOUT_MEMORY = (
     "Start with zeros, and give the next step as memory what this one returns as next_memory. step counts from 0 in "
     "each episode; at 0 the graph looks at nothing that memory holds, so that it need not be cleared."
@@ -146,44 +145,34 @@ def play_beside(graph: onnx.ModelProto, model: ActorCriticModel, config: Config,
         EnvironmentFailure: if the environment fails.
     """
     step, session = Step(model), onnxruntime.InferenceSession(graph.SerializeToString())
-    memory = np.zeros((ENVIRONMENTS, *step.inputs.get("memory", ("", ()))[1]), np.float32)
-    largest = dict.fromkeys(step.outputs, 0.0)
-    for seen, expected in played(model, config, cut):
-        known = seen | {"memory": memory}
-        *_, memory = found = session.run(None, {name: known[name] for name in step.inputs})
-        for name, ours, theirs in zip(largest, found, expected, strict=True):
-            difference = np.abs(ours - theirs.numpy()).reshape(ENVIRONMENTS, -1).max(axis=1)
-            largest[name] = max(largest[name], float(difference.max()))
-            if not difference.max() <= TOLERANCE:  # nor is what is not a number
-                worst = int(difference.argmax())
-                where = f"environment {worst + 1}, step {seen['step'][worst]}"
-                raise UserError(f"{name} is {difference[worst]:.1e} from PyTorch's, {where}; allowed: {TOLERANCE}")
+    largest, first = dict.fromkeys(step.outputs, 0.0), first_unseen_seed(config.environment)
+    with closing(Player(model, config, model.task, render=False, max_steps=cut)) as player:
+        for seed in range(first, first + EPISODES):
+            memory = np.zeros((1, *step.inputs.get("memory", ("", ()))[1]), np.float32)
+            for moment in player.play(seed):
+                if moment.result is not None:
+                    break
+                known = seen(player.agent.arrays) | {"step": np.array([moment.step]), "memory": memory}
+                *_, memory = found = session.run(None, {name: known[name] for name in step.inputs})
+                expected = [*results_of(player.agent.outputs[0]), *remembered(player.agent)]
+                for name, ours, theirs in zip(largest, found, expected, strict=True):
+                    difference = float(np.abs(ours - theirs.numpy()).max())
+                    largest[name] = max(largest[name], difference)
+                    if not difference <= TOLERANCE:  # nor is what is not a number
+                        where = f"reset seed {seed}, step {moment.step}; allowed: {TOLERANCE}"
+                        raise UserError(f"{name} is {difference:.1e} from PyTorch's, {where}")
     return largest
 
 
-def played(
-    model: ActorCriticModel, config: Config, cut: int | None
-) -> Iterator[tuple[dict[str, np.ndarray], list[Tensor]]]:
-    """Let a model act until each environment has ended an episode; yield what it sees and returns at each step."""
-    agent = Agent(model, config, model.task, ENVIRONMENTS)
-    first = first_unseen_seed(config.environment)
-    seeds = partial(planned_seed, [range(first + index, first + 100, ENVIRONMENTS) for index in range(ENVIRONMENTS)])
-    workers = Workers(config.environment, model.task, ENVIRONMENTS, seeds, processes=1, max_steps=cut)
-    arrays, group = workers.arrays, workers.groups[0]
-    with closing(workers):
-        workers.start()
-        while not all(episode.number for episode in workers.episodes):
-            agent.advance()
-            output, actions = agent.observe(arrays, slice(0, ENVIRONMENTS))
-            frames = None if arrays.frames is None else np.ascontiguousarray(arrays.frames.transpose(0, 3, 1, 2))
-            seen = {"frame": frames, "vector": arrays.vectors, "step": arrays.steps, "mask": arrays.masks}
-            yield seen, [*results_of(output), *remembered(agent.memory, agent.t)]
-            workers.send(group, actions)
-            workers.receive(group)
+def seen(arrays: SharedArrays) -> dict[str, np.ndarray | None]:
+    """Return what an environment shows as the graph takes it."""
+    frames = None if arrays.frames is None else np.ascontiguousarray(arrays.frames.transpose(0, 3, 1, 2))
+    return {"frame": frames, "vector": arrays.vectors, "mask": arrays.masks}
 
 
-def remembered(memory: Timeline | States, t: int) -> list[Tensor]:
-    """Return what memory holds after step t of a rollout as the graph returns it; nothing without memory."""
+def remembered(agent: Agent) -> list[Tensor]:
+    """Return what memory holds after an agent's last step as the graph returns it; nothing without memory."""
+    memory, t = agent.memory, agent.t
     if isinstance(memory, Timeline):
         return [memory.items[:, :, t + 1 : t + 1 + memory.length].transpose(0, 1)]
     return [memory.states[:, t + 1]] if memory.core.state_size else []

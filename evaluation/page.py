@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import zlib
+from collections import defaultdict
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,7 @@ class Page:
             "strips": player.strips, "unit": player.unit if player.strips else "", "longest": player.longest,
             "names": [], "outcome": [],
         }  # fmt: skip
-        self.steps: dict[str, list] = {
-            name: [] for name in ("world", "view", "action", "probabilities", "value", "reward", "change", "entries")
-        }
+        self.steps = defaultdict[str, list](list)
 
     def add(self, moment: Moment) -> None:
         """Take the next moment."""

@@ -6,8 +6,9 @@ import io
 import itertools
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ import numpy as np
 from scipy.stats import binomtest, t, trim_mean
 
 from environments.numbers import count_missing_success, metrics_of
-from evaluation.published import Reference
 from utils import UserError, seed_range
 
 # Of fewer runs nothing can be said but what they are: they are shown themselves.
@@ -26,39 +26,23 @@ BOOKKEEPING = (
     "updates", "checkpoint_interval", "model_interval", "video_interval", "histogram_interval", "eval_interval",
 )  # fmt: skip
 STATISTICS = ("mean", "low", "high", "iqm", "std")
-# Okabe and Ito 2008: told apart by colour-blind eyes. The yellow one is left out: it is too bright for paper.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-MARKERS = "os^DvPX"
+# Which of them the confidence interval belongs to, by what is aggregated.
+INTERVAL_OF = {"runs": "mean", "episodes": "iqm"}
 # With references this many times as long as our own curves, steps are drawn on a logarithmic scale.
 LOGARITHMIC = 4
 
 
 @dataclass
 class Evaluated:
-    """What one model did.
+    """What one model did."""
 
-    Attributes:
-        path: its file.
-        environment: name of its task.
-        config: its config as plain values.
-        run: what is known about its training: run_id, seed, steps, commit, …
-        episodes: of `play_episodes`.
-        max_steps: after how many steps episodes were cut, None where they were not.
-        label: name of the group that --group puts it into, "" where its config and commit decide.
-    """
-
-    path: str
-    environment: str
-    config: dict
-    run: dict
-    episodes: list[dict[str, float]]
-    max_steps: int | None = None
-    label: str = ""
-
-    @property
-    def cut(self) -> int:
-        """How many episodes were cut."""
-        return sum(episode.get("cut", 0) > 0 for episode in self.episodes)
+    path: str  # its file
+    environment: str  # name of its task
+    config: dict  # as plain values
+    run: dict  # what is known about its training: run_id, seed, steps, commit, …
+    episodes: list[dict[str, float]]  # of `play_episodes`
+    max_steps: int | None = None  # after how many steps episodes were cut, None where they were not
+    label: str = ""  # name of the group that --group puts it into, "" where its config and commit decide
 
     @property
     def commit(self) -> str:
@@ -67,38 +51,37 @@ class Evaluated:
         return commit[:7] + ("-dirty" if dirty else "")
 
     def scores(self, metric: str) -> np.ndarray:
-        """Return (seeds, repetitions) of a metric: NaN where an episode lacks it, but 0 for success."""
-        missing = 0.0 if metric == "success" else math.nan
+        """Return (seeds, repetitions) of a metric: NaN where an episode lacks it."""
         repetitions = 1 + int(max(episode["repetition"] for episode in self.episodes))
-        scores = np.array([episode.get(metric, missing) for episode in self.episodes], np.float64)
-        return np.where(np.isfinite(scores), scores, missing).reshape(-1, repetitions)
+        return np.array([episode.get(metric, math.nan) for episode in self.episodes]).reshape(-1, repetitions)
 
 
 @dataclass
 class Point:
-    """One place on a learning curve: all runs of a group after the same number of steps.
+    """One place on a learning curve: models of several runs after the same number of steps, or one model."""
 
-    Attributes:
-        steps: environment steps of training.
-        models: one per run.
-        aggregate: "runs", which are averaged first, or "episodes", which are pooled.
-        repeated: models that are shown and not counted, for `models` has their seed already.
-    """
+    models: list[Evaluated]  # one per run
+    aggregate: str = "runs"  # which are averaged first, or "episodes", which are pooled
 
-    steps: int
-    models: list[Evaluated]
-    aggregate: str = "runs"
-    repeated: list[Evaluated] = field(default_factory=list)
+    @property
+    def steps(self) -> int:
+        """Environment steps of training."""
+        return self.models[0].run["steps"]
 
     @cached_property
     def singles(self) -> list["Point"]:
         """Each model on its own."""
-        return [Point(self.steps, [model], self.aggregate) for model in self.models + self.repeated]
+        return [Point([model], self.aggregate) for model in self.models]
 
     @property
     def episodes(self) -> list[dict[str, float]]:
         """Those of all runs."""
         return [episode for model in self.models for episode in model.episodes]
+
+    @property
+    def cut(self) -> int:
+        """How many episodes were cut."""
+        return sum(episode.get("cut", 0) > 0 for episode in self.episodes)
 
     @property
     def over(self) -> str:
@@ -115,12 +98,14 @@ class Point:
         found = {}
         for metric in metrics_of(self.episodes):
             scores = np.stack([model.scores(metric) for model in self.models])
-            reported = int((~np.isnan(scores)).sum())
-            if reported:
-                runs = np.ma.masked_invalid(scores).mean(axis=2).mean(axis=1).filled(math.nan).tolist()
-                counts = {"runs": runs, "episodes": reported, "of": scores.size}
-                found[metric] = summarise(scores, self.aggregate) | counts
+            runs = np.ma.masked_invalid(scores).mean(axis=2).mean(axis=1).filled(math.nan).tolist()
+            counts = {"runs": runs, "episodes": int((~np.isnan(scores)).sum()), "of": scores.size}
+            found[metric] = summarise(scores, self.aggregate) | counts
         return found
+
+
+# By name, groups of runs that differ in nothing but their seed: the learning curve of each, by steps.
+Groups = dict[str, list[Point]]
 
 
 def summarise(scores: np.ndarray, aggregate: str = "runs") -> dict[str, float]:
@@ -141,18 +126,16 @@ def summarise(scores: np.ndarray, aggregate: str = "runs") -> dict[str, float]:
         By `STATISTICS`; what would need more runs or seeds is NaN.
     """
     masked = np.ma.masked_invalid(scores)
-    episodes = masked.compressed()
-    with np.errstate(over="ignore", invalid="ignore"):  # a task may report 1e308
-        seeds = masked.mean(axis=2)
-        values = (seeds.mean(axis=1) if len(scores) > 1 else seeds[0]).compressed()
-        if aggregate == "episodes":
-            iqm = trim_mean(episodes, 0.25)
-            low, high = interval(pulls_on_iqm(masked.reshape(len(scores), -1) if len(scores) > 1 else masked[0], iqm))
-            values = episodes
-        else:
-            iqm = trim_mean(values, 0.25) if len(scores) > 1 else values.mean()
-            low, high = interval(values)
-        mean, std = values.mean(), values.std(ddof=1) if len(values) > 1 else math.nan
+    episodes, seeds = masked.compressed(), masked.mean(axis=2)
+    values = (seeds.mean(axis=1) if len(scores) > 1 else seeds[0]).compressed()
+    if aggregate == "episodes":
+        iqm = trim_mean(episodes, 0.25)
+        low, high = interval(pulls_on_iqm(masked.reshape(len(scores), -1) if len(scores) > 1 else masked[0], iqm))
+        values = episodes
+    else:
+        iqm = trim_mean(values, 0.25) if len(scores) > 1 else values.mean()
+        low, high = interval(values)
+    mean, std = values.mean(), values.std(ddof=1) if len(values) > 1 else math.nan
     if np.isin(episodes, (0, 1)).all() and math.isfinite(low):
         if aggregate == "runs" and (np.ptp(values) == 0 or len(values) == len(episodes)):
             n = max(len(values), scores.shape[1])
@@ -206,23 +189,22 @@ def chosen_seeds(text: str, skip: int, sections: Iterable[Any]) -> tuple[list[in
         UserError: if the text is neither.
     """
     trained = [range(start, start + count) for start, count in map(seed_range, sections)]
-    first, colon, end = text.rpartition(":")
-    numbers = [int(part) if part.isdecimal() else -1 for part in (first if colon else "0", end)]
-    if not 0 <= numbers[0] < numbers[1] < 2**31 or numbers[1] - numbers[0] > 10**6:
+    match = re.fullmatch(r"(?:([0-9]{1,10}):)?([0-9]{1,10})", text)
+    first, end = (int(part or 0) for part in match.groups()) if match else (0, 0)
+    if not first < end < 2**31 or end - first > 10**6:
         raise UserError(f"--seeds: {text!r} should be how many unseen ones, such as 50, or which ones, such as 0:10")
-    if not colon:
-        numbers = [number + skip + max(seeds.stop for seeds in trained) for number in numbers]
-    seeds = list(range(*numbers))
+    unseen = 0 if ":" in text else skip + max(seeds.stop for seeds in trained)
+    seeds = list(range(first + unseen, end + unseen))
     seen = sum(any(seed in range_ for range_ in trained) for seed in seeds)
     return seeds, f"--seeds: training may have drawn {seen:,} of these {len(seeds):,}" if seen else ""
 
 
-def group_runs(models: list[Evaluated], aggregate: str = "runs") -> dict[str, list[Point]]:
-    """Return, by name, groups of runs that differ in nothing but their seed: the learning curve of each, by steps.
+def group_runs(models: list[Evaluated], aggregate: str = "runs") -> Groups:
+    """Return models in groups.
 
-    Runs of one group have the same label or, without one, the same config, but for bookkeeping, and commit. Of several
-    models with one seed and as many steps, the first counts. Where any model of a task reports success, episodes that
-    do not are completed by a success of 0.
+    Runs of one group are of one task and have the same label or, without one, the same config, but for bookkeeping,
+    and commit. A second model with one seed and as many steps is of another group. Where any model of a task reports
+    success, episodes that do not are completed by a success of 0.
 
     Args:
         models: all that were evaluated, on the same seeds.
@@ -232,14 +214,15 @@ def group_runs(models: list[Evaluated], aggregate: str = "runs") -> dict[str, li
         count_missing_success([e for model in models if model.environment == task for e in model.episodes])
     curves: dict[str, dict[int, Point]] = {}
     for model in models:
-        steps = model.run["steps"]
         relevant = {key: value for key, value in model.config.items() if key not in BOOKKEEPING}
-        alike = [model.environment, relevant, model.run.get("commit")]
-        curve = curves.setdefault(model.label or json.dumps(alike, sort_keys=True, default=str), {})
-        point = curve.setdefault(steps, Point(steps, [], aggregate))
-        again = model.run["seed"] in [other.run["seed"] for other in point.models]
-        (point.repeated if again else point.models).append(model)
-    groups: dict[str, list[Point]] = {}
+        alike = [model.environment, model.label or [relevant, model.run.get("commit")]]
+        for again in itertools.count():
+            curve = curves.setdefault(json.dumps([*alike, again], sort_keys=True, default=str), {})
+            point = curve.setdefault(model.run["steps"], Point([], aggregate))
+            if model.run["seed"] not in [other.run["seed"] for other in point.models]:
+                point.models.append(model)
+                break
+    groups: Groups = {}
     for curve in curves.values():
         points = [curve[steps] for steps in sorted(curve)]
         first, runs = points[0].models[0], runs_of(points)
@@ -256,29 +239,30 @@ def runs_of(points: list[Point]) -> list[str]:
     return list(dict.fromkeys(model.run["run_id"] for point in points for model in point.models))
 
 
-def table(groups: dict[str, list[Point]]) -> Iterator[str]:
+def singles_of(groups: Groups) -> Iterator[tuple[str, Point]]:
+    """Yield each model on its own, with the name of its group."""
+    return ((name, single) for name, points in groups.items() for point in points for single in point.singles)
+
+
+def table(groups: Groups) -> Iterator[str]:
     """Yield the lines of a table of 80 columns: every model, and every group of several."""
     for name, points in groups.items():
         for point in points:
             for single in point.singles:
                 yield from _rows(single.models[0].path, single)
-            if len(point.singles) > 1:
+            if len(point.models) > 1:
                 yield from _rows(name, point)
 
 
 def _rows(title: str, point: Point) -> Iterator[str]:
-    runs, episodes = len(point.models), len(point.episodes)
-    title = f"{title}: {runs} {'run' if runs == 1 else 'runs'} ({point.models[0].environment})"
-    yield f"{title}, {point.steps:,} steps, {episodes:,} episodes"
-    commits = list(dict.fromkeys(model.commit for model in point.models))
-    if len(commits) > 1 or commits[0].endswith("-dirty"):
-        yield f"    trained by {', '.join(commits)}"
-    for model in point.repeated:
-        yield f"    not counted, for seed {model.run['seed']} comes again: {model.path}"
-    cut = sum(model.cut for model in point.models)
-    if cut:
+    runs, episodes, task = len(point.models), len(point.episodes), point.models[0].environment
+    yield f"{title}: {runs} {'run' if runs == 1 else 'runs'} ({task}), {point.steps:,} steps, {episodes:,} episodes"
+    dirty = {model.commit for model in point.models if model.commit.endswith("-dirty")}
+    if dirty:
+        yield f"    trained by {', '.join(sorted(dirty))}"
+    if point.cut:
         limit = max(model.max_steps or 0 for model in point.models)
-        yield f"    {cut:,} of {episodes:,} episodes cut after {limit:,} steps"
+        yield f"    {point.cut:,} of {episodes:,} episodes cut after {limit:,} steps"
     first, last = ("IQM", "mean") if point.aggregate == "episodes" else ("mean", "IQM")
     few = 1 < runs < FEWEST
     yield f"    {point.over:<20}{first:>10}  {'the runs' if few else '95 % interval':^22}{last:>10}{'std':>10}"
@@ -292,23 +276,24 @@ def _rows(title: str, point: Point) -> Iterator[str]:
             yield f"    {'':<20}  in {found['episodes']:,} of {found['of']:,} episodes"
 
 
-def to_json(groups: dict[str, list[Point]], protocol: dict) -> bytes:
+def to_json(groups: Groups, protocol: dict) -> bytes:
     """Return everything: protocol, groups with their statistics, and every episode of every model.
 
     What is not finite becomes null: JSON has no word for it.
     """
-    aggregate = next(iter(groups.values()))[0].aggregate
-    content = protocol | {"aggregate": aggregate, "interval_of": interval_of(aggregate), "groups": [], "models": []}
+    singles = list(singles_of(groups))
+    aggregate = singles[0][1].aggregate
+    content = protocol | {"aggregate": aggregate, "interval_of": INTERVAL_OF[aggregate], "groups": []}
     for name, points in groups.items():
         found = [
             {"steps": point.steps, "models": [model.path for model in point.models], "statistics": point.statistics}
             for point in points
         ]
         content["groups"].append({"name": name, "runs": runs_of(points), "points": found})
-        for single in (single for point in points for single in point.singles):
-            model = single.models[0]
-            more = {"group": name, "cut": model.cut, "statistics": single.statistics}
-            content["models"].append(vars(model) | more)
+    content["models"] = [
+        vars(single.models[0]) | {"group": name, "cut": single.cut, "statistics": single.statistics}
+        for name, single in singles
+    ]
     finite = json.loads(json.dumps(content, default=str), parse_constant=lambda name: None)
     return (json.dumps(finite, indent=1) + "\n").encode()
 
@@ -318,28 +303,19 @@ def from_json(path: Path, label: str = "") -> list[Evaluated]:
     names = ("path", "environment", "config", "run", "episodes", "max_steps")
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))["models"]
-        models = [Evaluated(**{name: model[name] for name in names}, label=label) for model in stored]
-        for episode in (episode for model in models for episode in model.episodes):
-            episode |= {name: math.nan for name, number in episode.items() if number is None}
-        return models
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return [Evaluated(**{name: model[name] for name in names}, label=label) for model in stored]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: should be a file that evaluate.py --output wrote ({error})") from error
 
 
-def interval_of(aggregate: str) -> str:
-    """Return which statistic the confidence interval belongs to."""
-    return "iqm" if aggregate == "episodes" else "mean"
-
-
-def to_csv(groups: dict[str, list[Point]]) -> bytes:
+def to_csv(groups: Groups) -> bytes:
     """Return a row per model: what it is, then of each metric the statistics and how many episodes report it."""
     rows = []
-    for name, point in ((name, single) for name, points in groups.items() for p in points for single in p.singles):
-        model = point.models[0]
+    for name, point in singles_of(groups):
+        model, kind = point.models[0], point.aggregate
         row: dict[str, Any] = {"model": model.path, "group": name, "environment": model.environment}
         row |= {"run_id": model.run["run_id"], "seed": model.run["seed"], "commit": model.commit, "steps": point.steps}
-        row |= {"aggregate": point.aggregate, "interval_of": interval_of(point.aggregate)}
-        row |= {"episodes": len(model.episodes), "cut": model.cut}
+        row |= {"aggregate": kind, "interval_of": INTERVAL_OF[kind], "episodes": len(model.episodes), "cut": point.cut}
         for metric, found in point.statistics.items():
             row |= {f"{metric}_{kind}": found[kind] if math.isfinite(found[kind]) else "" for kind in STATISTICS}
             row[f"{metric}_episodes"] = found["episodes"]
@@ -351,37 +327,42 @@ def to_csv(groups: dict[str, list[Point]]) -> bytes:
     return stream.getvalue().encode()
 
 
-def plot(groups: dict[str, list[Point]], metric: str, suffix: str, references: Sequence[Reference] = ()) -> bytes:
+def plot(groups: Groups, metric: str, suffix: str, references: dict[str, np.ndarray]) -> bytes:
     """Return a figure of the learning curves over environment steps.
 
-    Lines are means over runs with their confidence band, or with the runs themselves where these are fewer than
+    Lines are means over runs with their confidence band, or with a dot for each run where these are fewer than
     `FEWEST`; under --aggregate=episodes, interquartile means. Published curves are dashed, their band is ± std.
 
     Args:
         groups: one line each.
         metric: what is drawn; groups that do not report it are left out.
         suffix: .png, .pdf or .svg.
-        references: published curves of the same metric.
+        references: published curves of the same metric, of `read_references`.
     """
-    import matplotlib
+    import matplotlib.style
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
-    statistic = interval_of(next(iter(groups.values()))[0].aggregate)
-    style: dict[Any, Any] = {"font.size": 11, "svg.hashsalt": "fixed", "axes.axisbelow": True}
-    style |= {"axes.spines.top": False, "axes.spines.right": False}
-    with matplotlib.rc_context(style):
+    curves = {name: [p for p in points if metric in p.statistics] for name, points in groups.items()}
+    statistic = INTERVAL_OF[next(iter(groups.values()))[0].aggregate]
+    style: dict[str, Any] = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
+    with matplotlib.style.context(["petroff10", style]):  # colours that colour-blind eyes tell apart
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
         axes = figure.subplots()
-        axes.set_prop_cycle(color=COLOURS, marker=list(MARKERS))
-        for name, points in groups.items():
-            if reporting := [point for point in points if metric in point.statistics]:
-                _plot_group(axes, name, reporting, metric, statistic)
-        for reference in references:
-            _plot_reference(axes, reference, statistic)
-        _scale_steps(axes, groups, references)
+        for name, points in curves.items():
+            if points:
+                _plot_group(axes, name, points, metric, statistic)
+        for name, rows in references.items():
+            _plot_reference(axes, name, rows, statistic)
+        own = [point.steps for points in curves.values() for point in points if point.steps > 0]
+        longest = max((rows["steps"].max() for rows in references.values()), default=0)
+        if own and longest > LOGARITHMIC * max(own):  # it would squeeze our own; linear around 0
+            axes.set_xscale("symlog", linthresh=min(own), linscale=0.5)
+            axes.set_xlim(left=0)
+            axes.set_xticks([0, *10 ** np.arange(math.ceil(math.log10(min(own))), math.log10(longest))])
         axes.set_xlabel("environment steps")
         axes.set_ylabel(f"{metric.replace('_', ' ')} ({statistic.replace('iqm', 'IQM')}, 95 % interval)")
-        axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.grid(axis="y", color="0.9", linewidth=0.8)
         figure.legend(loc="outside upper center", ncols=2, fontsize=8, frameon=False, handlelength=3)
         stream = io.BytesIO()
@@ -390,41 +371,27 @@ def plot(groups: dict[str, list[Point]], metric: str, suffix: str, references: S
 
 
 def _plot_group(axes, name: str, points: list[Point], metric: str, statistic: str) -> None:
-    """Draw one line with its band, or with error bars at a single point; each of few runs is a thin line."""
+    """Draw one line with its band, or with error bars at a single point."""
     steps, found = [point.steps for point in points], [point.statistics[metric] for point in points]
     line, low, high = (np.array([numbers[key] for numbers in found]) for key in (statistic, "low", "high"))
     most = max(points, key=lambda point: len(point.models))
     runs = f"{len(most.models)} runs" if len(most.models) > 1 else f"1 run, band {most.over}"
-    (drawn,) = axes.plot(steps, line, markersize=5, markeredgecolor="white", label=f"{name} ({runs})")
-    colour = drawn.get_color()
+    colour = axes.plot(steps, line, "o-", markersize=5, label=f"{name} ({runs})")[0].get_color()
     if len(points) == 1 and np.isfinite(low).all():
         axes.errorbar(steps, line, np.maximum(0, [line - low, high - line]), fmt="none", capsize=4, color=colour)
     axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
     if 1 < len(most.models) < FEWEST:
-        for seed in [model.run["seed"] for model in most.models]:
-            curve = [(point.steps, mean) for point, numbers in zip(points, found, strict=True)
-                     for model, mean in zip(point.models, numbers["runs"], strict=True)
-                     if model.run["seed"] == seed]  # fmt: skip
-            axes.plot(*zip(*curve, strict=True), color=colour, linewidth=0.7, marker=".", markersize=3)
+        dots = [(point.steps, mean) for point, numbers in zip(points, found, strict=True) for mean in numbers["runs"]]
+        axes.plot(*zip(*dots, strict=True), ".", color=colour, markersize=4)
 
 
-def _plot_reference(axes, reference: Reference, statistic: str) -> None:
+def _plot_reference(axes, name: str, rows: np.ndarray, statistic: str) -> None:
     """Draw a published curve; its deviation is one of means and no band around an interquartile mean."""
-    mean, std, is_mean = np.array(reference.mean), np.array(reference.std), statistic == "mean"
-    label = f"{reference.name} (published, {reference.runs} runs{' ± std' * is_mean})"
-    (line,) = axes.plot(reference.steps, mean if is_mean else reference.iqm, "--", marker=".", label=label)
+    is_mean, steps, mean, std = statistic == "mean", rows["steps"], rows["mean"], rows["std_over_runs"]
+    label = f"{name} (published, {rows['runs'][0]} runs{' ± std' * is_mean})"
+    (line,) = axes.plot(steps, mean if is_mean else rows["iqm_over_episodes"], ".--", label=label)
     if is_mean:
-        axes.fill_between(reference.steps, mean - std, mean + std, color=line.get_color(), alpha=0.1, linewidth=0)
-
-
-def _scale_steps(axes, groups: dict[str, list[Point]], references: Sequence[Reference]) -> None:
-    """Make steps logarithmic, linear around 0, where published curves would squeeze our own."""
-    own = [point.steps for points in groups.values() for point in points if point.steps > 0]
-    others = [steps for reference in references for steps in reference.steps]
-    if own and others and max(others) > LOGARITHMIC * max(own):
-        axes.set_xscale("symlog", linthresh=min(own), linscale=0.5)
-        axes.set_xlim(left=0)
-        axes.set_xticks([0, *10 ** np.arange(math.ceil(math.log10(min(own))), math.log10(max(others)))])
+        axes.fill_between(steps, mean - std, mean + std, color=line.get_color(), alpha=0.1, linewidth=0)
 
 
 def find_models(names: Sequence[str]) -> list[Path]:

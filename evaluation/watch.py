@@ -4,67 +4,61 @@ import math
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
-import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
 from torch.utils.tensorboard.summary import Summary
 
 from environments.contract import Task, failure_of
 from environments.numbers import episode_means
 from evaluation.agent import Agent, first_unseen_seed, task_name
-from evaluation.video import encode_gif
+from evaluation.video import film
 from model import ActorCriticModel
 from run.config import Config
-from utils import EnvironmentFailure, UserError, create_env, reason_of
+from utils import EnvironmentFailure, create_env
 
-# TensorBoard's episode: how many steps at most, how wide, how fast.
-SUMMARY_STEPS, SUMMARY_WIDTH, SUMMARY_FPS = 200, 480, 6
+# TensorBoard's episode: how many steps at most, pixels per inch, how fast.
+SUMMARY_STEPS, SUMMARY_DPI, SUMMARY_FPS = 200, 80, 6
 # How long a video shows how an episode ended, in seconds.
 HOLD_SECONDS = 1.5
-# Of a picture, in pixels: its width, its margins, the gaps between what is side by side, and where strips begin.
-WIDTH, MARGIN, GAP, LEFT = 720, 16, 12, 84
-VIEW_HEIGHT, THUMBNAIL_HEIGHT, STRIP_HEIGHT, ROW_HEIGHT = 360, 128, 18, 20
+# Of pictures: their width in inches, and pixels per inch.
+WIDTH, DPI = 7.2, 100
 # So many past steps are shown; the fewest that fill a strip, and the most of an agent whose memory has no length.
 THUMBNAILS, SHORTEST_STRIP, LONGEST_STRIP = 5, 16, 512
+# From so many pixels on, past pictures are kept smaller.
+THUMBNAIL_PIXELS = 128
 # Numbers side by side and on top of each other, and the characters of each; what is beyond is counted.
 PANEL_COLUMNS, PANEL_ROWS, CELL_LENGTH = 3, 5, 27
-WHITE, INK, FAINT, EMPTY, MARK = (255, 255, 255), (30, 30, 40), (110, 110, 125), (232, 232, 238), (213, 94, 0)
-VIRIDIS = (np.array([matplotlib.colormaps["viridis"](level)[:3] for level in range(256)]) * 255).astype(np.uint8)
+INK, FAINT, EMPTY, MARK = "#1e1e28", "#6e6e7d", "#e8e8ee", "#d55e00"
 
 
 @dataclass
 class Moment:
-    """What there is to see at one step of an episode.
+    """What there is to see at one step of an episode."""
 
-    Attributes:
-        step: number of the step in its episode; at the end, how many steps the episode had.
-        frame: (H, W, 3) uint8 global view, None where nothing is rendered.
-        view: (h, w, 3) uint8 of what the agent sees, None where it sees numbers or nothing is rendered.
-        action: (branches,) the agent's action, None at the end.
-        value: the return that the agent expects from here on.
-        reward: sum of the rewards up to here.
-        past: (strips, heads, n) of the last n steps, oldest first: their attention weights in each block, or by how
-            much each changed the state of a recurrent agent (1, 1, n).
-        change: by how much this step changes that state, None without one.
-        probabilities: (actions,) of each branch; none where actions are numbers.
-        vector: (n,) the numbers that the agent sees, None where it sees none, and at the end.
-        result: what the environment reports of the finished episode; None before its end.
-    """
-
-    step: int
-    frame: np.ndarray | None
-    view: np.ndarray | None
-    action: np.ndarray | None
-    value: float
-    reward: float
+    step: int  # its number in the episode; at the end, how many steps the episode had
+    frame: np.ndarray | None  # (H, W, 3) uint8 global view, None where nothing is rendered
+    view: np.ndarray | None  # (h, w, 3) uint8 of what the agent sees, None where that is numbers, or nothing is drawn
+    action: np.ndarray | None  # (branches,) of the agent, None at the end
+    value: float  # the return that the agent expects from here on
+    reward: float  # sum of the rewards up to here
+    # (strips, heads, n) of the last n steps, oldest first: their attention weights in each block, or by how much each
+    # changed the state of a recurrent agent (1, 1, n)
     past: np.ndarray
-    change: float | None = None
-    probabilities: tuple[np.ndarray, ...] = ()
-    vector: np.ndarray | None = None
-    result: dict[str, float] | None = None
+    change: float | None = None  # by how much this step changes that state, None without one
+    probabilities: tuple[np.ndarray, ...] = ()  # (actions,) of each branch; none where actions are numbers
+    vector: np.ndarray | None = None  # (n,) the numbers that the agent sees, None where it sees none, and at the end
+    result: dict[str, float] | None = None  # what the environment reports of the finished episode; None before its end
 
 
 class Player:
@@ -77,6 +71,7 @@ class Player:
         max_steps: after how many steps an episode is cut, None where only its end ends it.
 
     Attributes:
+        agent: acts in the running episode.
         strips: the name of each strip of `Moment.past`; unit: what it holds.
         longest: the most steps in a strip.
     """
@@ -112,20 +107,17 @@ class Player:
             seed: of the environment and of the actions.
 
         Raises:
-            EnvironmentFailure: if the environment fails or breaks its contract; the message is one line.
-            UserError: if it cannot be drawn.
+            EnvironmentFailure: if the environment fails, breaks its contract or cannot be drawn; one line.
         """
         self.steps = 0
         try:
             yield from self._play(seed)
-        except UserError:
-            raise
         except (Exception, SystemExit) as error:  # whatever an environment does
             where = f"{task_name(self.config.environment)}, reset seed {seed}, step {self.steps}"
             raise EnvironmentFailure(f"{where}: {failure_of(error)}") from error
 
     def _play(self, seed: int) -> Iterator[Moment]:
-        agent = Agent(self.model, self.config, self.task, None, self.deterministic, seed)
+        self.agent = agent = Agent(self.model, self.config, self.task, None, self.deterministic, seed)
         # Rewards are shown as they are reported, not as they are learned from.
         scale, changes = self.env.reward_scale, deque[float](maxlen=LONGEST_STRIP)
         observation, info = self.env.reset(seed=seed)
@@ -148,27 +140,23 @@ class Player:
         yield Moment(self.steps, *self._pictures(), None, moment.value, total, past, result=numbers)
 
     def _pictures(self) -> tuple[np.ndarray | None, np.ndarray | None]:
-        if not self.render:
-            return None, None
-        try:
-            return self.env.render(), self.env.agent_view()
-        except Exception as error:  # whatever an environment's own drawing does
-            raise UserError(f"{task_name(self.config.environment)} cannot be drawn: {reason_of(error)}") from error
+        return (self.env.render(), self.env.agent_view()) if self.render else (None, None)
 
     def numbers(self, moment: Moment) -> dict[str, str]:
-        """Return the numbers of a moment before the end in words, by name; those that have no room are counted."""
-        found = self._acted(moment.action) if self.task.continuous else {}
+        """Return the numbers of a moment before the end in words, by name; those that have no room are counted.
+
+        They are what the agent sees and, where actions are numbers, these as the environment takes them, clipped.
+        """
+        found = {}
+        if self.task.continuous:
+            entries = zip(np.clip(moment.action, *self.env.action_bounds), *self.env.action_bounds, strict=True)
+            found = {f"action[{k}]": f"{entry:.2f} in {low:g}…{high:g}" for k, (entry, low, high) in enumerate(entries)}
         if moment.vector is not None:
             found |= named(moment.vector, self.env.vector_names)
         most = PANEL_COLUMNS * PANEL_ROWS
         if len(found) <= most:
             return found
         return dict(list(found.items())[: most - 1]) | {f"and {len(found) - most + 1:,} more": ""}
-
-    def _acted(self, action: np.ndarray) -> dict[str, str]:
-        """Return the numbers of an action as the environment takes them, clipped, with their bounds."""
-        entries = enumerate(zip(np.clip(action, *self.env.action_bounds), *self.env.action_bounds, strict=True))
-        return {f"action[{k}]": f"{number:.2f} in {low:g}…{high:g}" for k, (number, low, high) in entries}
 
 
 def named(vector: np.ndarray, names: Sequence[str]) -> dict[str, str]:
@@ -184,156 +172,121 @@ def named(vector: np.ndarray, names: Sequence[str]) -> dict[str, str]:
 
 
 class Painter:
-    """Draws the moments of an episode as pictures that all have the same, even size.
+    """Draws the moments of an episode, which are to come in order, as pictures that all have the same, even size.
 
-    From top to bottom: what happens in words, the global view with the agent's own beside it, the numbers that the
-    agent sees and its actions where they are numbers, a strip per block with the attention to past steps, or one with
-    the changes of a recurrent state, and the past steps that have most of it.
+    From top to bottom: what happens in words, with the numbers that the agent sees and its actions where they are
+    numbers; the global view with the agent's own beside it; a strip per block with the attention to past steps, or one
+    with the changes of a recurrent state; and the past steps that have most of it.
 
     Args:
         player: who plays.
         title: what is played.
         moment: the first one, for the sizes.
+        dpi: pixels per inch of pictures that are `WIDTH` inches wide.
     """
 
-    def __init__(self, player: Player, title: str, moment: Moment) -> None:
-        self.player, self.title = player, title
-        self.font, self.small = map(ImageFont.load_default, (18, 14))
-        pictures = [picture for picture in (moment.frame, moment.view) if picture is not None]
-        smallest = min(picture.shape[0] for picture in pictures)
-        height = fitting_height(pictures, VIEW_HEIGHT)
-        self.height = height // smallest * smallest if height > smallest else height  # pixels become squares
-        self.thumbnail_height = fitting_height(pictures[-1:] * THUMBNAILS, THUMBNAIL_HEIGHT)
-        self.past: deque[Image.Image] = deque(maxlen=player.longest)
-        self.last = moment
+    def __init__(self, player: Player, title: str, moment: Moment, dpi: int) -> None:
+        self.player, self.title, self.last, views = player, title, moment, views_of(moment)
+        self.past = deque[np.ndarray](maxlen=player.longest)
+        names, heights = ["world", "agent's view"][: len(views)], [height_of(views, 3.6)]
+        rows: list[list] = [[name for name in names for _ in range(2 * THUMBNAILS // len(views))]]
+        if player.strips:
+            heights += [0.2 * len(player.strips), height_of(views[-1:] * THUMBNAILS, 1.3)]
+            rows += [["strips"] * 2 * THUMBNAILS, [place for place in range(THUMBNAILS) for _ in range(2)]]
+        lines = 3 + len(player.numbers(moment)) // PANEL_COLUMNS
+        inches = math.ceil(2 * (sum(heights) + 0.2 * lines + 0.4 * len(heights))) / 2  # which are an even size
+        self.figure = Figure((WIDTH, inches), dpi, layout="constrained")
+        FigureCanvasAgg(self.figure)
+        self.words = self.figure.suptitle(self._words(moment), x=0.02, ha="left", family="monospace", size=9)
+        axes: dict[Any, Axes] = self.figure.subplot_mosaic(rows, height_ratios=heights)
+        self.views = [framed(axes[name], view, name) for name, view in zip(names, views, strict=True)]
+        if player.strips:
+            self.thumbnails = [framed(axes[place], np.full_like(views[-1], 255), " ") for place in range(THUMBNAILS)]
+            self.strips = strips_in(axes["strips"], player)
+        self.figure.canvas.draw()
+        self.figure.set_layout_engine("none")  # nothing moves from now on
 
-    def draw(self, moment: Moment) -> Image.Image:
-        """Return the picture of a moment; moments are to come in order."""
+    def draw(self, moment: Moment) -> np.ndarray:
+        """Return the picture (H, W, 3) of the next moment."""
         # At the end, what the last action was taken on stays.
         self.last = moment if moment.result is None else self.last
-        parts = [self._words(moment), self._views(moment)]
-        if numbers := self.player.numbers(self.last):
-            parts.append(self._numbers(numbers))
+        self.words.set(text=self._words(moment), color=INK if moment.result is None else MARK)
+        for image, view in zip(self.views, views_of(moment), strict=True):
+            image.set_data(view)
         if self.player.strips:
-            weights = self.last.past.mean(axis=(0, 1))
-            places = np.sort(np.argsort(-weights, kind="stable")[:THUMBNAILS])
-            parts += [self._strips(places, weights), self._thumbnails(places, weights)]
-        height = sum(part.height for part in parts)
-        canvas, top = Image.new("RGB", (WIDTH, height + height % 2), WHITE), 0
-        for part in parts:
-            canvas.paste(part, (0, top))
-            top += part.height
-        if moment.result is None:
-            seen = moment.frame if moment.view is None else moment.view
-            self.past.append(resized(seen, self.thumbnail_height))
-        return canvas
+            self._show_past()
+        self.figure.canvas.draw()
+        seen = Image.fromarray(views_of(moment)[-1])
+        self.past.append(np.asarray(seen.reduce(max(1, seen.height // THUMBNAIL_PIXELS))))
+        return np.asarray(self.figure.canvas.buffer_rgba())[..., :3].copy()  # type: ignore[attr-defined]
 
-    def _words(self, moment: Moment) -> Image.Image:
-        """Draw the title, and the step in numbers, or the outcome."""
-        part, draw = new_part(64)
-        draw.text((MARGIN, 10), self.title, INK, self.font)
+    def _words(self, moment: Moment) -> str:
+        """Return the title, the step in numbers, or the outcome, and in columns the numbers that the agent sees."""
+        step = f"step {moment.step:<10}reward {moment.reward:<12.2f}value {moment.value:<12.2f}"
         if moment.result is not None:
-            draw.text((MARGIN, 37), "over: " + ", ".join(describe(moment.result)), MARK, self.small)
-            return part
-        action = "" if self.player.task.continuous else f"action {' '.join(map(str, moment.action))}"
-        fields = f"step {moment.step}", f"reward {moment.reward:.2f}", f"value {moment.value:.2f}", action
-        for index, text in enumerate(fields):
-            draw.text((MARGIN + index * (WIDTH - 2 * MARGIN) // len(fields), 37), text, INK, self.small)
-        return part
+            step = f"over: {', '.join(describe(moment.result))}"
+        elif not self.player.task.continuous:
+            step += f"action {' '.join(map(str, moment.action))}"
+        cells = [cell(*number) for number in self.player.numbers(self.last).items()]
+        rows = ["   ".join(cells[first : first + PANEL_COLUMNS]) for first in range(0, len(cells), PANEL_COLUMNS)]
+        return "\n".join([self.title, step, *rows])
 
-    def _views(self, moment: Moment) -> Image.Image:
-        """Draw the global view and the agent's own."""
-        part, _ = new_part(self.height + 30)
-        views = {"world": moment.frame, "agent's view": moment.view}
-        pictures = {name: resized(view, self.height) for name, view in views.items() if view is not None}
-        left = (WIDTH + GAP - sum(picture.width + GAP for picture in pictures.values())) // 2
-        for name, picture in pictures.items():
-            self._frame(part, picture, left, name)
-            left += picture.width + GAP
-        return part
-
-    def _frame(self, part: Image.Image, picture: Image.Image, left: int, text: str, colour=FAINT) -> None:
-        """Draw a picture with a frame, and words below it."""
-        draw, (width, height) = ImageDraw.Draw(part), picture.size
-        part.paste(picture, (left, 2))
-        draw.rectangle((left - 2, 0, left + width + 1, height + 3), outline=colour, width=2)
-        draw.text((left + width // 2, height + 6), text, INK, self.small, anchor="ma")
-
-    def _numbers(self, numbers: dict[str, str]) -> Image.Image:
-        """Draw a cell for each number: its name, whose middle gives way, and its value."""
-        part, draw = new_part(-(-len(numbers) // PANEL_COLUMNS) * ROW_HEIGHT + 8)
-        width = (WIDTH - 2 * MARGIN) // PANEL_COLUMNS
-        for index, (name, text) in enumerate(numbers.items()):
-            left, top = MARGIN + index % PANEL_COLUMNS * width, index // PANEL_COLUMNS * ROW_HEIGHT
-            half = max(2, CELL_LENGTH - len(text)) // 2
-            short = name if len(name) <= 2 * half else f"{name[:half]}…{name[1 - half :]}"
-            draw.text((left, top), short, FAINT, self.small)
-            draw.text((left + width - GAP, top), text, INK, self.small, anchor="ra")
-        return part
-
-    def _strips(self, places: np.ndarray, weights: np.ndarray) -> Image.Image:
-        """Draw the strips, in which a past step keeps its place while the present moves to the right, and an axis."""
-        past, step, row = self.last.past.mean(axis=1), self.last.step, STRIP_HEIGHT + 4
-        axis = ROW_HEIGHT + len(self.player.strips) * row
-        part, draw = new_part(axis + 46)
-        draw.text((LEFT, 8), f"{self.player.unit}: none", FAINT, self.small, anchor="lm")
-        part.paste(Image.fromarray(VIRIDIS[None]).resize((96, 10)), (LEFT + 112, 3))
-        draw.text((LEFT + 214, 8), "most", FAINT, self.small, anchor="lm")
+    def _show_past(self) -> None:
+        """Show the weights of past steps, and in order of time those whose mean weight is largest; mark the largest."""
+        past, step = self.last.past.mean(axis=1), self.last.step
+        weights, (strips, count) = past.mean(axis=0), past.shape
+        # A past step keeps its place while the present moves to the right, until the strips are full.
         span = min(2 ** math.ceil(math.log2(max(SHORTEST_STRIP, step))), self.player.longest)
-        first, cell = max(0, step - span), (WIDTH - MARGIN - LEFT) / span
-        for index, name in enumerate(self.player.strips):
-            top = ROW_HEIGHT + index * row
-            draw.text((MARGIN, top + STRIP_HEIGHT // 2), name, INK, self.small, anchor="lm")
-            draw.rectangle((LEFT, top, WIDTH - MARGIN, top + STRIP_HEIGHT), EMPTY)
-            if len(weights):
-                shares = past[index, -span:] / max(past[index, -span:].max(), 1e-12)
-                strip = Image.fromarray(VIRIDIS[(shares * 255).astype(int)][None])
-                part.paste(strip.resize((round(strip.width * cell), STRIP_HEIGHT + 1), 0), (LEFT, top))
-        now, top, every = LEFT + (step - first) * cell, axis + 9, max(1, span // 8)
-        for tick in range(-(-first // every) * every, step, every):
-            if (left := LEFT + (tick - first + 0.5) * cell) < now - 30:
-                draw.text((left, top), str(tick), FAINT, self.small, anchor="ma")
-        draw.text((min(now, WIDTH - MARGIN), top), "now", INK, self.small, anchor="ra" if step else "la")
-        draw.text((MARGIN, top), "past step", FAINT, self.small)
-        for place in places.tolist():
-            tip = LEFT + (step - len(weights) + place - first + 0.5) * cell
-            corners = [(tip, axis), (tip - 5, axis + 8), (tip + 5, axis + 8)]
-            draw.polygon(corners, MARK if place == weights.argmax() else FAINT)
-        return part
-
-    def _thumbnails(self, places: np.ndarray, weights: np.ndarray) -> Image.Image:
-        """Show the past steps with the largest weights, mean over the strips, in order of time; mark the largest."""
-        part, draw = new_part(self.thumbnail_height + 28)
-        if not len(weights):
-            text = "the first step: nothing to remember yet"
-            draw.text((WIDTH // 2, part.height // 2), text, FAINT, self.small, anchor="mm")
-        left = MARGIN
-        for place in places.tolist():
+        first = max(0, step - span)
+        shown = np.full((strips, span), np.nan)
+        shown[:, step - count - first : step - first] = past / np.maximum(past.max(axis=1, initial=0), 1e-12)[:, None]
+        self.strips.set(data=shown, extent=(first - 0.5, first + span - 0.5, strips - 0.5, -0.5))
+        places = np.sort(np.argsort(-weights, kind="stable")[:THUMBNAILS])
+        self.strips.axes.set_xticks(places + step - count, minor=True)
+        for image, place in zip(self.thumbnails, places, strict=False):
             share = f"{weights[place]:.0%}" if self.player.unit == "attention" else f"{weights[place]:.2f}"
-            text, picture = f"step {self.last.step - len(weights) + place}: {share}", self.past[place - len(weights)]
-            self._frame(part, picture, left, text, MARK if place == weights.argmax() else FAINT)
-            left += picture.width + GAP
-        return part
+            image.set_data(self.past[place - count])
+            image.axes.set_xlabel(f"step {step - count + place}: {share}")
+            image.axes.spines[:].set_color(MARK if place == weights.argmax() else FAINT)
 
 
-def new_part(height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    """Return an empty part of a picture, and what draws on it."""
-    part = Image.new("RGB", (WIDTH, height), WHITE)
-    return part, ImageDraw.Draw(part)
+def framed(axes: Axes, picture: np.ndarray, text: str) -> AxesImage:
+    """Show a picture (H, W, 3) with a frame, and words below it."""
+    axes.set(xticks=[], yticks=[], xlabel=text)
+    axes.spines[:].set(color=FAINT, linewidth=2)
+    return axes.imshow(picture)
 
 
-def fitting_height(pictures: list[np.ndarray], most: int) -> int:
-    """Return how high pictures (H, W, 3), side by side and equally high, may be, `most` at most."""
-    room = WIDTH - 2 * MARGIN - (len(pictures) - 1) * GAP
-    return max(1, min(most, int(room / sum(picture.shape[1] / picture.shape[0] for picture in pictures))))
+def strips_in(axes: Axes, player: Player) -> AxesImage:
+    """Return the strips, which show nothing yet; minor ticks below them are for past steps that are to be marked."""
+    axes.set_title(f"{player.unit}, from none (dark) to most (bright)", color=FAINT, loc="left", size=9)
+    axes.set(facecolor=EMPTY, xlabel="past step", yticks=range(len(player.strips)), yticklabels=player.strips)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0, pad=9)
+    axes.tick_params(which="minor", length=8, width=3, color=MARK)
+    axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+    axes.xaxis.remove_overlapping_locs = False
+    for strip in range(1, len(player.strips)):
+        axes.axhline(strip - 0.5, color="white", linewidth=3)
+    nothing = np.full((len(player.strips), SHORTEST_STRIP), np.nan)
+    return axes.imshow(nothing, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
 
 
-def resized(picture: np.ndarray, height: int) -> Image.Image:
-    """Return a picture (H, W, 3) in another height: enlarged pixels stay sharp squares."""
-    method = Image.Resampling.NEAREST if height >= picture.shape[0] else Image.Resampling.BOX
-    return Image.fromarray(picture).resize(
-        (max(1, round(height * picture.shape[1] / picture.shape[0])), height), method
-    )
+def views_of(moment: Moment) -> list[np.ndarray]:
+    """Return the global view and, last, the agent's own where it is another."""
+    return [view for view in (moment.frame, moment.view) if view is not None]
+
+
+def height_of(pictures: list[np.ndarray], most: float) -> float:
+    """Return how high pictures (H, W, 3), side by side and equally high, may be, in inches, `most` at most."""
+    return min(most, WIDTH / sum(picture.shape[1] / picture.shape[0] for picture in pictures))
+
+
+def cell(name: str, text: str) -> str:
+    """Return a number in words of `CELL_LENGTH` characters; the middle of its name gives way."""
+    half = max(2, CELL_LENGTH - len(text)) // 2
+    short = name if len(name) < 2 * half else f"{name[: half - 1]}…{name[1 - half :]}"
+    return f"{short:<{CELL_LENGTH - len(text)}}{text}"
 
 
 def describe(result: dict[str, float]) -> list[str]:
@@ -347,26 +300,27 @@ def describe(result: dict[str, float]) -> list[str]:
 
 def describe_means(results: list[dict[str, float]]) -> list[str]:
     """Return the mean of each number in words, with how many episodes report it where some do not."""
-    words = []
-    for name, found in episode_means(results).items():
-        some = f" (in {found.reported:,} of {found.episodes:,} episodes)" if found.reported < found.episodes else ""
-        words.append(f"{name.replace('_', ' ')} {found.mean:.2f}{some}")
-    cut = sum("cut" in result for result in results)
-    return words + ([f"{cut:,} of {len(results):,} episodes cut"] if cut else [])
+    return [
+        f"{name.replace('_', ' ')} {found.mean:.2f}{f' (in {found.reported:,})' * (found.reported < found.episodes)}"
+        for name, found in episode_means(results).items()
+    ]
 
 
-def draw_episode(player: Player, seed: int, fps: int) -> Iterator[tuple[Moment, list[Image.Image]]]:
+def draw_episode(player: Player, seed: int, fps: int, dpi: int = DPI) -> Iterator[tuple[Moment, list[np.ndarray]]]:
     """Play an episode; yield each moment with its pictures: one, at the end as many as it takes to read it.
 
     Args:
         player: who plays.
         seed: of the episode.
-        fps: pictures per second.
+        fps: pictures per second, 0 for none.
+        dpi: pixels per inch of the pictures.
     """
     painter, title = None, f"{task_name(player.config.environment)}, seed {seed}"
     for moment in player.play(seed):
-        painter = painter or Painter(player, title, moment)
-        yield moment, [painter.draw(moment)] * (1 if moment.result is None else math.ceil(HOLD_SECONDS * fps))
+        if fps and painter is None:
+            painter = Painter(player, title, moment, dpi)
+        times = 1 if moment.result is None else math.ceil(HOLD_SECONDS * fps)
+        yield moment, [painter.draw(moment)] * times if painter else []
 
 
 def episode_summary(model: ActorCriticModel, config: Config, task: Task, tag: str) -> Summary:
@@ -376,13 +330,9 @@ def episode_summary(model: ActorCriticModel, config: Config, task: Task, tag: st
         model: on any device, with its `config` and `task`; nothing of it changes.
         tag: under which TensorBoard shows it.
     """
-    player = Player(model, config, task, max_steps=SUMMARY_STEPS)
-    try:
-        drawn = draw_episode(player, first_unseen_seed(config.environment), SUMMARY_FPS)
-        pictures = [picture for _, pictures in drawn for picture in pictures]
-    finally:
-        player.close()
-    height = SUMMARY_WIDTH * pictures[0].height // WIDTH
-    encoded = encode_gif((picture.resize((SUMMARY_WIDTH, height)) for picture in pictures), SUMMARY_FPS)
-    image = Summary.Image(height=height, width=SUMMARY_WIDTH, colorspace=3, encoded_image_string=encoded)
+    with closing(Player(model, config, task, max_steps=SUMMARY_STEPS)) as player, TemporaryDirectory() as folder:
+        drawn = draw_episode(player, first_unseen_seed(config.environment), SUMMARY_FPS, SUMMARY_DPI)
+        film(path := Path(folder) / "episode.gif", (picture for _, some in drawn for picture in some), SUMMARY_FPS)
+        encoded = path.read_bytes()
+    image = Summary.Image(colorspace=3, encoded_image_string=encoded)
     return Summary(value=[Summary.Value(tag=tag, image=image)])

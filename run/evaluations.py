@@ -21,7 +21,7 @@ class Evaluations:
     """
 
     def __init__(self, summaries: Path, best: Path) -> None:
-        self.command = [sys.executable, "-P", "-m", "evaluation.during", f"--summaries={summaries}", f"--best={best}"]
+        self.summaries, self.best = summaries, best
         self.process: subprocess.Popen | None = None
         self.waiting, self.played = summaries / ".waiting.nn", summaries / ".played.nn"
         self.wanted: set[str] = set()  # of the one that waits
@@ -37,12 +37,13 @@ class Evaluations:
             return
         self.end()
         if self.wanted:
-            options, self.wanted = [f"--{name}" for name in sorted(self.wanted)], set()
+            wanted, self.wanted = sorted(self.wanted), set()
             self.waiting.replace(self.played)
             paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
             # It ends when its standard input does, that is with this process at the latest.
             self.process = subprocess.Popen(
-                [*self.command, str(self.played), *options], stdin=subprocess.PIPE, start_new_session=True,
+                [sys.executable, "-P", "-m", "evaluation.during", self.played, self.summaries, self.best, *wanted],
+                stdin=subprocess.PIPE, start_new_session=True,
                 env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
             )  # fmt: skip
 

@@ -13,6 +13,7 @@ import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 import tests.toy_environments  # noqa: F401  (registers them)
+from environments.contract import Task
 from evaluation import Agent
 from evaluation.agent import play_episodes
 from model import ActorCriticModel
@@ -46,12 +47,14 @@ TASKS: dict = {
 every_task = pytest.mark.parametrize("name", TASKS)
 
 
-def make_model(environment: dict, core: str = "relative") -> tuple[ActorCriticModel, Config, object]:
-    """Return a small model with random weights, its config and its task."""
+def make_model(
+    environment: dict, core: str = "relative", normalize: bool = False, **more: Any
+) -> tuple[ActorCriticModel, Config, Task]:
+    """Return a small model with random weights, its config and its task; `more` is of the core's section."""
     ((kind, entries),) = CORES[core].items()
     keys = load_config(ROOT / "configs" / "cartpole_masked.yaml").model_dump(exclude={"transformer"})
-    keys |= {kind: WIDTHS[kind] | entries, "environment": environment, "hidden_layer_size": 16}
-    config = check_config(keys, "test")
+    keys |= {kind: WIDTHS[kind] | entries | more, "environment": environment, "hidden_layer_size": 16}
+    config = check_config(keys | {"normalize_observations": normalize}, "test")
     task = task_of(config.environment)
     torch.manual_seed(1)
     model = ActorCriticModel(config, task).eval()
@@ -63,7 +66,7 @@ def make_model(environment: dict, core: str = "relative") -> tuple[ActorCriticMo
     return model, config, task
 
 
-def write(path: Path, model: ActorCriticModel, config: Config, task: object, **run: Any) -> Path:
+def write(path: Path, model: ActorCriticModel, config: Config, task: Task, **run: Any) -> Path:
     """Write a model's file."""
     content = {"config": config.model_dump(), "task": vars(task), "weights": model.state_dict()}
     path.write_bytes(encode("model", content | {"run": {"run_id": "run", "seed": 1, "steps": 1} | run}))
@@ -100,7 +103,7 @@ def same(one: list, other: list, steps: int) -> bool:
     return len(pairs) == steps and all(np.array_equal(a, b) for pair in pairs for a, b in zip(*pair, strict=True))
 
 
-def made(name: str) -> tuple[ActorCriticModel, Config, object]:
+def made(name: str) -> tuple[ActorCriticModel, Config, Task]:
     """Return a model of one of the tasks, its config and its task."""
     section, core = TASKS[name]
     return make_model({"type": "Gymnasium", **section}, core)

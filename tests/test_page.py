@@ -25,18 +25,6 @@ def browser():
         chromium.close()
 
 
-def opened(browser, path, data: bytes, address: str, scheme: str = "light", width: int = 1280):
-    """Write a page, open it, and return it with what it complained about."""
-    path.write_bytes(data)
-    page, complaints = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": 800}), []
-    page.on("console", lambda message: complaints.append(message.text))
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("request", lambda asked: complaints.extend({asked.url} if asked.url[:5] not in ("file:", "data:") else ()))
-    page.goto(f"file://{path}{address}")
-    page.wait_for_selector("body[data-ready]")
-    return page, complaints
-
-
 @pytest.mark.parametrize(("scheme", "width", "core"), [("light", 1280, "relative"), ("dark", 400, "gru")])
 def test_an_episode_can_be_walked_through(browser, tmp_path, scheme, width, core):
     """The linked step, keys, a chosen past step and what looks back at it; nothing is wider than the window."""
@@ -44,19 +32,20 @@ def test_an_episode_can_be_walked_through(browser, tmp_path, scheme, width, core
     shown, moments = Page(player, 7, "model.nn"), list(player.play(7))
     for moment in moments:
         shown.add(moment)
-    page, complaints = opened(browser, tmp_path / "page.html", shown.html(), "#t=3", scheme, width)
+    (tmp_path / "page.html").write_bytes(shown.html())
+    page, complaints = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": 800}), []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("request", lambda asked: complaints.extend([asked.url] * (asked.url[:5] not in ("file:", "data:"))))
+    page.goto(f"file://{tmp_path}/page.html#t=3")
+    page.wait_for_selector("body[data-ready]")
     probabilities = [f"{100 * p:.0f} %" for p in shown.steps["probabilities"][3][0]]
     assert page.inner_text("#step") == "3" and page.locator(".share").all_inner_texts() == probabilities
     if core == "relative":  # two blocks of two heads
         weights = page.evaluate("[0, 1, 2, 3].map(row => [0, 1, 2].map(past => weight(3, row, past)))")
         np.testing.assert_allclose(weights, np.concatenate(moments[3].past), atol=0.005)
-    for key, step in (
-        ("ArrowRight", "4"),
-        ("End", "end"),
-        ("Home", "0"),
-        ("Shift+ArrowRight", "end"),
-        ("ArrowLeft", ""),
-    ):
+    steps = {"ArrowRight": "4", "End": "end", "Home": "0", "Shift+ArrowRight": "end", "ArrowLeft": ""}
+    for key, step in steps.items():
         page.keyboard.press(key)
         page.wait_for_function("([step]) => $('step').textContent === step || !step", arg=[step])
     page.locator("#thumbs button").first.click()

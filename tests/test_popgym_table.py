@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from run.config import load_config
-from tools.popgym_table import COLUMNS, lines
+from tools.popgym_table import COLUMNS, write_table
 from tools.runs import Trial, add_row, chosen, fill, make_trial, read_table
 from utils import UserError
 
@@ -16,13 +16,14 @@ PUBLISHED = {
 }
 
 
-def test_what_is_near_the_best_counts():
+def test_what_is_near_the_best_counts(tmp_path):
     """A task counts from .005 below the best published figure, whatever its MMER."""
     rows = []
     for task, seed, value in (("AEasy", 1, 0.3), ("AEasy", 2, 0.6894), ("BEasy", 1, 0.4944)):
         figures = dict.fromkeys(("mmer_65536", "reward_mean"), value) | {"mmer": 9, "steps": 100}
         rows.append({name: str(text) for name, text in {"task": task, "seed": seed, "setting": "s", **figures}.items()})
-    text = "\n".join(lines(rows, PUBLISHED))
+    write_table(PUBLISHED, rows, tmp_path / "table")
+    text = (tmp_path / "table.md").read_text()
     assert "| AEasy | 2 | 100 | 0.495 ± 0.275 | 0.495 ± 0.275 | 9.000 ± 0.000 | 0.1 | 0.5 GRU |" in text
     assert "of 3 tasks: 1 by the mean over 65,536 steps and 1 by the final evaluation." in text
 

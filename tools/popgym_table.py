@@ -70,56 +70,48 @@ def measure(trial: Trial, found: Row) -> dict:
     size = min(speed)  # steps of an update
     width = min(max(1, PUBLISHED_UPDATE // size), len(means))
     wide = np.convolve(means, np.full(width, 1 / width), mode="valid")
-    best = {"mmer": f"{means.max():.4f}", "mmer_65536": f"{wide.max():.4f}"}
-    evaluated = {name: f"{float(found[name]):.4f}" for name in ("reward_mean", "reward_low", "reward_high")}
-    return {"steps": max(speed), "seconds": round(sum(size / value for value in speed.values()))} | best | evaluated
+    figures = {"mmer": means.max(), "mmer_65536": wide.max()}
+    figures |= {name: float(found[name]) for name in ("reward_mean", "reward_low", "reward_high")}
+    counts = {"steps": max(speed), "seconds": round(sum(size / value for value in speed.values()))}
+    return counts | {name: f"{figure:.4f}" for name, figure in figures.items()}
 
 
 def write_table(published: dict[str, Row], rows: list[Row], output: Path) -> None:
-    """Write what the rows come to."""
-    write_file(output.with_name(f"{output.name}.md"), ("\n".join(lines(rows, published)) + "\n").encode())
-
-
-def lines(rows: list[Row], published: dict[str, Row]) -> list[str]:
-    """Return the lines of the Markdown table, one for each task and setting, and how many tasks come to the best.
+    """Write a Markdown table with a line for each task and setting, and how many tasks come to the best.
 
     Args:
-        rows: of runs, by `COLUMNS`.
         published: figures of each task.
+        rows: of runs, by `COLUMNS`.
+        output: of --output.
     """
-    result = [
+    lines = [
         f"| task | runs | steps | {' | '.join(FIGURES.values())} | published GRU | published best |",
         "|---|---|---|---|---|---|---|---|",
     ]
     reached = dict.fromkeys(COUNTED, 0)
-    for task in published:
-        known = published[task]
+    for task, known in published.items():
         own = [row for row in rows if row["task"] == task]
         for setting in sorted({row["setting"] for row in own}):
             found = [row for row in own if row["setting"] == setting]
             steps = "–".join(f"{steps:,}" for steps in sorted({int(row["steps"]) for row in found}))
-            cells = [task, str(len(found)), steps, *(mean_and_deviation(found, name) for name in FIGURES)]
+            cells = [task, str(len(found)), steps, *(mean_and_deviation(figures_of(found, name)) for name in FIGURES)]
             cells += [known["gru_2023"] or "–", f"{known['best']} {known['method']}"]
-            result.append(f"| {' | '.join(cells)} |")
-        for name in COUNTED:
-            reached[name] += bool(own) and round(mean_of(own, name), 3) >= round(float(known["best"]) - TOLERANCE, 3)
+            lines.append(f"| {' | '.join(cells)} |")
+        for name in COUNTED if own else ():
+            reached[name] += round(figures_of(own, name).mean(), 3) >= round(float(known["best"]) - TOLERANCE, 3)
     counts = " and ".join(f"{count} by the {FIGURES[name]}" for name, count in reached.items())
-    return [
-        *result,
-        "",
-        f"Not more than {TOLERANCE} below the best published figure, of {len(published)} tasks: {counts}.",
-    ]
+    lines += ["", f"Not more than {TOLERANCE} below the best published figure, of {len(published)} tasks: {counts}.\n"]
+    write_file(output.with_name(f"{output.name}.md"), "\n".join(lines).encode())
 
 
-def mean_of(rows: list[Row], name: str) -> float:
-    """Return the mean over runs."""
-    return float(np.mean([float(row[name]) for row in rows]))
+def figures_of(rows: list[Row], name: str) -> np.ndarray:
+    """Return a figure of each run (runs,)."""
+    return np.array([float(row[name]) for row in rows])
 
 
-def mean_and_deviation(rows: list[Row], name: str) -> str:
+def mean_and_deviation(figures: np.ndarray) -> str:
     """Return mean and standard deviation over runs, as text."""
-    deviation = f" ± {np.std([float(row[name]) for row in rows], ddof=1):.3f}" if len(rows) > 1 else ""
-    return f"{mean_of(rows, name):.3f}{deviation}"
+    return f"{figures.mean():.3f}" + (f" ± {figures.std(ddof=1):.3f}" if len(figures) > 1 else "")
 
 
 if __name__ == "__main__":
