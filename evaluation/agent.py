@@ -111,23 +111,23 @@ class Agent:
         """
         self.arrays.steps[... if which is None else np.asarray(which)] = 0
 
-    def act(self, observation: Any, mask: Any = None, reward: Any = None) -> Any:
+    def act(self, observation: Any, mask: Any = None, reward: Any = None, ended: Any = None) -> Any:
         """Return an action of `action_space`, or n of them as a vector environment takes them.
-
-        That an episode has ended is told by `reset` alone: without it, the next episode is taken for the rest of this
-        one. It is noticed only where that gets longer than an episode can be.
 
         Args:
             observation: of `observation_space`; n of them as a vector environment returns them, or as a list.
             mask: `info["action_mask"]` where the environment says which actions are allowed, or n of them.
             reward: of the last step, or n of them, for models that see it (`previous_reward`); ignored at an episode's
                 first observation.
+            ended: whether the last step ended its episode (`terminated or truncated`), or n of these. Without it, a
+                `reset` that was forgotten is noticed only where an episode gets longer than it can be.
 
         Raises:
-            UserError: if one is missing or not as declared, or an episode is longer than it can be. Nothing has
+            UserError: if one is missing or not as declared, or an episode has ended without `reset`. Nothing has
                 happened then, and what is right can follow.
         """
-        parts = zip(self._each(observation, self.observation_space), self._each(mask), self._each(reward), strict=True)
+        observations = self._each(observation, self.observation_space)
+        parts = zip(observations, *map(self._each, (mask, reward, ended)), strict=True)
         for index, part in enumerate(parts):
             try:
                 self._show(index, *part)
@@ -189,11 +189,11 @@ class Agent:
             raise UserError(f"agent.act: has something of {len(found)} environments, there are {self.count}")
         return found
 
-    def _show(self, index: int, observation: Any, mask: Any, reward: Any) -> None:
+    def _show(self, index: int, observation: Any, mask: Any, reward: Any, ended: Any) -> None:
         """Show the model what it is to see of an environment; BrokenContract, saying how, where that is wrong."""
         limit, step = self.task.max_episode_steps, self.arrays.steps[index]
-        if limit is not None and step >= limit:
-            raise BrokenContract(f"its episode has ended, after {limit} steps at the latest: agent.reset is due")
+        if (ended and step) or (limit is not None and step >= limit):
+            raise BrokenContract(f"its episode has ended, after {step} steps: agent.reset is due")
         if (mask is not None) != self.task.masked:
             raise BrokenContract("has an action_mask as none in training had" if mask is not None
                                  else "needs mask=info['action_mask'], as in training")  # fmt: skip

@@ -168,10 +168,10 @@ def test_a_vector_environment_does_what_evaluation_does(tmp_path, monkeypatch, s
     agent = Agent.load(write(tmp_path / "model.nn", model, config, task), environments=3, seed=7)
     envs = [partial(Planned, make_registered(agent.section), seeds[index::3]) for index in range(3)]
     env = SyncVectorEnv(envs, autoreset_mode=AutoresetMode.SAME_STEP)
-    (observation, info), reward = env.reset(), None
+    (observation, info), reward, ended = env.reset(), None, None
     lengths: list[list[int]] = [[0] for _ in range(3)]
     while min(map(len, lengths)) <= 2:
-        actions = agent.act(observation, info.get("action_mask"), reward)
+        actions = agent.act(observation, info.get("action_mask"), reward, ended)
         observation, reward, terminated, truncated, info = env.step(actions)
         agent.reset(ended := terminated | truncated)
         for own, is_over in zip(lengths, ended, strict=True):
@@ -221,13 +221,14 @@ def test_what_is_wrong_is_one_line_and_changes_nothing(tmp_path):
         (lambda: agent.act(right), "needs mask"),
         (lambda: agent.act(right, np.zeros(7)), "allows no action"),
         (lambda: many.act([right] * 3, [mask] * 2), "has something of 3 environments, there are 2"),
+        (lambda: agent.act(right, mask, ended=True), "has ended, after 1 steps: agent.reset is due"),
     ):
         with pytest.raises(UserError, match=message) as error:
             call()
         assert len(str(error.value).splitlines()) == 1
     for _ in range(8):
         assert (agent.act(right, mask) == twin.act(right, mask)).all()
-    with pytest.raises(UserError, match="has ended, after 9 steps at the latest: agent.reset is due"):
+    with pytest.raises(UserError, match="has ended, after 9 steps: agent.reset is due"):
         agent.act(right, mask)
 
 
