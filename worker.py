@@ -15,8 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from collections import defaultdict
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import chdir, closing, suppress
 from dataclasses import astuple, dataclass, field
 from functools import cache, partial
@@ -143,42 +142,17 @@ def packed_type(task: Task) -> np.dtype:
 # ------------------------------------------------------------------------------------------------------ in the process
 
 
-class Generators:
-    """The global generators of a worker process, `random`'s, NumPy's and PyTorch's, with a state for each environment.
+def seed_generators(*numbers: int) -> None:
+    """Seed the global generators, `random`'s, NumPy's and PyTorch's where it is imported, by all of the numbers.
 
-    So what an environment draws depends on its episode alone, not on who else is in its process. To save and restore
-    their states would take 22 µs (`random`) and 165 µs (NumPy) a step. Pointing to another generator takes less than 1;
-    only PyTorch's, where an environment has imported it, is restored, in 2.
+    That is done before every step, in 8 µs: so what an environment draws depends on its episode and its step alone, not
+    on who else is in its process.
     """
-
-    def __init__(self) -> None:
-        self.index = -1
-        self.python: dict[int, random.Random] = defaultdict(random.Random)
-        self.numpy: dict[int, np.random.MT19937] = defaultdict(np.random.MT19937)
-        self.torch: dict[int, Any] = {}
-        for name in random.__all__:
-            if name.islower():
-                setattr(random, name, partial(self._draw, name))
-
-    def _draw(self, name: str, *arguments: Any, **options: Any) -> Any:
-        return getattr(self.python[self.index], name)(*arguments, **options)
-
-    def use(self, index: int) -> None:
-        """Let the generators be those of an environment."""
-        if torch := sys.modules.get("torch"):
-            self.torch[self.index] = torch.default_generator.get_state()
-            if index in self.torch:
-                torch.default_generator.set_state(self.torch[index])
-        np.random.set_bit_generator(self.numpy[index])  # type: ignore[attr-defined]
-        self.index = index
-
-    def seed(self, *numbers: int) -> None:
-        """Seed those that are in use, by all of the numbers."""
-        seed = xxhash.xxh3_64_intdigest(repr(numbers).encode())
-        self.python[self.index].seed(seed)
-        np.random.seed(seed % 2**32)
-        if torch := sys.modules.get("torch"):
-            torch.default_generator.manual_seed(seed)
+    seed = xxhash.xxh3_64_intdigest(repr(numbers).encode())
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    if torch := sys.modules.get("torch"):
+        torch.default_generator.manual_seed(seed)
 
 
 @dataclass
@@ -196,41 +170,43 @@ class EnvironmentRunner:
     midway: bool  # whether a rollout is running, in which an episode that cannot be repeated counts as truncated
 
     def __post_init__(self) -> None:
-        self.generators, self.envs = Generators(), {}
+        self.envs: dict[int, Any] = {}
+        self.identity: dict[int, tuple[int, int, int]] = {}  # of each one's episode: seed, environment, number
         for index in self.episodes:
-            self._turn_to(index)
-            self._seed(index, 0)
+            self._turn_to(index, 0)
             self.envs[index] = create_env(self.section)
         fresh = [index for index, episode in self.episodes.items() if not self._replay(index, episode)]
         self.lost = fresh if self.midway else []  # environments whose next step was lost with their episode
 
-    def _turn_to(self, index: int) -> None:
-        self.arrays.current[min(self.episodes)] = index
-        self.generators.use(index)
-
-    def _seed(self, index: int, episode: int) -> int:
-        """Seed the global generators for an environment's episode; return its reset seed."""
-        number = self.first + index
-        seed = self.episode_seed(number, episode)
-        self.generators.seed(seed, number, episode)
-        return seed
+    def _turn_to(self, index: int, episode: int) -> int:
+        """Go on with an environment at the start of an episode; return its reset seed."""
+        number, arrays = self.first + index, self.arrays
+        arrays.current[min(self.episodes)], arrays.episode[index], arrays.steps[index] = index, episode, 0
+        self.identity[index] = self.episode_seed(number, episode), number, episode
+        seed_generators(*self.identity[index])
+        return self.identity[index][0]
 
     def _reset(self, index: int, episode: int) -> None:
-        self.arrays.episode[index], self.arrays.steps[index] = episode, 0
-        observation, info = self.envs[index].reset(seed=self._seed(index, episode))
+        observation, info = self.envs[index].reset(seed=self._turn_to(index, episode))
         check_observation(self.envs[index], observation, self.task)
         self.arrays.show(index, observation, info.get("action_mask"))
+
+    def _take(self, index: int, action: np.ndarray) -> tuple[Any, float, bool, bool, Mapping]:
+        """Take the next step of an environment; return what it returns."""
+        arrays = self.arrays
+        arrays.current[min(self.episodes)] = index
+        arrays.steps[index] += 1
+        seed_generators(*self.identity[index], int(arrays.steps[index]))
+        return checked_step(self.envs[index], action, self.task)
 
     def _replay(self, index: int, episode: Episode) -> bool:
         """Bring a running episode back; return False where that fails, for it is not deterministic, and begin anew."""
         arrays, task = self.arrays, self.task
         self.final.copy_row(index, arrays)
-        self._turn_to(index)
         self._reset(index, episode.number)
         actions = np.frombuffer(episode.actions, packed_type(task)).reshape(-1, task.action_size)
         for action in actions.astype(arrays.actions.dtype):
-            arrays.steps[index] += 1
-            observation, _, terminated, truncated, info = checked_step(self.envs[index], action, task)
+            observation, _, terminated, truncated, info = self._take(index, action)
             if terminated or truncated:
                 break
             arrays.show(index, observation, info.get("action_mask"))
@@ -253,11 +229,9 @@ class EnvironmentRunner:
             self.lost.remove(index)
             arrays.rewards[index], arrays.terminated[index], arrays.truncated[index] = 0.0, False, True
             return [(index, None)]
-        self._turn_to(index)
-        arrays.steps[index] += 1
-        steps, limit = int(arrays.steps[index]), self.task.max_episode_steps
-        result = checked_step(env, arrays.actions[index].copy(), self.task)
+        result = self._take(index, arrays.actions[index].copy())
         observation, arrays.rewards[index], terminated, truncated, info = result
+        steps, limit = arrays.steps[index], self.task.max_episode_steps
         cut = steps == self.max_steps and not (terminated or truncated)
         truncated |= cut
         arrays.terminated[index], arrays.truncated[index] = terminated, truncated and not terminated
@@ -288,9 +262,8 @@ def stepped(make: Callable[[], EnvironmentRunner], groups: Iterator[range]) -> I
 
 def inspected(section: Section, _: Iterator) -> Iterator[tuple[tuple, list[str]]]:
     """Create an environment, play a step of it and close it; yield the entries of its `Task`, and notices."""
-    seed, generators = training_seed(0, section, 0, 0), Generators()
-    generators.use(0)
-    generators.seed(seed, 0, 0)
+    seed = training_seed(0, section, 0, 0)
+    seed_generators(seed, 0, 0)
     env = create_env(section)
     try:
         task, notices = try_out(env, seed)

@@ -8,7 +8,7 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 from gymnasium.wrappers import NormalizeObservation, NormalizeReward
-from pydantic import Field
+from pydantic import Field, JsonValue
 
 from environments.contract import BrokenContract
 from environments.episode import Info, Observation, Step, WrappedEnv, make_registered, picture_space, vector_picture
@@ -142,7 +142,7 @@ class GymnasiumSection(Section):
     max_episode_steps: Steps | Nothing = Field(
         None, description="Episodes are truncated there: by default where the environment says."
     )
-    arguments: dict[Text, Any] = Field({}, description="Passed on to `gymnasium.make`.")
+    arguments: dict[Text, JsonValue] = Field({}, description="Passed on to `gymnasium.make`.")
     observe: Annotated[list[Text], Field(min_length=1)] | Nothing = Field(
         None, description="Which entries of a Dict space are observed: by default all."
     )

@@ -71,10 +71,6 @@ class Launch:
         text = "".join(process.text for process in self.processes)
         return [line for line in text.splitlines() if words in line]
 
-    def wait_for(self, words: str) -> None:
-        """Wait until the first rank says something."""
-        self.processes[0].wait_for(words)
-
     def finish(self) -> list[int]:
         """Wait for all; return their exit codes. Nobody sees a traceback of ours, and nothing is left behind."""
         try:
@@ -194,11 +190,11 @@ def test_all_end_with_one(tmp_path, victim):
                 for updates in (7001, 7002, 7003)]  # fmt: skip
     commands[0] += ("--set=environment.name=tests.toy_environments:Raise-v0",)
     launch = series(tmp_path, 2, commands)
-    launch.wait_for("update 2/7001")
+    launch.processes[0].wait_for("update 2/7001")
     (tmp_path / "well").unlink()
-    launch.wait_for("update 2/7002")
+    launch.processes[0].wait_for("update 2/7002")
     launch.processes[0].handle.terminate()
-    launch.wait_for("update 2/7003")
+    launch.processes[0].wait_for("update 2/7003")
     launch.processes[victim].handle.kill()
     codes = launch.finish()
     assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 1
@@ -216,7 +212,7 @@ def test_one_hangs_and_all_stop(tmp_path):
     """Where an environment of another rank hangs when one is asked to stop."""
     write_config(tmp_path, LONG | {"environment": toy("Hang")})
     launch = Launch(tmp_path, 2, *TRAIN)
-    launch.wait_for("update 2/")
+    launch.processes[0].wait_for("update 2/")
     (tmp_path / "hang").touch()
     time.sleep(1)
     for process in launch.processes:  # as torchrun does
