@@ -63,15 +63,7 @@ def write_config(folder: Path, config: dict) -> None:
 
 
 class Process:
-    """Python as a process of its own, in a session of its own.
-
-    Args:
-        folder: where it runs.
-        command: what follows `python`; the first may be one of our command lines.
-        log: the file for what it says.
-        variables: of its environment.
-        streams: other ones than the log.
-    """
+    """Python as a process of its own, in a session of its own; its command may begin with one of our command lines."""
 
     def __init__(self, folder: Path, *command: str, log: str = "said.txt", variables=(), **streams):
         self.mark, self.log = str(uuid.uuid4()), folder / log
@@ -272,12 +264,8 @@ def test_killed_and_resumed(tmp_path):
     disturbed.mkdir()
     start(undisturbed, MEMORY_CONFIG)
     write_config(disturbed, MEMORY_CONFIG | {"eval_interval": 4, "histogram_interval": 1, "model_interval": 1})
-    for program in (("train.py",), patched(KILL_AT_4)):
-        process = Process(disturbed, *program, *START, "--overwrite")
-        if program == ("train.py",):
-            process.wait_for("update 1/")  # before anything is saved
-            process.handle.kill()
-        assert process.finish() == -signal.SIGKILL, process.text
+    process = Process(disturbed, *patched(KILL_AT_4), *START)
+    assert process.finish() == -signal.SIGKILL, process.text
     assert newest(disturbed)["update"] == 2
     resume(disturbed)
     assert_same_result(disturbed, undisturbed)
@@ -316,7 +304,7 @@ def test_an_environment_that_raises_can_be_mended(toy_run, toy_folder, tmp_path)
     assert_same_result(tmp_path, toy_run)
 
 
-def spoil_value(trainer: PPOTrainer) -> None:
+def spoil_value(trainer: PPOTrainer, *_: object) -> None:
     """Make a weight, and with it values, something else than a number."""
     trainer.model.value.bias.data[0] = math.nan
 
@@ -557,13 +545,23 @@ def test_a_run_keeps_its_id_while_it_trains(toy_run, tmp_path, monkeypatch):
     assert same(newest(tmp_path, "moved")["weights"], newest(toy_run)["weights"]), said
 
 
-def test_output_that_cannot_be_written(toy_run, tmp_path):
+SPEAKS = """
+import os, sys
+from run.cli import command_line
+os.close(1)
+def main():
+    with open("done", "w") as file:
+        for stream in (sys.stdout, sys.stderr, file):
+            print("said", file=stream, flush=True)
+command_line(main)
+"""
+
+
+def test_output_that_cannot_be_written(tmp_path):
     """A closed standard output and a full standard error cost nothing but themselves."""
-    write_config(tmp_path, TOY_CONFIG)
     with open("/dev/full", "w") as full:
-        process = Process(tmp_path, *patched("import os; os.close(1)"), *START, stderr=full)
-        assert process.finish() == 0
-    assert_same_result(tmp_path, toy_run)
+        assert Process(tmp_path, "-c", SPEAKS, stderr=full).finish() == 0
+    assert (tmp_path / "done").read_text() == "said\n"
 
 
 # ------------------------------------------------------------------------------------------------- what a run leaves
