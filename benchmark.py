@@ -122,18 +122,16 @@ def checkout(version: str, stack: ExitStack) -> Path:
 
 def table(found: dict[str, list[dict[str, float]]]) -> list[str]:
     """Return the lines of a table of medians, a column per side, with seconds in proportion to the first side's."""
-    columns = {}
+    columns, first = {}, next(iter(found.values()))
     for name, rows in found.items():
-        column = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
-        for key in ("seconds", "CPU seconds"):
-            if len(found) > 1 and key in column:
-                pairs = zip(rows, next(iter(found.values())), strict=True)
-                column[f"{key}, to the first's"] = statistics.median(own[key] / first[key] for own, first in pairs)
-        columns[name] = column
-    widths = {name: max(14, len(name)) for name in columns}
-    lines = [" " * 34 + "".join(f"  {name:>{width}}" for name, width in widths.items())]
+        columns[name] = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+        for seconds in [key for key in ("seconds", "CPU seconds") if key in rows[0] and len(found) > 1]:
+            proportions = [own[seconds] / other[seconds] for own, other in zip(rows, first, strict=True)]
+            columns[name][f"{seconds}, to the first's"] = statistics.median(proportions)
+    width = max(14, *map(len, columns))
+    lines = [" " * 34 + "".join(f"  {name:>{width}}" for name in columns)]
     for key in next(iter(columns.values())):
-        lines.append(f"{key:<34}" + "".join(f"  {columns[name][key]:>{widths[name]}.4g}" for name in columns))
+        lines.append(f"{key:<34}" + "".join(f"  {column[key]:>{width}.4g}" for column in columns.values()))
     return lines
 
 

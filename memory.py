@@ -266,15 +266,13 @@ class ObservationStore:
         """Return the number of distinct observations: of frames, where there are any."""
         return self.count if self.frames is None else len(self.frames)
 
-    def add(self, arrays: SharedArrays, rows: slice, final: bool = False) -> np.ndarray:
-        """Store what n environments show, or what they showed after a time limit; return the index (n,) of each."""
+    def add(self, arrays: SharedArrays, rows: slice) -> np.ndarray:
+        """Store what n environments show; return the index (n,) of each."""
         index = np.zeros(0, dtype=np.int64)
         if self.frames is not None:
-            frames = arrays.final_frames if final else arrays.frames
-            digests = arrays.final_frame_digests if final else arrays.frame_digests
-            index = self.frames.add(frames[rows], digests[rows])
+            index = self.frames.add(arrays.frames[rows], arrays.frame_digests[rows])
         if self.vectors is not None:
-            vectors = (arrays.final_vectors if final else arrays.vectors)[rows]
+            vectors = arrays.vectors[rows]
             places = np.arange(self.count, self.count + len(vectors))
             self.count += len(vectors)
             self.vectors[places[0] : self.count] = torch.from_numpy(vectors)

@@ -26,18 +26,7 @@ Example: python train.py --config configs/minigrid.yaml --run-id=my-run
 
 from pathlib import Path
 
-from run.cli import (
-    Computing,
-    Count,
-    Precision,
-    Processes,
-    RunId,
-    Seed,
-    arguments_of,
-    command_line,
-    emulates_bf16,
-    use_cores,
-)
+from run.cli import Computing, Count, Precision, Processes, RunId, Seed, arguments_of, command_line, use_cores
 from utils import UserError, reason_of
 
 
@@ -89,7 +78,7 @@ def train(arguments: Arguments, ranks, device) -> None:
                 raise UserError(f"{run.folder}: holds no run of this config ({reason_of(error)})") from error
         elif arguments.init_from is not None:
             load_weights(arguments.init_from, trainer.model)
-    if run.options.precision == "bf16" and emulates_bf16(device):
+    if run.options.emulates_bf16:
         notices.append("--precision=bf16: is emulated here, several times slower than float32")
     for notice in notices:
         run.tell(notice)

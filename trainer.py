@@ -212,7 +212,7 @@ class PPOTrainer:
         buffer.truncated[rows, t] = arrays.truncated[rows]
         done = arrays.terminated[rows] | arrays.truncated[rows]
         for index in (group.start + np.flatnonzero(arrays.truncated[rows])).tolist():
-            final = buffer.observations.add(arrays, slice(index, index + 1), final=True)
+            final = buffer.observations.add(workers.final, slice(index, index + 1))
             buffer.final_index[index, t] = int(final[0])
         self.step[rows] = np.where(done, 0, self.step[rows] + 1)
         digests = [workers.episodes[index].digest for index in group]

@@ -15,9 +15,8 @@ import sys
 import threading
 import time
 import traceback
-from collections import defaultdict
-from collections.abc import Callable
-from contextlib import chdir, suppress
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import chdir, closing, suppress
 from dataclasses import astuple, dataclass, field
 from functools import cache, partial
 from importlib.machinery import PathFinder
@@ -48,51 +47,45 @@ CONTEXT.set_forkserver_preload(["worker", "gymnasium"])
 
 
 class SharedArrays:
-    """What W environments and the trainer tell each other, in anonymous shared memory.
+    """What W environments and the trainer tell each other, a row per environment, in anonymous shared memory.
 
-    The memory has no name: it disappears with the last process that maps it, however that process ends. Each array has
-    a row per environment. Digests are of whole observations, and of their frames.
+    The memory has no name: it disappears with the last process that maps it, however that process ends.
 
     Args:
         n_workers: W.
         task: gives the shapes; what it does not have is None.
-        context: multiprocessing context.
     """
 
     frames: np.ndarray | None  # (W, H, W, C), as convolutions want them and most environments make them
     vectors: np.ndarray | None  # (W, n)
-    digests: np.ndarray
-    frame_digests: np.ndarray
-    final_frames: np.ndarray | None  # this and the next: at the end of an episode that was truncated
-    final_vectors: np.ndarray | None
-    final_digests: np.ndarray
-    final_frame_digests: np.ndarray
     masks: np.ndarray | None  # (W, sum of branches): which actions are allowed
+    digests: np.ndarray  # of whole observations
+    frame_digests: np.ndarray
     actions: np.ndarray
     rewards: np.ndarray
     terminated: np.ndarray
     truncated: np.ndarray
     episode: np.ndarray  # number of the running one
     steps: np.ndarray  # that it has had
-    at_work: np.ndarray  # whether it is this environment that its process is busy with
+    current: np.ndarray  # of the first environment of a process: which one the process is busy with
 
-    def __init__(self, n_workers: int, task: Task, context: Any = CONTEXT) -> None:
+    def __init__(self, n_workers: int, task: Task) -> None:
         layout: dict[str, tuple[tuple[int, ...], Any]] = {
-            "rewards": ((), np.float64), "episode": ((), np.int64), "steps": ((), np.int64),
-            "actions": ((task.action_size,), np.float32 if task.continuous else np.int64),
-        } | dict.fromkeys(("terminated", "truncated", "at_work"), ((), np.bool_))  # fmt: skip
+            "actions": ((task.action_size,), np.float32 if task.continuous else np.int64), "rewards": ((), np.float64),
+            **dict.fromkeys(("digests", "frame_digests"), ((DIGEST_SIZE,), np.uint8)),
+            **dict.fromkeys(("terminated", "truncated"), ((), np.bool_)),
+            **dict.fromkeys(("episode", "steps", "current"), ((), np.int64)),
+        }  # fmt: skip
+        if task.frame is not None:
+            layout["frames"] = (*task.frame[1:], task.frame[0]), np.uint8
+        if task.vector:
+            layout["vectors"] = (task.vector,), np.float32
         if task.masked:
             layout["masks"] = (sum(task.branches),), np.bool_
-        for prefix in ("", "final_"):
-            layout |= dict.fromkeys((f"{prefix}digests", f"{prefix}frame_digests"), ((DIGEST_SIZE,), np.uint8))
-            if task.frame is not None:
-                layout[f"{prefix}frames"] = (*task.frame[1:], task.frame[0]), np.uint8
-            if task.vector:
-                layout[f"{prefix}vectors"] = (task.vector,), np.float32
         memory = {}
         for name, (shape, dtype) in layout.items():
             size = n_workers * math.prod(shape) * np.dtype(dtype).itemsize
-            memory[name] = (n_workers, *shape), dtype, context.RawArray("b", size)
+            memory[name] = (n_workers, *shape), dtype, CONTEXT.RawArray("b", size)
         self.__setstate__(memory)
 
     def __getstate__(self) -> dict:
@@ -100,31 +93,31 @@ class SharedArrays:
 
     def __setstate__(self, memory: dict) -> None:
         self.memory = memory
-        self.frames = self.vectors = self.final_frames = self.final_vectors = self.masks = None
+        self.frames = self.vectors = self.masks = None
         for name, block in memory.items():
             setattr(self, name, np.ndarray(*block))
 
-    def show(self, index: int, observation: Observation, mask: np.ndarray | None = None, final: bool = False) -> None:
+    def show(self, index: int, observation: Observation, mask: np.ndarray | None = None) -> None:
         """Write what environment `index` shows, its digest, and which actions are allowed (sum of actions,)."""
-        names = ("frames", "frame_digests", "vectors", "digests")
-        frames, frame_digests, vectors, digests = (getattr(self, f"final_{name}" if final else name) for name in names)
-        frame: Any = observation
-        vector: Any = observation
-        if isinstance(observation, dict):
-            frame, vector = observation["frame"], observation["vector"]
+        parts = observation if isinstance(observation, dict) else dict.fromkeys(("frame", "vector"), observation)
         digest = b""
-        if frames is not None:
-            frames[index] = frame.transpose(1, 2, 0)
-            digest = xxhash.xxh3_128_digest(frames[index])
-            frame_digests[index] = np.frombuffer(digest, np.uint8)
-        if vectors is not None:
-            vectors[index] = vector
-            digest = xxhash.xxh3_128_digest(vectors[index].tobytes() + digest)
-        digests[index] = np.frombuffer(digest, np.uint8)
+        if self.frames is not None:
+            self.frames[index] = parts["frame"].transpose(1, 2, 0)
+            digest = xxhash.xxh3_128_digest(self.frames[index])
+            self.frame_digests[index] = np.frombuffer(digest, np.uint8)
+        if self.vectors is not None:
+            self.vectors[index] = parts["vector"]
+            digest = xxhash.xxh3_128_digest(self.vectors[index].tobytes() + digest)
+        self.digests[index] = np.frombuffer(digest, np.uint8)
         if self.masks is not None:
             self.masks[index] = True if mask is None else mask
         elif mask is not None:
             raise BrokenContract("gives an action_mask, but gave none with its first observations")
+
+    def copy_row(self, index: int, other: "SharedArrays") -> None:
+        """Take what another one says of an environment."""
+        for name in self.memory:
+            getattr(self, name)[index] = getattr(other, name)[index]
 
 
 @dataclass
@@ -150,146 +143,95 @@ def packed_type(task: Task) -> np.dtype:
 # ------------------------------------------------------------------------------------------------------ in the process
 
 
-class Generators:
-    """The global generators of a worker process, `random`'s, NumPy's and PyTorch's, with a state for each environment.
+def seed_generators(*numbers: int) -> None:
+    """Seed the global generators, `random`'s, NumPy's and PyTorch's where it is imported, by all of the numbers.
 
-    So what an environment draws depends on its episode alone, not on who else is in its process. To save and restore
-    their states would take 22 µs (`random`) and 165 µs (NumPy) a step. Pointing to another generator takes less than 1;
-    only PyTorch's, where an environment has imported it, is restored, in 2.
+    That is done before every step, in 8 µs: so what an environment draws depends on its episode and its step alone, not
+    on who else is in its process.
     """
-
-    def __init__(self) -> None:
-        self.index = -1
-        self.python: dict[int, random.Random] = defaultdict(random.Random)
-        self.numpy: dict[int, np.random.MT19937] = defaultdict(np.random.MT19937)
-        self.torch: dict[int, Any] = {}
-        for name in random.__all__:
-            if name.islower():
-                setattr(random, name, partial(self._draw, name))
-
-    def _draw(self, name: str, *arguments: Any, **options: Any) -> Any:
-        return getattr(self.python[self.index], name)(*arguments, **options)
-
-    def use(self, index: int) -> None:
-        """Let the generators be those of an environment."""
-        if torch := sys.modules.get("torch"):
-            self.torch[self.index] = torch.default_generator.get_state()
-            if index in self.torch:
-                torch.default_generator.set_state(self.torch[index])
-        np.random.set_bit_generator(self.numpy[index])  # type: ignore[attr-defined]
-        self.index = index
-
-    def seed(self, *numbers: int) -> None:
-        """Seed those that are in use, by all of the numbers."""
-        seed = xxhash.xxh3_64_intdigest(repr(numbers).encode())
-        self.python[self.index].seed(seed)
-        np.random.seed(seed % 2**32)
-        if torch := sys.modules.get("torch"):
-            torch.default_generator.manual_seed(seed)
+    seed = xxhash.xxh3_64_intdigest(repr(numbers).encode())
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    if torch := sys.modules.get("torch"):
+        torch.default_generator.manual_seed(seed)
 
 
 @dataclass
 class EnvironmentRunner:
-    """The environments of one process: they step as told, and an episode that was lost is brought back."""
+    """The environments of one process: they go on with the episodes that they are in, and step as told."""
 
     section: Section
     task: Task
     arrays: SharedArrays  # shared with the trainer
+    final: SharedArrays  # in which is shown what ends an episode that is truncated
     episode_seed: Callable[[int, int], int]  # (environment, episode) → reset seed
     first: int  # number of the run's environment that has index 0 here
     max_steps: int | None  # after how many an episode is cut and its report marked so; None where only its end ends it
-    indices: range  # of the environments that this process steps
+    episodes: dict[int, Episode]  # of the environments that this process steps
+    midway: bool  # whether a rollout is running, in which an episode that cannot be repeated counts as truncated
 
     def __post_init__(self) -> None:
-        self.generators, self.current = Generators(), self.indices[0]
         self.envs: dict[int, Any] = {}
-        self.lost: list[int] = []  # environments whose next step was lost with an episode that cannot be repeated
-        for index in self.indices:
-            self._turn_to(index)
-            self._seed(index)
+        self.identity: dict[int, tuple[int, int, int]] = {}  # of each one's episode: seed, environment, number
+        for index in self.episodes:
+            self._turn_to(index, 0)
             self.envs[index] = create_env(self.section)
+        fresh = [index for index, episode in self.episodes.items() if not self._replay(index, episode)]
+        self.lost = fresh if self.midway else []  # environments whose next step was lost with their episode
 
-    def _turn_to(self, index: int) -> None:
-        self.arrays.at_work[self.current] = False
-        self.arrays.at_work[index] = True
-        self.current = index
-        self.generators.use(index)
-
-    def _seed(self, index: int) -> int:
-        """Seed the global generators for an environment's episode; return its reset seed."""
-        number, episode = self.first + index, int(self.arrays.episode[index])
-        seed = self.episode_seed(number, episode)
-        self.generators.seed(seed, number, episode)
-        return seed
+    def _turn_to(self, index: int, episode: int) -> int:
+        """Go on with an environment at the start of an episode; return its reset seed."""
+        number, arrays = self.first + index, self.arrays
+        arrays.current[min(self.episodes)], arrays.episode[index], arrays.steps[index] = index, episode, 0
+        self.identity[index] = self.episode_seed(number, episode), number, episode
+        seed_generators(*self.identity[index])
+        return self.identity[index][0]
 
     def _reset(self, index: int, episode: int) -> None:
-        self.arrays.episode[index], self.arrays.steps[index] = episode, 0
-        observation, info = self.envs[index].reset(seed=self._seed(index))
+        observation, info = self.envs[index].reset(seed=self._turn_to(index, episode))
         self.arrays.show(index, observation, info.get("action_mask"))
 
-    def inspect(self, _: None) -> tuple[tuple, list[str]]:
-        """Play a step of the first environment and close it; return the entries of its `Task`, and notices."""
-        env = self.envs.pop(self.indices[0])
-        try:
-            task = try_out(env, self.episode_seed(0, 0))
-        except Exception as error:
-            raise UserError(f"environment: {failure_of(error)}") from error
-        notices = [f"environment: {notice}" for notice in env.notices]
-        try:
-            env.close()
-        except Exception as error:
-            notices.append(f"environment: close() fails, which is ignored: {failure_of(error)}")
-        return astuple(task), notices
-
-    def replay(self, episodes: dict[int, tuple[int, bytearray, bytes]]) -> list[int]:
-        """Bring running episodes back, by environment the entries of an `Episode`.
-
-        Returns:
-            The environments where that failed, for they are not deterministic, and a fresh episode began.
-        """
-        return [index for index, episode in episodes.items() if not self._replay(index, *episode)]
-
-    def replay_midway(self, episodes: dict[int, tuple[int, bytearray, bytes]]) -> list[int]:
-        """As `replay`, in the middle of a rollout: an episode that is lost is truncated where it was."""
+    def _take(self, index: int, action: np.ndarray) -> tuple[Any, float, bool, bool, Mapping]:
+        """Take the next step of an environment; return what it returns."""
         arrays = self.arrays
-        for index, (_, _, digest) in episodes.items():
-            for name in ("frames", "frame_digests", "vectors"):
-                if getattr(arrays, name) is not None:
-                    getattr(arrays, f"final_{name}")[index] = getattr(arrays, name)[index]
-            arrays.final_digests[index] = np.frombuffer(digest, np.uint8)
-        self.lost = self.replay(episodes)
-        return self.lost
+        arrays.current[min(self.episodes)] = index
+        arrays.steps[index] += 1
+        seed_generators(*self.identity[index], int(arrays.steps[index]))
+        return self.envs[index].step(action)
 
-    def _replay(self, index: int, number: int, packed: bytearray, digest: bytes) -> bool:
+    def _replay(self, index: int, episode: Episode) -> bool:
+        """Bring a running episode back; return False where that fails, for it is not deterministic, and begin anew."""
         arrays, task = self.arrays, self.task
-        self._turn_to(index)
-        self._reset(index, number)
-        actions = np.frombuffer(packed, packed_type(task)).reshape(-1, task.action_size)
+        self.final.copy_row(index, arrays)
+        self._reset(index, episode.number)
+        actions = np.frombuffer(episode.actions, packed_type(task)).reshape(-1, task.action_size)
         for action in actions.astype(arrays.actions.dtype):
-            arrays.steps[index] += 1
-            observation, _, terminated, truncated, info = self.envs[index].step(action)
+            observation, _, terminated, truncated, info = self._take(index, action)
             if terminated or truncated:
                 break
             arrays.show(index, observation, info.get("action_mask"))
-        if arrays.steps[index] == len(actions) and (not digest or arrays.digests[index].tobytes() == digest):
+        same = not episode.digest or arrays.digests[index].tobytes() == episode.digest
+        if same and arrays.steps[index] == len(actions):
             return True
-        self._reset(index, number + 1)
+        self._reset(index, episode.number + 1)
         return False
 
-    def step(self, group: range) -> list[tuple[int, dict]]:
-        """Step this process's environments of a group; return (environment, info) of episodes that ended."""
+    def step(self, group: range) -> list[tuple[int, dict | None]]:
+        """Step this process's environments of a group; return (environment, report) of episodes that ended.
+
+        Of one that was lost there is no report.
+        """
         return [ended for index in self.envs if index in group for ended in self._step(index)]
 
-    def _step(self, index: int) -> list[tuple[int, dict]]:
+    def _step(self, index: int) -> list[tuple[int, dict | None]]:
         arrays, env = self.arrays, self.envs[index]
         if index in self.lost:
             self.lost.remove(index)
             arrays.rewards[index], arrays.terminated[index], arrays.truncated[index] = 0.0, False, True
-            return []
-        self._turn_to(index)
-        arrays.steps[index] += 1
-        steps, limit = int(arrays.steps[index]), self.task.max_episode_steps
-        observation, arrays.rewards[index], terminated, truncated, info = env.step(arrays.actions[index].copy())
+            return [(index, None)]
+        result = self._take(index, arrays.actions[index].copy())
+        observation, arrays.rewards[index], terminated, truncated, info = result
+        steps, limit = arrays.steps[index], self.task.max_episode_steps
         cut = steps == self.max_steps and not (terminated or truncated)
         truncated |= cut
         arrays.terminated[index], arrays.truncated[index] = terminated, truncated and not terminated
@@ -299,7 +241,7 @@ class EnvironmentRunner:
             arrays.show(index, observation, info.get("action_mask"))
             return []
         if arrays.truncated[index]:
-            arrays.show(index, observation, final=True)
+            self.final.show(index, observation)
         report = env.numbers_so_far() | {"cut": 1.0} if cut else info
         self._reset(index, int(arrays.episode[index]) + 1)
         return [(index, {name: float(number) for name, number in report.items()})]
@@ -311,12 +253,38 @@ class EnvironmentRunner:
                 env.close()
 
 
-def serve(connection: Any, make: Callable[[], EnvironmentRunner], folder: str) -> None:
-    """Run in a process of its own: let a runner do what is told until the trainer is gone.
+def stepped(make: Callable[[], EnvironmentRunner], groups: Iterator[range]) -> Iterator[list[tuple[int, dict | None]]]:
+    """Let a runner step group after group; yield its answers."""
+    with closing(make()) as runner:
+        for group in groups:
+            yield runner.step(group)
+
+
+def inspected(section: Section, _: Iterator) -> Iterator[tuple[tuple, list[str]]]:
+    """Create an environment, play a step of it and close it; yield the entries of its `Task`, and notices."""
+    seed = training_seed(0, section, 0, 0)
+    seed_generators(seed, 0, 0)
+    env = create_env(section)
+    try:
+        task = try_out(env, seed)
+    except Exception as error:
+        raise UserError(f"environment: {failure_of(error)}") from error
+    notices = [f"environment: {notice}" for notice in env.notices]
+    try:
+        env.close()
+    except Exception as error:
+        notices.append(f"environment: close() fails, which is ignored: {failure_of(error)}")
+    yield astuple(task), notices
+
+
+def serve(connection: Any, work: Callable[[Iterator], Generator], folder: str) -> None:
+    """Run in a process of its own: answer until the trainer is gone, or something fails.
+
+    What is sent has only Python's types: the user may have a module that is called as that of ours which has another.
 
     Args:
-        connection: receives (method, argument); answers (method, result), or ("refused" or "failed", the reason).
-        make: creates the runner.
+        connection: receives messages; sends ("done", answer), or ("refused" or "failed", the reason).
+        work: takes messages and yields an answer to each.
         folder: that the trainer runs in.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's
@@ -327,26 +295,25 @@ def serve(connection: Any, make: Callable[[], EnvironmentRunner], folder: str) -
     os.chdir(folder)
     sys.argv = ["worker"]  # for modules that parse their command line when they are imported
     put_first([folder, *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
-    runner = None
     try:
-        while True:
-            command, argument = connection.recv()
-            try:
-                runner = runner or make()
-                answer = command, getattr(runner, command)(argument)
-            except (UserError, BrokenContract) as error:
-                answer = "refused", str(error)
-            except SystemExit as error:
-                answer = "failed", failure_of(error)
-            except BaseException:
-                answer = "failed", f"it raised\n{traceback.format_exc().rstrip()}"
-            connection.send(answer)
-    except (EOFError, OSError):
-        pass  # the trainer is gone
+        with closing(work(received(connection))) as answers:
+            for answer in answers:
+                connection.send(("done", answer))
+    except (UserError, BrokenContract) as error:
+        connection.send(("refused", str(error)))
+    except SystemExit as error:
+        connection.send(("failed", failure_of(error)))
+    except BaseException:
+        connection.send(("failed", f"it raised\n{traceback.format_exc().rstrip()}"))
     finally:
-        if runner is not None:
-            runner.close()
         kill_group(os.getpid())
+
+
+def received(connection: Any) -> Iterator[Any]:
+    """Yield what comes, until the other end is closed."""
+    with suppress(EOFError, OSError):
+        while True:
+            yield connection.recv()
 
 
 def outlive(trainer: Any) -> None:
@@ -381,32 +348,30 @@ class Process:
     """One process, which starts at once.
 
     Args:
-        make: creates its runner; picklable.
+        work: what it does, see `serve`; picklable.
         indices: of the environments that it steps.
-        command: a method of the runner, the first that it is told.
-        argument: of the method.
+        pending: groups that it is to step; later ones are added.
     """
 
-    def __init__(
-        self, make: Callable[[range], EnvironmentRunner], indices: range, command: str, argument: Any = None
-    ) -> None:
+    def __init__(self, work: Callable[[Iterator], Iterator], indices: range, pending: Sequence[range] = ()) -> None:
         start_server()
-        self.indices = indices
-        self.pending: list[range] = []  # groups that it was told to step and has not answered for
+        self.indices, self.pending = indices, list[range]()
         self.connection, theirs = CONTEXT.Pipe()
-        self.handle = CONTEXT.Process(target=serve, args=(theirs, partial(make, indices), os.getcwd()), daemon=True)
+        self.handle = CONTEXT.Process(target=serve, args=(theirs, work, os.getcwd()), daemon=True)
         main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
         try:  # otherwise the process would import it, PyTorch and all
             self.handle.start()
         finally:
             sys.modules["__main__"] = main
         theirs.close()
-        self.tell(command, argument)
+        for group in pending:
+            self.send(group)
 
-    def tell(self, command: str, argument: Any) -> None:
-        """Send a command; that the process is dead is noticed when its answer is read."""
+    def send(self, group: range) -> None:
+        """Let it step a group; that the process is dead is noticed when its answer is read."""
+        self.pending.append(group)
         with suppress(OSError):
-            self.connection.send((command, argument))
+            self.connection.send(group)
 
     def read(self) -> tuple[str, Any]:
         """Wait for the next answer of `serve`; or return ("died", how)."""
@@ -442,16 +407,14 @@ def inspect_environment(section: Section) -> tuple[Task, list[str]]:
         UserError: if it cannot be created or breaks the contract, naming how.
         EnvironmentFailure: if it ends its process.
     """
-    unknown, seed = Task(None, 1, (1,), 0, None), partial(training_seed, 0, section)
-    make = partial(EnvironmentRunner, section, unknown, SharedArrays(1, unknown), seed, 0, None)
-    process = Process(make, range(1), "inspect")
+    process = Process(partial(inspected, section), range(1))
     try:
         kind, answer = process.read()
     finally:
         process.end(time.monotonic() + CLOSE_SECONDS)
     if kind == "refused":
         raise UserError(answer)
-    if kind != "inspect":
+    if kind != "done":
         raise EnvironmentFailure(f"environment: {answer}")
     return Task(*answer[0]), answer[1]
 
@@ -486,14 +449,14 @@ class Workers:
         max_steps: int | None = None,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.arrays = SharedArrays(n_workers, task)
+        self.arrays, self.final = SharedArrays(n_workers, task), SharedArrays(n_workers, task)
         edges = [n_workers * group // groups for group in range(groups + 1)]
         self.groups = [range(low, high) for low, high in zip(edges, edges[1:], strict=False) if low < high]
         self.episodes = [Episode() for _ in range(n_workers)]
         self.episode_seed, self.first, self.stop = episode_seed, first, stop
         self.restarts, self.packed = 0, packed_type(task)
         self.deadline = np.inf  # of the environments, once a stop was asked
-        self.make = partial(EnvironmentRunner, section, task, self.arrays, episode_seed, first, max_steps)
+        self.make = partial(EnvironmentRunner, section, task, self.arrays, self.final, episode_seed, first, max_steps)
         count = min(processes, n_workers)
         self.shares = [range(own, n_workers, count) for own in range(count)]
         self.processes: list[Process] = []
@@ -510,21 +473,24 @@ class Workers:
 
     def load_state_dict(self, state: dict[str, list]) -> None:
         """Take running episodes from what `state_dict` returned; `start` brings them back."""
-        entries = zip(self.episodes, state["number"], state["actions"], state["digest"], strict=True)
+        entries = zip(state["number"], state["actions"], state["digest"], strict=True)
         self.episodes = [
             Episode(number, bytearray(actions.numpy().tobytes()), bytes.fromhex(digest))
-            for _, number, actions, digest in entries
+            for number, actions, digest in entries
         ]
 
     def start(self) -> list[int]:
         """Start all processes and bring `episodes` back; return the environments that had to begin a fresh one."""
-        self.processes = [self._launched(share, []) for share in self.shares]
-        fresh = sorted(index for place in range(len(self.shares)) for index in self._answer(place))
+        nothing = range(0)
+        self.processes = [self._launched(share, [nothing]) for share in self.shares]
+        for place in range(len(self.shares)):
+            self._answer(place, nothing)
+        fresh = [index for index, episode in enumerate(self.episodes) if self.arrays.episode[index] != episode.number]
         self._tell_of(fresh)
-        for index in fresh:
-            self.episodes[index] = Episode(self.episodes[index].number + 1)
-        for episode, digest in zip(self.episodes, self.arrays.digests, strict=True):
-            episode.digest = digest.tobytes()
+        for index, digest in enumerate(self.arrays.digests):
+            if index in fresh:
+                self.episodes[index] = Episode(self.episodes[index].number + 1)
+            self.episodes[index].digest = digest.tobytes()
         return fresh
 
     def send(self, group: range, actions: np.ndarray) -> None:
@@ -532,8 +498,7 @@ class Workers:
         self.arrays.actions[group.start : group.stop] = actions
         for process in self.processes:
             if any(index in group for index in process.indices):
-                process.pending.append(group)
-                process.tell("step", group)
+                process.send(group)
 
     def receive(self, group: range) -> list[tuple[int, dict]]:
         """Wait for a group; return (environment, info) of ended episodes by environment; the rest is in `arrays`.
@@ -542,11 +507,10 @@ class Workers:
             EnvironmentFailure: if an environment fails, or hangs when the run is to stop; the message says which, its
                 seed and its step.
         """
-        ended, arrays = [], self.arrays
-        for place, process in enumerate(self.processes):
-            if group in process.pending:
-                ended += self._answer(place)
-                self.processes[place].pending.remove(group)
+        places = [place for place, process in enumerate(self.processes) if group in process.pending]
+        ended = dict(sorted(pair for place in places for pair in self._answer(place, group)))
+        self._tell_of([index for index, report in ended.items() if report is None])
+        arrays = self.arrays
         for index in group:
             if arrays.terminated[index] or arrays.truncated[index]:
                 self.episodes[index] = Episode(self.episodes[index].number + 1)
@@ -554,7 +518,7 @@ class Workers:
                 self.episodes[index].actions += arrays.actions[index].astype(self.packed).tobytes()
             self.episodes[index].digest = arrays.digests[index].tobytes()
         self.restarts = 0
-        return sorted(ended, key=lambda pair: pair[0])
+        return [(index, report) for index, report in ended.items() if report is not None]
 
     def close(self) -> None:
         """End all processes."""
@@ -565,38 +529,28 @@ class Workers:
             process.end(deadline)
 
     def _launched(self, indices: range, pending: list[range]) -> Process:
-        """Return a new process that replays its episodes, and then steps the groups that are pending."""
-        self.arrays.at_work[indices] = False
-        episodes = {index: astuple(self.episodes[index]) for index in indices}
-        process = Process(self.make, indices, "replay_midway" if pending else "replay", episodes)
-        process.pending = pending
-        for group in pending:
-            process.tell("step", group)
-        return process
+        """Return a new process that brings its episodes back, and then steps the groups that are pending."""
+        self.arrays.current[indices[0]] = indices[0]
+        episodes = {index: self.episodes[index] for index in indices}
+        return Process(partial(stepped, partial(self.make, episodes, any(pending))), indices, pending)
 
-    def _answer(self, place: int) -> list:
-        """Return a process's next answer; where it died, its successor replays and is told all it was told."""
+    def _answer(self, place: int, group: range) -> list:
+        """Return a process's answer of a group; where it died, its successor is told all that it was told."""
         while True:
             process = self.processes[place]
             self._wait_for(process)
             kind, answer = process.read()
-            if kind in ("failed", "refused"):
-                raise EnvironmentFailure(f"{self._where(process)}: {answer}")
-            if kind == "died":
-                self._replace(place, answer)
-            elif kind == "replay_midway":
-                self._tell_of(answer)
-            else:
+            if kind == "done":
+                process.pending.remove(group)
                 return answer
-
-    def _replace(self, place: int, death: str) -> None:
-        """Put a new process in the place of one that died, unless that goes on and on."""
-        process, self.restarts = self.processes[place], self.restarts + 1
-        what = f"{self._where(process)}: {death}"
-        if self.restarts > MAX_RESTARTS:
-            raise EnvironmentFailure(f"{what} {self.restarts} times at the same step")
-        print(f"\n{what}; replaying its episodes", file=sys.stderr)
-        self.processes[place] = self._launched(process.indices, process.pending)
+            what = f"{self._where(process)}: {answer}"
+            if kind != "died":
+                raise EnvironmentFailure(what)
+            self.restarts += 1
+            if self.restarts > MAX_RESTARTS:
+                raise EnvironmentFailure(f"{what} {self.restarts} times at the same step")
+            print(f"\n{what}; replaying its episodes", file=sys.stderr)
+            self.processes[place] = self._launched(process.indices, process.pending)
 
     def _wait_for(self, process: Process) -> None:
         """Wait for a process; raise EnvironmentFailure where it takes too long after a stop was asked for."""
@@ -616,6 +570,6 @@ class Workers:
     def _where(self, process: Process) -> str:
         """Name the environment that a process is busy with, its episode and its step."""
         arrays = self.arrays
-        index = next((index for index in process.indices if arrays.at_work[index]), process.indices[0])
+        index = int(arrays.current[process.indices[0]])
         seed = self.episode_seed(self.first + index, int(arrays.episode[index]))
         return f"environment {self.first + index}, reset seed {seed}, step {arrays.steps[index]}"

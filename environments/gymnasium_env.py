@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import gymnasium
 import numpy as np
 from gymnasium.wrappers import NormalizeObservation, NormalizeReward
-from pydantic import Field
+from pydantic import Field, JsonValue
 
 from environments.contract import BrokenContract, Task
 from environments.numbers import task_numbers
@@ -178,7 +178,7 @@ class GymnasiumSection(Section):
     max_episode_steps: Steps | Nothing = Field(
         None, description="Episodes are truncated there: by default where the environment says."
     )
-    arguments: dict[Text, Any] = Field({}, description="Passed on to `gymnasium.make`.")
+    arguments: dict[Text, JsonValue] = Field({}, description="Passed on to `gymnasium.make`.")
     observe: Annotated[list[Text], Field(min_length=1)] | Nothing = Field(
         None, description="Which entries of a Dict space are observed: by default all."
     )

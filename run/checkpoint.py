@@ -53,20 +53,9 @@ def compact(content: Any) -> Any:
     """Return nested content whose tensors, on the CPU, share no storage: all of a storage would be written."""
     if isinstance(content, dict):
         return {key: compact(value) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return type(content)(map(compact, content))
-    if isinstance(content, Tensor) and content.untyped_storage().nbytes() > content.nbytes:
-        return content.detach().cpu().clone()
-    return content.cpu() if isinstance(content, Tensor) else content
-
-
-def fingerprint(weights: dict[str, Tensor]) -> str:
-    """Return a digest by which models can be told apart."""
-    digest = xxhash.xxh3_128()
-    for name, weight in weights.items():
-        digest.update(f"{name}{weight.dtype}{tuple(weight.shape)}".encode())
-        digest.update(weight.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    if isinstance(content, list):
+        return [compact(value) for value in content]
+    return content.detach().cpu().clone() if isinstance(content, Tensor) else content
 
 
 def load(path: Path, kind: str) -> dict:

@@ -45,11 +45,7 @@ Given = TypeVar("Given", bound=Arguments)
 
 
 def arguments_of(doc: str, kind: type[Given]) -> Given:
-    """Return the command line that a docstring in docopt's language describes.
-
-    Raises:
-        UserError: with a line for each argument that is wrong.
-    """
+    """Return the command line that a docstring describes; UserError has a line for each argument that is wrong."""
     try:
         given = docopt(doc)
     except DocoptExit as error:
@@ -122,12 +118,7 @@ def check_writable(folder: Path) -> None:
 
 
 def step_limit(max_steps: int | None, task) -> int | None:
-    """Return after how many steps an episode is cut, None where it is not.
-
-    Args:
-        max_steps: of --max-steps, None where it was not given.
-        task: a `Task`; where it has no longest episode, `MAX_STEPS` hold by default.
-    """
+    """Return after how many steps an episode is cut: as --max-steps says, else if nothing else ends it, `MAX_STEPS`."""
     return MAX_STEPS if max_steps is None and task.max_episode_steps is None else max_steps
 
 
@@ -154,23 +145,17 @@ def command_line(main: Callable[[], None]) -> None:
 
 
 class Lasting:
-    """A standard stream that may be closed or full: then what it should show is lost, and nothing else.
-
-    Args:
-        stream: text stream, None where there is none.
-    """
+    """A standard stream, or None, which may be closed or full: then what it should show is lost, and nothing else."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream or open(os.devnull, "w")
 
     def write(self, text: str) -> int:
-        """Write what can be written."""
         with suppress(OSError, ValueError):  # ValueError: it is closed, or cannot show a letter
             self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Let the system have what was written, as far as it takes it."""
         with suppress(OSError, ValueError):
             self.stream.flush()
 
@@ -197,22 +182,8 @@ def choose_device(arguments: Computing):
     return device
 
 
-def emulates_bf16(device) -> bool:
-    """Return whether a device lacks instructions for bf16 products: x86 before AVX512_BF16, GPUs before Ampere."""
-    import torch
-
-    if device.type == "cuda":
-        return not torch.cuda.is_bf16_supported(including_emulation=False)
-    return not {"avx512_bf16", "amx_bf16", "bf16"} & {k for k, there in torch.cpu.get_capabilities().items() if there}
-
-
 def use_cores(device, processes: int = 1) -> None:
-    """Let PyTorch use this process's share of the cores on the CPU, and only one thread where a GPU does the work.
-
-    Args:
-        device: where it computes.
-        processes: of the run on this machine. OMP_NUM_THREADS decides in their place where it is set.
-    """
+    """Let PyTorch use this process's share of the cores on the CPU, and only one thread where a GPU does the work."""
     import torch
 
     if device.type == "cuda":

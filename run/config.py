@@ -8,16 +8,13 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import yaml
-from pydantic import BaseModel, Field, JsonValue, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from environments import SECTIONS, Environment
 from environments.section import Flag, Number, Schedule, Section, Whole
 from model import ModelConfig
 from run.cli import problems
 from utils import UserError, polynomial_decay
-
-# What models, checkpoints and summaries can hold. YAML reads more, such as dates.
-PLAIN = TypeAdapter(dict[str, JsonValue])
 
 Count = Annotated[Whole, Field(ge=1, le=10**9)]
 Interval = Annotated[Whole, Field(ge=0, le=10**9)]
@@ -155,11 +152,9 @@ class Loader(yaml.SafeLoader):
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read and check a YAML config; UserError names all that is wrong with it, a line each.
+    """Read and check a YAML config, with overrides such as "transformer.num_blocks=2"; the value is YAML.
 
-    Args:
-        path: the file.
-        overrides: changes to what the file says, such as "transformer.num_blocks=2"; the value is YAML.
+    UserError names all that is wrong with it, a line each.
     """
     try:
         given = _parse(Path(path).read_text(encoding="utf-8"), str(path))
@@ -171,16 +166,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def check_config(given: object, source: str) -> Config:
-    """Return a config with every default filled in; UserError names all that is wrong with it, a line each.
-
-    Args:
-        given: what was read.
-        source: where it came from, for the messages.
-    """
+    """Return a config with every default filled in; UserError names its source and all that is wrong, a line each."""
     try:
-        config = Config.model_validate(given)
-        PLAIN.validate_python(config.model_dump())
-        return config
+        return Config.model_validate(given)
     except ValidationError as error:
         section = given.get("environment") if isinstance(given, dict) else None
         kind = SECTIONS.get(str(section.get("type"))) if isinstance(section, dict) else None

@@ -23,13 +23,12 @@ class Evaluations:
     def __init__(self, summaries: Path, best: Path) -> None:
         self.summaries, self.best = summaries, best
         self.process: subprocess.Popen | None = None
-        self.waiting, self.played = summaries / ".waiting.nn", summaries / ".played.nn"
-        self.wanted: set[str] = set()  # of the one that waits
+        self.played = summaries / ".played.nn"
+        self.waiting, self.wanted = b"", set[str]()
 
     def offer(self, model: bytes, wanted: set[str]) -> None:
         """Have a `model_file` played for eval, video or both, as soon as none other is."""
-        write_file(self.waiting, model)
-        self.wanted |= wanted
+        self.waiting, self.wanted = model, self.wanted | wanted
 
     def go_on(self) -> None:
         """Start what waits, unless there is nothing or a model is being played."""
@@ -37,8 +36,8 @@ class Evaluations:
             return
         self.end()
         if self.wanted:
+            write_file(self.played, self.waiting)
             wanted, self.wanted = sorted(self.wanted), set()
-            self.waiting.replace(self.played)
             paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
             # It ends when its standard input does, that is with this process at the latest.
             self.process = subprocess.Popen(

@@ -1,5 +1,6 @@
 """A run: which one a command line means, how it is carried out, and all that keeps it from being lost."""
 
+import itertools
 import os
 import re
 import secrets
@@ -28,8 +29,8 @@ from utils import EnvironmentFailure, NonFinite, UserError
 # So many environments with frames take turns in two halves on the CPU, too: half a batch costs the policy more than
 # half, which has to be less than what the other half of the environments takes.
 OVERLAP_WORTH = 32
-SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # the last two are what clusters send before the end
-LOCK = ".lock"
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # the last two: of clusters, before the end
+MODELS, CHECKPOINTS, SUMMARIES = Path("models"), Path("checkpoints"), Path("summaries")
 
 
 class StopRequest:
@@ -47,9 +48,8 @@ class StopRequest:
                 raise KeyboardInterrupt
             self.asked = True
 
-        numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
-        previous = {number: signal.signal(number, request) for number in numbers}
-        if previous.get(getattr(signal, "SIGHUP", None)) is signal.SIG_IGN:  # by nohup
+        previous = {number: signal.signal(number, request) for number in SIGNALS}
+        if previous[signal.SIGHUP] is signal.SIG_IGN:  # by nohup
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
         try:
             yield
@@ -67,7 +67,6 @@ class Options:
         processes: how many processes step the environments.
         precision: "float32", or "bf16" for matrix products.
         compile: whether to compile the model with torch.compile.
-        folder: where the folders models, checkpoints and summaries lie.
         ranks: all that train together.
         stop: whether somebody asked the run to stop.
     """
@@ -76,9 +75,18 @@ class Options:
     processes: int = 1
     precision: str = "float32"
     compile: bool = False
-    folder: Path = Path(".")
     ranks: Ranks = field(default_factory=Ranks)
     stop: StopRequest = field(default_factory=StopRequest)
+
+    @property
+    def emulates_bf16(self) -> bool:
+        """Whether bf16 products are asked for, and instructions for them lacking: those of AVX512_BF16, or Ampere."""
+        if self.device.type == "cuda":
+            there = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            capabilities = torch.cpu.get_capabilities()
+            there = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+        return self.precision == "bf16" and not there
 
     def overlaps(self, task: Task, n_workers: int) -> bool:
         """Return whether half of a run's environments step while the policy looks at the other half."""
@@ -103,28 +111,16 @@ class Run:
     ) -> None:
         self.name, self.config, self.seed, self.options = run_id, config, seed, options
         self.checkpoint, self.ranks = checkpoint, options.ranks
+        self.model, self.folder = places(run_id)
         self.state: dict[str, Any] = checkpoint or {"update": 0}  # after the last update
+        # What goes on with the run.
+        self.command = f"{'python' if self.ranks.size == 1 else 'torchrun …'} train.py --resume={run_id}"
         self.ranks.how_to_go_on = f"; to go on from the last checkpoint: {self.command}"
         made_by = provenance(options.device)
         start = {"time": f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}", "update": self.state["update"]}
         starts = checkpoint["run"]["starts"] if checkpoint else []
         self.about: dict[str, Any] = {"run_id": run_id, "seed": seed, "precision": options.precision} | made_by
         self.about["starts"] = [*starts, start | made_by]
-
-    @property
-    def folder(self) -> Path:
-        """Where the checkpoints lie."""
-        return places(self.options.folder, self.name)[1]
-
-    @property
-    def model(self) -> Path:
-        """The file of the trained model."""
-        return places(self.options.folder, self.name)[0]
-
-    @property
-    def command(self) -> str:
-        """What goes on with the run."""
-        return f"{'python' if self.ranks.size == 1 else 'torchrun …'} train.py --resume={self.name}"
 
     @property
     def done(self) -> bool:
@@ -179,7 +175,7 @@ class Run:
         if self.ranks.first:
             self.log.log(update, scalars, state["weights"] if "histogram" in due else {})
             if "model" in due:
-                self._write_file(self._home() / f"model-{update * self.config.samples:012d}.nn")
+                self._write_model(self.folder / f"model-{update * self.config.samples:012d}.nn")
             with self._telling(self.log.folder):
                 if due & {"eval", "video"}:
                     self.evaluations.offer(self._model(), due & {"eval", "video"})
@@ -196,7 +192,7 @@ class Run:
 
     def write_model(self) -> None:
         """Write the model of the last update; SystemExit where there is no place."""
-        if not self.ranks.from_first(self.ranks.first and self._write_file(self.model)):
+        if not self.ranks.from_first(self.ranks.first and self._write_model(self.model)):
             self.tell(f"the model could not be written; {self._how_to_go_on()}")
             sys.exit(1)
 
@@ -207,7 +203,7 @@ class Run:
     def _about(self) -> dict[str, Any]:
         """Return what is known about the run so far."""
         update = self.state["update"]
-        return self.about | {"run_id": self.name, "updates": update, "steps": update * self.config.samples}
+        return self.about | {"updates": update, "steps": update * self.config.samples}
 
     def _model(self) -> bytes:
         return model_file(self.state, self._about())
@@ -218,53 +214,31 @@ class Run:
         with self.ranks.agree_on():  # the others wait, lest torchrun ends all when the first of them has left
             if self.ranks.first:
                 state = self.state | {"environments": environments, "run": self._about()}
-                self._write(lambda folder: save_checkpoint(folder, state), self._home())
-
-    # -------------------------------------------------------------------------------------------------- where it lies
+                self._write(self.folder, lambda folder: save_checkpoint(folder, state))
 
     def _settle(self) -> None:
         """Make the folders and take the run's; UserError where that fails."""
-        summaries = self.options.folder / "summaries"
-        for place in (self.model.parent, summaries, self.folder.parent):
+        for place in (MODELS, SUMMARIES, self.folder):
             with suppress(OSError):  # which is said next
                 place.mkdir(parents=True, exist_ok=True)
             check_writable(place)
-        self._take_folder()
-        best = self.model.with_name(f"{self.name}-best.nn")
+        # Beside the folder: it holds for the run's id, also where the folder is moved, removed or copied.
+        self.lock = FileLock(CHECKPOINTS / f".{self.name}.lock")
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout as error:
+            raise UserError(f"{self.folder}: another process trains this run") from error
+        best = MODELS / f"{self.name}-best.nn"
         if self.checkpoint is None:  # what is there is an earlier run's
             for path in (*self.folder.glob("*.pt"), *self.folder.glob("*.nn"), best):
                 path.unlink(missing_ok=True)
-        self.log = Logger(summaries / self.name, self.config, self.about, self.state["update"])
+        self.log = Logger(SUMMARIES / self.name, self.config, self.about, self.state["update"])
         self.evaluations = Evaluations(self.log.folder / "evaluation", best)
 
-    def _take_folder(self) -> None:
-        """Make the run's folder, if there is none, and lock it; UserError where that fails."""
-        self.lock = FileLock(self.folder / LOCK)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock.acquire(timeout=0)
-            self.own = os.stat(self.folder / LOCK)
-        except Timeout as error:
-            raise UserError(f"{self.folder}: another process trains this run") from error
-        except OSError as error:
-            raise UserError(f"{self.folder}: cannot be written to: {error.strerror}") from error
+    def _write_model(self, path: Path) -> bool:
+        return self._write(path.parent, lambda folder: write_file(folder / path.name, self._model()))
 
-    def _home(self) -> Path:
-        """Return the run's folder, a new one where somebody has moved it or put another in its place."""
-        with suppress(OSError):
-            if os.path.samestat(os.stat(self.folder / LOCK), self.own):
-                return self.folder
-        lost, self.name = self.folder, free_run_id(self.options.folder, self.name)
-        self.tell(f"\n{lost}: is not where it was; the run goes on in {self.folder}")
-        self.lock.release()
-        with suppress(UserError):  # whoever writes there will say so
-            self._take_folder()
-        return self.folder
-
-    def _write_file(self, path: Path) -> bool:
-        return self._write(lambda folder: write_file(folder / path.name, self._model()), path.parent)
-
-    def _write(self, write: Callable[[Path], object], folder: Path) -> bool:
+    def _write(self, folder: Path, write: Callable[[Path], object]) -> bool:
         """Let a file be written into a folder, or where that fails into the system's for temporary ones."""
         for place in (folder, Path(tempfile.gettempdir()) / self.name):
             with self._telling(place):
@@ -305,9 +279,7 @@ def chosen_run(arguments: Any, ranks: Ranks, device: torch.device) -> Run:
     chosen = None
     with ranks.agree_on(UserError):
         if ranks.first:
-            again = ranks.restarts and list_checkpoints(Path("checkpoints", str(arguments.run_id)))
-            resumed = arguments.run_id if again else arguments.resume
-            chosen = resumed_run(resumed) if resumed else new_run(arguments, bool(ranks.restarts))
+            chosen = found_run(arguments, ranks.restarts > 0)
     run_id, config, seed, checkpoint = ranks.from_first(chosen)
     config = config.model_copy(update={"updates": arguments.updates or config.updates})
     check_divisible(ranks, config)
@@ -317,38 +289,33 @@ def chosen_run(arguments: Any, ranks: Ranks, device: torch.device) -> Run:
     return Run(run_id, config, seed, options, checkpoint)
 
 
-def new_run(arguments: Any, restarted: bool) -> tuple[str, Config, int, None]:
-    """Return id, config and seed of a new run; UserError where its id is not free, unless torchrun restarted it."""
-    config, run_id = load_config(arguments.config, arguments.set), arguments.run_id or Path(arguments.config).stem
+def found_run(arguments: Any, restarted: bool) -> tuple[str, Config, int, dict | None]:
+    """Return id, config and seed of a run, and its newest checkpoint if it is to go on."""
+    run_id = arguments.resume or free_run_id(arguments, restarted)
+    folder = places(run_id)[1]
+    if arguments.resume or (restarted and list_checkpoints(folder)):
+        checkpoint, path = load_newest(folder)
+        return run_id, check_config(checkpoint["config"], str(path)), checkpoint["seed"], checkpoint
+    seed = secrets.randbelow(2**31) if arguments.seed is None else arguments.seed
+    return run_id, load_config(arguments.config, arguments.set), seed, None
+
+
+def free_run_id(arguments: Any, restarted: bool) -> str:
+    """Return the id of a new run, or of one that torchrun has started again; UserError where it is not free."""
+    run_id = arguments.run_id or Path(arguments.config).stem
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and (arguments.overwrite or not arguments.run_id):
         raise UserError("torchrun's --max-restarts, which goes on with the run, needs its --run-id, no --overwrite")
     if not re.fullmatch(RUN_ID, run_id):
         raise UserError(f"--run-id: should match {RUN_ID!r}, not {run_id!r}")
-    if not arguments.run_id and not arguments.overwrite:
-        run_id = free_run_id(Path("."), run_id)
-    if not arguments.overwrite and not restarted:
-        for path in places(Path("."), run_id):
-            if path.exists():
-                raise UserError(f"--run-id: {path} exists; choose another id, or --overwrite, or --resume={run_id}")
-    seed = secrets.randbelow(2**31) if arguments.seed is None else arguments.seed
-    return run_id, config, seed, None
+    numbered = (f"{run_id}-{number}" if number > 1 else run_id for number in itertools.count(1))
+    free = next(name for name in numbered if not any(path.exists() for path in places(name)))
+    if free == run_id or arguments.overwrite or restarted:
+        return run_id
+    if arguments.run_id:
+        raise UserError(f"--run-id: {run_id} exists; choose another id, or --overwrite, or --resume={run_id}")
+    return free
 
 
-def resumed_run(run_id: str) -> tuple[str, Config, int, dict]:
-    """Return id, config, seed and newest checkpoint of an interrupted run."""
-    checkpoint, path = load_newest(Path("checkpoints", run_id))
-    config = check_config(checkpoint["config"], str(path))
-    return run_id, config, checkpoint["seed"], checkpoint
-
-
-def free_run_id(root: Path, name: str) -> str:
-    """Return the first of name, name-2, name-3, … that no run has."""
-    run_id, number = name, 2
-    while any(path.exists() for path in places(root, run_id)):
-        run_id, number = f"{name}-{number}", number + 1
-    return run_id
-
-
-def places(root: Path, run_id: str) -> tuple[Path, Path]:
+def places(run_id: str) -> tuple[Path, Path]:
     """Return the model and the folder of a run."""
-    return root / "models" / f"{run_id}.nn", root / "checkpoints" / run_id
+    return MODELS / f"{run_id}.nn", CHECKPOINTS / run_id

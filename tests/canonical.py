@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from environments.contract import Task
 from model import ActorCriticModel
@@ -85,11 +84,6 @@ def product_task(config: dict[str, Any], observation_shape: tuple[int, ...]) -> 
 def build(config: dict[str, Any], observation_shape: tuple[int, ...]) -> ActorCriticModel:
     """Returns the product model of a flat config."""
     return ActorCriticModel(product_config(config), product_task(config, observation_shape))
-
-
-def embed(model: ActorCriticModel, observations: Tensor, which: Tensor) -> Tensor:
-    """Embeds distinct observations and lays them out by `which` of them each sample saw."""
-    return functional.embedding(which, model.embed(observations))
 
 
 def places(model: ActorCriticModel) -> dict[str, tuple[nn.Parameter, slice]]:

@@ -40,11 +40,12 @@ def test_shipped_config_trains(path, tmp_path, monkeypatch):
     if ":" in (getattr(config.environment, "name", None) or ""):
         pytest.importorskip(config.environment.name.split(":")[0], reason="an optional package")
     logged = []
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Run, "after_update", lambda self, state, scalars: logged.append((state, scalars)))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # those of tiny models would mostly wait for each other
     try:
-        options = Options(torch.device("cpu"), folder=tmp_path)
+        options = Options(torch.device("cpu"))
         trainer = PPOTrainer(config, inspect_environment(config.environment)[0], 1, options)
         trainer.train(Run("run", config, 1, options))
     finally:

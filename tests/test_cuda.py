@@ -32,13 +32,11 @@ every_config = pytest.mark.parametrize("name", CONFIGS)
 
 
 @pytest.fixture
-def train(started, tmp_path):
+def train(started):
     """Return a function that makes a trainer with its environments started; all are closed after the test."""
 
     def make(name: str, device: str, state: dict | None = None, **options) -> PPOTrainer:
-        return started(
-            check_config(CONFIGS[name], name), Options(torch.device(device), folder=tmp_path, **options), state
-        )
+        return started(check_config(CONFIGS[name], name), Options(torch.device(device), **options), state)
 
     return make
 

@@ -6,7 +6,6 @@ agree in what they return while sampling, in what training recomputes, and in ev
 """
 
 import copy
-import multiprocessing
 
 import canonical
 import numpy as np
@@ -147,7 +146,7 @@ class Rollouts:
         self.memory = make_memory(self.model, n_workers, worker_steps, CPU)
         self.memory.narrow = narrow
         self.store = ObservationStore(task, self.config["embed_dim"], n_workers * worker_steps, CPU)
-        self.arrays = SharedArrays(n_workers, task, multiprocessing)
+        self.arrays = SharedArrays(n_workers, task)
         self.generator = np.random.default_rng(seed)
         self.history = history(self.config, n_workers)
         self.now = np.zeros(n_workers, dtype=np.int64)

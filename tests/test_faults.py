@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from unittest import mock
@@ -62,15 +63,7 @@ def write_config(folder: Path, config: dict) -> None:
 
 
 class Process:
-    """Python as a process of its own, in a session of its own.
-
-    Args:
-        folder: where it runs.
-        command: what follows `python`; the first may be one of our command lines.
-        log: the file for what it says.
-        variables: of its environment.
-        streams: other ones than the log.
-    """
+    """Python as a process of its own, in a session of its own; its command may begin with one of our command lines."""
 
     def __init__(self, folder: Path, *command: str, log: str = "said.txt", variables=(), **streams):
         self.mark, self.log = str(uuid.uuid4()), folder / log
@@ -97,13 +90,10 @@ class Process:
             time.sleep(0.02)
 
     def finish(self) -> int:
-        """Wait for its end and that of all its processes; return the exit code."""
+        """Wait for its end and return the exit code; no process that descends from it may live on."""
         try:
             code = self.handle.wait(PATIENCE)
-            deadline = time.monotonic() + 20
-            while self.family() and time.monotonic() < deadline:
-                time.sleep(0.02)
-            assert not self.family(), "processes were left"
+            assert not psutil.wait_procs(self.family(), 20)[1], "processes were left"
             return code
         finally:
             self.end()
@@ -116,12 +106,8 @@ class Process:
 
     def family(self) -> list[psutil.Process]:
         """The processes that live and descend from it, itself included."""
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if process.environ().get("MARK") == self.mark:
-                    found.append(process)
-        return found
+        everyone = psutil.process_iter(["environ"])
+        return [process for process in everyone if (process.info["environ"] or {}).get("MARK") == self.mark]
 
 
 def patched(patch: str) -> tuple[str, str]:
@@ -160,16 +146,17 @@ def resume(folder: Path, *arguments: str, name: str = "run", code: int = 0) -> s
     return command(folder, f"--resume={name}", "--cpu", "--processes=2", *arguments, code=code)
 
 
-def disturbed_at(update: int, disturb, monkeypatch, moment: str = "train_update") -> None:
-    """Let something happen to the trainer of a run within this process, at an update before one of its methods."""
-    true = getattr(PPOTrainer, moment)
+def disturb_call(owner: object, name: str, count: int, deed: Callable, monkeypatch) -> None:
+    """Let something happen to what a function or method is called with, before the call of that number."""
+    true, calls = getattr(owner, name), []
 
-    def disturbed(self, *arguments):
-        if self.update == update:
-            disturb(self)
-        return true(self, *arguments)
+    def disturbed(*arguments):
+        calls.append(0)
+        if len(calls) == count:
+            deed(*arguments)
+        return true(*arguments)
 
-    monkeypatch.setattr(PPOTrainer, moment, disturbed)
+    monkeypatch.setattr(owner, name, disturbed)
 
 
 # -------------------------------------------------------------------------------------------------- comparing results
@@ -225,7 +212,7 @@ def assert_same_result(folder: Path, undisturbed: Path, name: str = "run") -> No
 
 def leftovers(folder: Path) -> list[Path]:
     """Temporary files that nobody will ever look at."""
-    return [path for path in folder.rglob("*") if path.suffix == ".tmp" or path.name in (".waiting.nn", ".played.nn")]
+    return [path for path in folder.rglob(".*") if path.suffix != ".lock"]
 
 
 @pytest.fixture(scope="module")
@@ -277,12 +264,8 @@ def test_killed_and_resumed(tmp_path):
     disturbed.mkdir()
     start(undisturbed, MEMORY_CONFIG)
     write_config(disturbed, MEMORY_CONFIG | {"eval_interval": 4, "histogram_interval": 1, "model_interval": 1})
-    for program in (("train.py",), patched(KILL_AT_4)):
-        process = Process(disturbed, *program, *START, "--overwrite")
-        if program == ("train.py",):
-            process.wait_for("update 1/")  # before anything is saved
-            process.handle.kill()
-        assert process.finish() == -signal.SIGKILL, process.text
+    process = Process(disturbed, *patched(KILL_AT_4), *START)
+    assert process.finish() == -signal.SIGKILL, process.text
     assert newest(disturbed)["update"] == 2
     resume(disturbed)
     assert_same_result(disturbed, undisturbed)
@@ -308,7 +291,7 @@ def test_what_is_missing_at_the_end_is_made_up_for(toy_copy, toy_run):
     assert_same_result(toy_copy, toy_run)
 
 
-# ------------------------------------------------------------------------------------------------- the run goes wrong
+# ----------------------------------------------------------------------------------- it goes wrong, or is asked to stop
 
 
 def test_an_environment_that_raises_can_be_mended(toy_run, toy_folder, tmp_path):
@@ -321,7 +304,7 @@ def test_an_environment_that_raises_can_be_mended(toy_run, toy_folder, tmp_path)
     assert_same_result(tmp_path, toy_run)
 
 
-def spoil_value(trainer: PPOTrainer) -> None:
+def spoil_value(trainer: PPOTrainer, *_: object) -> None:
     """Make a weight, and with it values, something else than a number."""
     trainer.model.value.bias.data[0] = math.nan
 
@@ -331,62 +314,48 @@ def spoil_gradient(trainer: PPOTrainer) -> None:
     trainer.model.embedding.weight.register_hook(lambda gradient: gradient * math.nan)
 
 
-@pytest.mark.parametrize(
-    ("moment", "spoil"),
-    [("train_update", spoil_value), ("train_update", spoil_gradient), ("check_finite", spoil_value)],
-    ids=("value", "gradient", "last step"),
-)
-def test_bad_number_stops_the_run(moment, spoil, toy_run, tmp_path, monkeypatch):
-    """Whatever is not a number: no checkpoint holds it."""
+def asks(number: signal.Signals) -> Callable:
+    """Return what sends this process a signal."""
+    return lambda *_: os.kill(os.getpid(), number)
+
+
+NOT_FINITE = "update 3, .* finite; .*checkpoints/run/checkpoint-000000002.pt"
+RESUMABLE = "stopped; to go on from .*: python train.py --resume=run"
+DISTURBANCES = {
+    "at the start": (Workers, "start", 1, asks(signal.SIGINT), 0, RESUMABLE),
+    "sampling": (Workers, "send", 40, asks(signal.SIGTERM), 2, RESUMABLE),
+    "hanging": (
+        Workers,
+        "send",
+        9,
+        asks(signal.SIGINT),
+        0,
+        r"environment \d, reset seed \d+, step 9: hangs, 0.3 s",
+    ),
+    "learning": (Ranks, "any", 10, asks(signal.SIGHUP), 2, RESUMABLE),
+    "saving": (checkpoint, "write_file", 3, asks(signal.SIGUSR1), 3, RESUMABLE),
+    "at the end": (run.start.Run, "finish", 1, asks(signal.SIGTERM), 6, "The model is"),
+    "value": (PPOTrainer, "train_update", 3, spoil_value, 2, NOT_FINITE),
+    "gradient": (PPOTrainer, "train_update", 3, spoil_gradient, 2, NOT_FINITE),
+    "last step": (PPOTrainer, "check_finite", 3, spoil_value, 2, NOT_FINITE),
+}
+
+
+@pytest.mark.parametrize(("owner", "name", "count", "deed", "update", "words"), DISTURBANCES.values(), ids=DISTURBANCES)
+def test_what_ends_a_run_early_loses_nothing(owner, name, count, deed, update, words, toy_run, tmp_path, monkeypatch):
+    """The state after the last good update is saved, whoever asks for the end and whatever is going on."""
+    hangs, code = "hangs" in words, 0 if update == 6 else 130 if words == RESUMABLE else 1
+    interval = 1 if name == "write_file" or words == NOT_FINITE else 100
+    config = small_config(toy("Hangs" if hangs else "Toy"), 6, checkpoint_interval=interval)
     with monkeypatch.context() as patch:
-        disturbed_at(2, spoil, patch, moment)
-        said = start(tmp_path, TOY_CONFIG, code=1)
-    assert "Traceback" not in said, said
-    assert re.search("update 3, .* finite; .*checkpoints/run/checkpoint-000000002.pt", said), said
-    resume(tmp_path)
-    assert_same_result(tmp_path, toy_run)
-
-
-# --------------------------------------------------------------------------------------------------------- being asked
-
-
-@pytest.mark.parametrize(
-    ("owner", "name", "count", "number", "update", "code"),
-    [
-        (Workers, "start", 1, signal.SIGINT, 0, 130),
-        (Workers, "send", 40, signal.SIGTERM, 2, 130),
-        (Workers, "send", 9, signal.SIGINT, 0, 1),
-        (Ranks, "any", 10, signal.SIGHUP, 2, 130),
-        (checkpoint, "write_file", 3, signal.SIGUSR1, 3, 130),
-        (run.start.Run, "finish", 1, signal.SIGTERM, 6, 0),
-    ],
-    ids=lambda value: getattr(value, "name", str(value)),
-)
-def test_asked_to_stop(owner, name, count, number, update, code, toy_run, tmp_path, monkeypatch):
-    """The state after the last update is saved, whatever asks and whatever is going on; one that hangs is named."""
-    true, calls = getattr(owner, name), []
-
-    def ask(*arguments):
-        calls.append(0)
-        if len(calls) == count:
-            os.kill(os.getpid(), number)
-        return true(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, name, ask)
         patch.setattr(worker, "STOP_SECONDS", 0.3)
-        interval, name = 1 if owner is checkpoint else 100, "Hangs" if code == 1 else "Toy"
-        said = start(tmp_path, small_config(toy(name), 6, checkpoint_interval=interval), code=code)
-    assert "Traceback" not in said and not leftovers(tmp_path), said
-    assert newest(tmp_path)["update"] == update
-    if code == 1:
-        assert re.search(r"environment \d, reset seed \d+, step 9: hangs, 0.3 s after a stop", said), said
-        assert not multiprocessing.active_children()
-        return
-    if code == 130:
-        assert "python train.py --resume=run" in said, said
+        disturb_call(owner, name, count, deed, patch)
+        said = start(tmp_path, config, code=code)
+    assert re.search(words, said) and "Traceback" not in said and not leftovers(tmp_path), said
+    assert newest(tmp_path)["update"] == update and not multiprocessing.active_children()
+    if not hangs:
         resume(tmp_path)
-    assert_same_result(tmp_path, toy_run)
+        assert_same_result(tmp_path, toy_run)
 
 
 def test_ctrl_c_twice(tmp_path):
@@ -430,11 +399,8 @@ def bad_files(good: Path, kind: str, canary: Path) -> dict[str, bytes]:
         "pickle": pickle.dumps(evil) + xxhash.xxh3_128_digest(pickle.dumps(evil)),
         "evil": packed(evil),
         "evil inside": packed(content | {"weights": evil}),
-        "evil old format": packed(content | {"run": evil}, _use_new_zipfile_serialization=False),
         "truncated": data[: len(data) // 2],
         "flipped bit": bytes(flipped),
-        "empty": b"",
-        "no digest": data[:-16],
         "other version": packed(content | {"version": checkpoint.FORMAT_VERSION + 1}),
         "other kind": packed(content | {"kind": "model" if kind == "checkpoint" else "checkpoint"}),
         "weights alone": packed(content["weights"]),
@@ -494,7 +460,7 @@ def test_disk_fills_up(elsewhere, small_disk, tmp_path, monkeypatch):
     place = tmp_path / elsewhere / "run"
     monkeypatch.setattr(run.start, "tempfile", SimpleNamespace(gettempdir=lambda: place.parent))
     with monkeypatch.context() as patch:
-        disturbed_at(3, fill, patch)
+        disturb_call(PPOTrainer, "train_update", 4, fill, patch)
         config = LARGE | {"checkpoint_interval": 2, "histogram_interval": 1}
         said = start(small_disk, config, code=1 if elsewhere == "disk" else 0)
     assert "No space left on device" in said and "Traceback" not in said, said
@@ -535,7 +501,7 @@ def test_existing_run_is_kept(tmp_path):
     start(tmp_path, config)
     files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".yaml"}
     said = start(tmp_path, config, "--run-id=run", code=2)
-    assert said.count("\n") == 1 and "models/run.nn exists" in said and "--overwrite" in said
+    assert said.count("\n") == 1 and "--run-id: run exists; choose another id, or --overwrite" in said
     start(tmp_path, config)  # without an id, a free one is taken
     assert (tmp_path / "models" / "run-2.nn").exists()
     start(tmp_path, wrong, "--overwrite", code=2)
@@ -560,48 +526,42 @@ def test_a_copied_run_is_a_run_of_its_own(toy_run, toy_copy):
     assert_same_result(toy_copy, toy_run)
 
 
-def test_folders_that_go_away_while_it_trains(toy_run, tmp_path, monkeypatch):
-    """Its folder is renamed, its models' removed: both go on where they can, and the moved run can be resumed."""
-
-    def disturb(trainer):
-        os.rename("checkpoints/run", "checkpoints/moved")
-        os.rmdir("models")
-
-    with monkeypatch.context() as patch:
-        disturbed_at(3, disturb, patch)
-        said = start(tmp_path, TOY_CONFIG)
-    assert "checkpoints/run: is not where it was" in said, said
-    assert_same_result(tmp_path, toy_run)
-    assert newest(tmp_path, "moved")["update"] == 3
-    said = resume(tmp_path, name="moved")
-    assert same(newest(tmp_path, "moved")["weights"], newest(toy_run)["weights"]), said
-
-
-def test_one_process_trains_a_run(toy_run, tmp_path, monkeypatch):
-    """Neither --overwrite nor --resume gets hold of a run that trains; another run in its place keeps its files."""
+def test_a_run_keeps_its_id_while_it_trains(toy_run, tmp_path, monkeypatch):
+    """Nobody else gets hold of it; its folder, renamed, and that of models, removed, are made anew; both can go on."""
 
     def disturb(trainer):
         for options in (("--config=run.yaml", "--run-id=run", "--overwrite"), ("--resume=run",)):
             said = command(tmp_path, *options, "--cpu", code=2)
             assert "checkpoints/run: another process trains this run" in said, said
         os.rename("checkpoints/run", "checkpoints/moved")
-        os.mkdir("checkpoints/run")
-        Path("checkpoints/run/.lock").touch()
+        os.rmdir("models")
 
-    disturbed_at(3, disturb, monkeypatch)
-    start(tmp_path, TOY_CONFIG)
-    assert [path.name for path in (tmp_path / "checkpoints" / "run").iterdir()] == [".lock"]
-    assert same(newest(tmp_path, "run-2")["weights"], newest(toy_run)["weights"])
-    assert (tmp_path / "models" / "run-2.nn").exists()
-
-
-def test_output_that_cannot_be_written(toy_run, tmp_path):
-    """A closed standard output and a full standard error cost nothing but themselves."""
-    write_config(tmp_path, TOY_CONFIG)
-    with open("/dev/full", "w") as full:
-        process = Process(tmp_path, *patched("import os; os.close(1)"), *START, stderr=full)
-        assert process.finish() == 0
+    with monkeypatch.context() as patch:
+        disturb_call(PPOTrainer, "train_update", 4, disturb, patch)
+        start(tmp_path, TOY_CONFIG)
     assert_same_result(tmp_path, toy_run)
+    assert newest(tmp_path, "moved")["update"] == 3
+    said = resume(tmp_path, name="moved")
+    assert same(newest(tmp_path, "moved")["weights"], newest(toy_run)["weights"]), said
+
+
+SPEAKS = """
+import os, sys
+from run.cli import command_line
+os.close(1)
+def main():
+    with open("done", "w") as file:
+        for stream in (sys.stdout, sys.stderr, file):
+            print("said", file=stream, flush=True)
+command_line(main)
+"""
+
+
+def test_output_that_cannot_be_written(tmp_path):
+    """A closed standard output and a full standard error cost nothing but themselves."""
+    with open("/dev/full", "w") as full:
+        assert Process(tmp_path, "-c", SPEAKS, stderr=full).finish() == 0
+    assert (tmp_path / "done").read_text() == "said\n"
 
 
 # ------------------------------------------------------------------------------------------------- what a run leaves

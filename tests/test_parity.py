@@ -42,7 +42,7 @@ class Computed:
         self.model = canonical.build(config, tuple(observations.shape[1:]))
         canonical.load(self.model, {name: self.data[f"param/{name}"] for name in self.names})
         which = self.data.get("in/frame_index", torch.arange(len(observations)))
-        self.output = self.model(canonical.embed(self.model, observations, which), self.memory())
+        self.output = self.model(self.model.embed(observations)[which], self.memory())
         actions, log_probs, values, advantages = (
             self.data[f"in/{name}"] for name in ("actions", "log_probs", "values", "advantages")
         )

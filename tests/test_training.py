@@ -2,9 +2,6 @@
 
 import copy
 import json
-import platform
-import subprocess
-import sys
 from pathlib import Path
 
 import canonical
@@ -14,8 +11,10 @@ import textbook
 import torch
 from canonical import BASE, GRADIENT_TOLERANCE, assert_close, excess
 from test_exactness import unsettle
+from test_faults import command
 from torch import Tensor
 
+import evaluate
 from auxiliary import Novelty, Reconstruction, auxiliary_tasks, embedded_candidates
 from environments.section import Schedule
 from model import Output
@@ -129,10 +128,9 @@ def test_reconstruction_has_the_size_of_the_frame(size):
 
 
 def test_reconstruction_needs_frames():
+    config = canonical.product_config(BASE | {"reconstruction_coefficient": 0.1})
     with pytest.raises(UserError, match="needs frames"):
-        auxiliary_tasks(
-            canonical.product_config(BASE | {"reconstruction_coefficient": 0.1}), canonical.build(BASE, (5,))
-        )
+        auxiliary_tasks(config, canonical.build(BASE, (5,)))
 
 
 # -------------------------------------------------------------------------------------------------- recall and novelty
@@ -177,33 +175,20 @@ def test_novelty_remembers_what_it_did_not_pay_for():
     assert [novelty.bonus(range(1), [digest], np.array([False]), update)[0] for digest, update in shown] == [0, 0, 1]
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
-def test_freed_memory_is_kept():
-    """A tensor that is freed and made again soon costs no page faults any more."""
-    code = """
-import kernels.allocator, resource, torch
-kernels.allocator.keep_memory()
-faults = []
-for _ in range(100):
-    torch.ones(2**22)
-    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-print(faults[-1] - faults[-21])
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 16  # eight huge pages each would be 160
-
-
 # ----------------------------------------------------------------------------------------------------- what is learned
+
+
+def evaluated(folder: Path, model: Path, *arguments: str) -> dict:
+    """Return what evaluate.py writes of a model."""
+    command(folder, str(model), "--output=found", "--cpu", *arguments, program=evaluate)
+    return json.loads((folder / "found.json").read_text())["models"][0]
 
 
 @pytest.mark.slow
 def test_poc_memory_env_is_learned(tmp_path):
     """From scratch to success in at least 95 of 100 unseen episodes by 40,960 steps (seed 1, the least steady)."""
-    command = [sys.executable, ROOT / "train.py", f"--config={ROOT}/configs/poc_memory_env.yaml", "--updates=20"]
-    assert subprocess.run([*command, "--seed=1", "--cpu"], cwd=tmp_path).returncode == 0
-    command = [sys.executable, ROOT / "evaluate.py", "models/poc_memory_env.nn", "--output=found", "--cpu"]
-    assert subprocess.run([*command, "--seeds=100", "--repetitions=1"], cwd=tmp_path).returncode == 0
-    (model,) = json.loads((tmp_path / "found.json").read_text())["models"]
+    command(tmp_path, f"--config={ROOT}/configs/poc_memory_env.yaml", "--updates=20", "--seed=1", "--cpu")
+    model = evaluated(tmp_path, Path("models/poc_memory_env.nn"), "--seeds=100", "--repetitions=1")
     assert model["run"]["steps"] == 40_960 and model["statistics"]["success"]["mean"] >= 0.95
 
 
@@ -211,8 +196,6 @@ def test_poc_memory_env_is_learned(tmp_path):
 @pytest.mark.parametrize("name", STATED)
 def test_shipped_model_is_as_good_as_stated(name, tmp_path):
     """On 50 unseen seeds × 5, the mean reward lies within the interval of docs/results/models.json."""
-    command = [sys.executable, ROOT / "evaluate.py", ROOT / "models" / name, "--output=found", "--cpu"]
-    assert subprocess.run(command, cwd=tmp_path).returncode == 0
-    (model,) = json.loads((tmp_path / "found.json").read_text())["models"]
+    model = evaluated(tmp_path, ROOT / "models" / name)
     reward = STATED[name]["reward"]
     assert reward["low"] <= model["statistics"]["reward"]["mean"] <= reward["high"]

@@ -127,12 +127,6 @@ def test_a_process_that_is_killed_is_replaced(victim, capfd):
     assert "its process died" in capfd.readouterr().err
 
 
-def test_an_environment_takes_its_process_along(toy_folder, capfd):
-    assert played("ExitOnce") == played("Toy")
-    said = capfd.readouterr().err
-    assert said.count("its process died (exit code 7); replaying its episodes") == 2 and re.search(HERE, said, re.M)
-
-
 def test_state_goes_on_elsewhere(module):
     """Running episodes are brought back, by other processes and in other shares."""
     expected = played("Toy", steps=30, count=4)
@@ -159,7 +153,7 @@ def test_an_environment_that_is_not_deterministic(capfd):
         step(workers, 5)
         arrays = workers.arrays
         assert arrays.truncated.all() and not arrays.terminated.any() and not arrays.rewards.any()
-        assert (arrays.final_vectors == shown).all() and (arrays.vectors != shown).any(axis=1).all()
+        assert (workers.final.vectors == shown).all() and (arrays.vectors != shown).any(axis=1).all()
         step(workers, 6)
         assert not arrays.truncated.any() and [len(episode.actions) for episode in workers.episodes] == [1, 1, 1]
     with started("Random", state=state) as workers:
@@ -187,18 +181,22 @@ def test_a_failure_says_where(name, toy_folder):
     assert int(seed) == training_seed(5, section(name), int(environment), 0)
 
 
-LEAVING = {
+UNPLAYABLE = {
     "import": ("class Mine(Toy): pass\nsys.exit(0)", r"^environment: SystemExit: 0 .*mine.py:5\)$"),
     "creation": ("class Mine(Toy):\n    def __init__(self, render_mode=None): sys.exit()", "SystemExit"),
     "reset": ("class Mine(Toy):\n    def reset(self, **_): sys.exit('closed')", "SystemExit: closed"),
     "crash": ("class Mine(Toy):\n    def reset(self, **_): os.abort()", r"^environment: its process died .*-6\)$"),
+    "gym": ("class Mine(Toy):\n    def reset(self): pass", r"^environment: [^\n]*that is the API of gym[^\n]*$"),
 }
 
 
-@pytest.mark.parametrize("text, message", LEAVING.values(), ids=LEAVING)
-def test_an_environment_that_leaves_is_no_success(text, message, module):
-    with pytest.raises(EnvironmentFailure, match=message):
+@pytest.mark.parametrize("what", UNPLAYABLE)
+def test_what_cannot_be_played_is_no_success(what, module):
+    """What its author can mend is told apart from an environment that leaves."""
+    text, message = UNPLAYABLE[what]
+    with pytest.raises(UserError if what == "gym" else EnvironmentFailure, match=message):
         inspect_environment(section(module(text)))
+    assert not multiprocessing.active_children()
 
 
 UNTIDY = """

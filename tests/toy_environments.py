@@ -92,14 +92,6 @@ FAULTS = {
 }
 
 
-class ExitOnce(Toy):
-    """Takes its process along at two steps of the run, as native code might."""
-
-    def fault(self):
-        if (self.age == FAULT_STEP and once("first")) or (self.age == FAULT_STEP + 2 and once("second")):
-            os._exit(7)
-
-
 class Hang(Toy):
     """Hangs once there is the file TOY_FOLDER/hang."""
 
@@ -167,7 +159,7 @@ class Masked(Toy):
         return np.array([self.age > 0, 1, self.age % 2, 0, 1, self.age % 3 == 0, self.age > 5], dtype=np.int8)
 
 
-TOYS = (Toy, ExitOnce, Hang, KillTrainerOnce, Random, Often, Acted, Masked)
+TOYS = (Toy, Hang, KillTrainerOnce, Random, Often, Acted, Masked)
 for name, kind, arguments in [
     *((kind.__name__, kind, {}) for kind in TOYS),
     *((name, Faulty, {"name": name}) for name in FAULTS),

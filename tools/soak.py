@@ -4,8 +4,8 @@ Usage:
     soak [options]
 
 Trains a run that nothing disturbs. Then, until the time is over, trains it again and
-disturbs it: kills it, stops it, copies its folder, renames it, fills its disk, makes an
-environment hang. After each, the run is resumed to its end and its weights are compared,
+disturbs it: kills it, stops it, copies its folder, renames it, fills its disk, makes its
+environments hang. After each, the run is resumed to its end and its weights are compared,
 bit for bit; no process and no shared memory may be left. Linux only.
 
 Options:
@@ -27,68 +27,33 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import gymnasium
-import numpy as np
 import psutil
 import torch
-import yaml
 from pydantic import Field
 
-from run.checkpoint import load
+from run.checkpoint import list_checkpoints, load
 from run.cli import Arguments, Seed, arguments_of, command_line, to_file
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ("number", "disturbance", "after_update", "exit_code", "resumed_from", "same_weights", "left")
-# Environments hang while the file is there that this variable names. It also marks the processes of the soak.
-HANGING = "SOAK_HANGING"
+DISTURBANCES = (
+    "killed", "stopped by SIGTERM", "stopped by SIGHUP", "stopped by SIGUSR1", "a child killed", "environments hang",
+    "disk full", "folder copied", "folder renamed",
+)  # fmt: skip
+UPDATES = 40
+CHANGES = (
+    f"updates={UPDATES}", "epochs=2", "n_workers=8", "worker_steps=64", "n_mini_batch=4", "checkpoint_interval=4",
+    "hidden_layer_size=32", "prediction_coefficient=0.1", "transformer.num_blocks=1", "transformer.embed_dim=32",
+)  # fmt: skip
+START = (f"--config={ROOT}/configs/poc_memory_env.yaml", "--seed=1", *(f"--set={change}" for change in CHANGES))
 # A run that was asked to stop waits 10 s for its environments; the rest is for a busy machine.
 PATIENCE = 120
-SCHEDULE = {"initial": 3e-3, "final": 1e-4, "max_decay_steps": 40}
-CONFIG: dict[str, Any] = {
-    "environment": {"type": "Gymnasium", "name": "tools.soak:Recall-v0"},
-    "updates": 40,
-    "epochs": 2,
-    "n_workers": 8,
-    "worker_steps": 64,
-    "n_mini_batch": 4,
-    "hidden_layer_size": 32,
-    "checkpoint_interval": 4,
-    "kl_limit": 0.05,
-    "prediction_coefficient": 0.1,
-    "transformer": {
-        "num_blocks": 1, "embed_dim": 32, "num_heads": 2, "memory_length": 16, "positional_encoding": "relative",
-    },
-    **{f"{name}_schedule": dict(SCHEDULE) for name in ("learning_rate", "beta", "clip_range")},
-}  # fmt: skip
-
-
-class Recall(gymnasium.Env):
-    """Shows one of four marks, and wants it named ten steps later."""
-
-    observation_space = gymnasium.spaces.Box(0, 1, (5,), np.float32)
-    action_space = gymnasium.spaces.Discrete(4)
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
-        """Draw a mark, and show it."""
-        super().reset(seed=seed)
-        self.mark, self.time = int(self.np_random.integers(4)), 0
-        return np.eye(5, dtype=np.float32)[self.mark], {}
-
-    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
-        """Show nothing more; hang while the file is there."""
-        while os.path.exists(os.environ[HANGING]):
-            time.sleep(0.1)
-        self.time += 1
-        asked = self.time == 10
-        return np.eye(5, dtype=np.float32)[4], float(asked and action == self.mark), asked, False, {}
-
-
-gymnasium.register("Recall-v0", entry_point="tools.soak:Recall")
+MARK = "SOAK"  # the variable by which processes of the soak are known; it holds the folder
 
 
 class Soak:
@@ -100,140 +65,88 @@ class Soak:
     """
 
     def __init__(self, folder: Path, random: random.Random) -> None:
-        self.folder, self.random, self.hanging = folder, random, folder / "hanging"
-        self.environment = os.environ | {
-            HANGING: str(self.hanging), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TMPDIR": str(folder),
-        }  # fmt: skip
-        (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+        self.folder, self.random, self.said = folder, random, folder / "output.txt"
         started = time.monotonic()
-        self.finish("undisturbed", "--config=config.yaml", "--seed=1", "--run-id=undisturbed")
+        self.finish("undisturbed")
         self.seconds, self.weights = time.monotonic() - started, self.weights_of("undisturbed")
 
-    def start(self, *options: str) -> subprocess.Popen:
+    def train(self, *options: str) -> psutil.Popen:
         """Start train.py in the folder, with its output in a file."""
         command = [sys.executable, str(ROOT / "train.py"), *options, "--cpu", "--processes=2"]
-        with open(self.folder / "output.txt", "ab") as output:
-            return subprocess.Popen(command, cwd=self.folder, env=self.environment, stdout=output, stderr=output)
+        own = {MARK: str(self.folder), "OMP_NUM_THREADS": "1", "TMPDIR": str(self.folder)}
+        with open(self.said, "ab") as output:
+            return psutil.Popen(command, cwd=self.folder, env=os.environ | own, stdout=output, stderr=subprocess.STDOUT)
 
-    def finish(self, run_id: str, *options: str) -> None:
-        """Train a run to its end: a new one, or, without options, one that goes on."""
-        code = self.start(*options or (f"--resume={run_id}",)).wait(10 * PATIENCE)
+    def finish(self, run_id: str) -> str:
+        """Train a run to its end; return the checkpoint that it went on from."""
+        found = list_checkpoints(self.folder / "checkpoints" / run_id)
+        # Where it was hit before its first checkpoint, there is nothing to lose.
+        options = [f"--resume={run_id}"] if found else [*START, f"--run-id={run_id}", "--overwrite"]
+        code = self.train(*options).wait(10 * PATIENCE)
         if code:
-            raise UserError(f"{run_id} ended with exit code {code}: {self.said()}")
-
-    def said(self) -> str:
-        """Return what train.py said last."""
-        return (self.folder / "output.txt").read_text().splitlines()[-1]
+            raise UserError(f"{run_id} ended with exit code {code}: {self.said.read_text().splitlines()[-1]}")
+        return found[-1].stem if found else "nothing"
 
     def weights_of(self, run_id: str) -> dict[str, torch.Tensor]:
         """Return the weights of the model of a run."""
         return load(self.folder / "models" / f"{run_id}.nn", "model")["weights"]
 
-    def left(self) -> str:
-        """Return which processes of the soak and what shared memory of theirs are still there."""
-        found = [f"process {process.pid}" for process in psutil.process_iter() if self.owns(process)]
-        return " ".join(found + [path.name for path in Path("/dev/shm").iterdir() if path.name not in self.before])
+    def left(self, before: set[Path]) -> str:
+        """Return which processes of the soak are still there, and what shared memory that was not there before."""
+        found = [path.name for path in set(Path("/dev/shm").iterdir()) - before]
+        for process in psutil.process_iter(["pid", "environ"]):
+            if (process.info["environ"] or {}).get(MARK) == str(self.folder):
+                found.append(f"process {process.pid}")
+        return " ".join(found)
 
-    def owns(self, process: psutil.Process) -> bool:
-        """Return whether a process was started by this soak."""
-        try:
-            return process.pid != os.getpid() and process.environ().get(HANGING) == str(self.hanging)
-        except psutil.Error:
-            return False
-
-    def disturb(self, number: int) -> dict[str, object]:
-        """Start a run, disturb it once, resume it to its end, and return what came of it."""
-        self.before = {path.name for path in Path("/dev/shm").iterdir()}
-        run_id, name = f"run-{number}", self.random.choice(sorted(DISTURBANCES))
-        update, said = self.random.randint(0, CONFIG["updates"] - 1), self.folder / "output.txt"
-        said.unlink()
-        training = self.start("--config=config.yaml", "--seed=1", f"--run-id={run_id}")
-        while training.poll() is None and f"update {update}/" not in said.read_text() and update:
+    def round(self, number: int) -> tuple:
+        """Start a run, disturb it once, resume it to its end, and return a row of `COLUMNS`."""
+        before, run_id, name = set(Path("/dev/shm").iterdir()), f"run-{number}", self.random.choice(DISTURBANCES)
+        update = self.random.randint(0, UPDATES - 1)
+        self.said.unlink()
+        training = self.train(*START, f"--run-id={run_id}")
+        while training.poll() is None and f"update {update}/" not in self.said.read_text() and update:
             time.sleep(0.01)
-        time.sleep(self.random.uniform(0, 2 * self.seconds / CONFIG["updates"]))
-        goes_on = DISTURBANCES[name](self, training, run_id)
+        time.sleep(self.random.uniform(0, 2 * self.seconds / UPDATES))
+        goes_on = [run_id]
+        with suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+            goes_on = self.disturb(training, run_id, name)
         code = training.wait(PATIENCE)
-        self.hanging.unlink(missing_ok=True)
-        resumed = "nothing"
-        for run in goes_on:
-            checkpoints = sorted((self.folder / "checkpoints" / run).glob("checkpoint-*.pt"))
-            if checkpoints:
-                resumed = checkpoints[-1].stem
-                self.finish(run)
-            else:  # it was hit before its first checkpoint: there is nothing to lose
-                self.finish(run, "--config=config.yaml", "--seed=1", f"--run-id={run}", "--overwrite")
+        resumed = [self.finish(run) for run in goes_on][-1]
         found = [self.weights_of(run) for run in goes_on]
         same = all(torch.equal(tensor, weights[key]) for weights in found for key, tensor in self.weights.items())
         time.sleep(1)  # until a resource tracker has gone, too
-        row = (number, name, update, code, resumed, same, self.left())
         for place in ("checkpoints", "models", "summaries"):
             shutil.rmtree(self.folder / place)
-        return dict(zip(COLUMNS, row, strict=True))
+        return number, name, update, code, resumed, same, self.left(before)
 
-
-def sends(number: signal.Signals) -> Callable[[Soak, subprocess.Popen, str], list[str]]:
-    """Return a disturbance that sends a signal to a training."""
-
-    def disturbance(soak: Soak, training: subprocess.Popen, run_id: str) -> list[str]:
-        training.send_signal(number)
+    def disturb(self, training: psutil.Popen, run_id: str, name: str) -> list[str]:
+        """Do something to a run that trains, and return the ids of those that have to go on."""
+        place = self.folder / "checkpoints" / run_id
+        children = training.children(recursive=True)
+        match name.split():
+            case ["killed"]:
+                training.kill()
+            case ["stopped", "by", number]:
+                training.send_signal(signal.Signals[number])
+            case ["a", "child", "killed"] if children:
+                self.random.choice(children).kill()
+            case ["environments", "hang"]:
+                for worker in [worker for server in training.children() for worker in server.children()]:
+                    worker.suspend()
+                time.sleep(1)
+                training.terminate()
+            case ["disk", "full"]:  # which is what this looks like from within
+                training.rlimit(resource.RLIMIT_FSIZE, (1024, 1024))
+            case ["folder", "copied"] if place.exists():
+                shutil.copytree(place, f"{place}-copy", ignore=shutil.ignore_patterns(".*"))
+                return [run_id, f"{run_id}-copy"]
+            case ["folder", "renamed"] if place.exists():
+                place.rename(f"{place}-renamed")
+                time.sleep(0.1 * self.seconds)
+                training.kill()
+                return [f"{run_id}-renamed"]
         return [run_id]
-
-    return disturbance
-
-
-def kills_worker(soak: Soak, training: subprocess.Popen, run_id: str) -> list[str]:
-    """Kill one of the processes that it has started."""
-    children = psutil.Process(training.pid).children(recursive=True)
-    if children:
-        soak.random.choice(children).kill()
-    return [run_id]
-
-
-def hangs(soak: Soak, training: subprocess.Popen, run_id: str) -> list[str]:
-    """Let its environments hang, and ask it to stop."""
-    soak.hanging.touch()
-    time.sleep(1)
-    training.terminate()
-    return [run_id]
-
-
-def fills_disk(soak: Soak, training: subprocess.Popen, run_id: str) -> list[str]:
-    """Let no file grow beyond a kilobyte any more, which is what a full disk looks like from within."""
-    resource.prlimit(training.pid, resource.RLIMIT_FSIZE, (1024, 1024))
-    return [run_id]
-
-
-def copies(soak: Soak, training: subprocess.Popen, run_id: str) -> list[str]:
-    """Copy its folder while it trains; the copy is a run of its own."""
-    folder = soak.folder / "checkpoints"
-    if not (folder / run_id).exists():
-        return [run_id]
-    shutil.copytree(folder / run_id, folder / f"{run_id}-copy", ignore=shutil.ignore_patterns(".*"))
-    return [run_id, f"{run_id}-copy"]
-
-
-def renames(soak: Soak, training: subprocess.Popen, run_id: str) -> list[str]:
-    """Rename its folder while it trains, and kill it."""
-    folder = soak.folder / "checkpoints"
-    if (folder / run_id).exists():
-        (folder / run_id).rename(folder / f"{run_id}-renamed")
-        run_id = f"{run_id}-renamed"
-    time.sleep(0.1 * soak.seconds)
-    training.kill()
-    return [run_id]
-
-
-DISTURBANCES: dict[str, Callable[[Soak, subprocess.Popen, str], list[str]]] = {
-    "killed": sends(signal.SIGKILL),
-    "stopped by SIGTERM": sends(signal.SIGTERM),
-    "stopped by SIGHUP": sends(signal.SIGHUP),
-    "stopped by SIGUSR1": sends(signal.SIGUSR1),
-    "a child killed": kills_worker,
-    "environments hang": hangs,
-    "disk full": fills_disk,
-    "folder copied": copies,
-    "folder renamed": renames,
-}
 
 
 class Given(Arguments):
@@ -247,20 +160,19 @@ class Given(Arguments):
 def main() -> None:
     """Disturb runs until the time is over; exit code 1 where anything was lost or left."""
     arguments = arguments_of(__doc__, Given)
-    end, lost = time.monotonic() + 60 * arguments.minutes, 0
+    end, rows = time.monotonic() + 60 * arguments.minutes, list[tuple]()
     place = tempfile.TemporaryDirectory(prefix="soak-")
     with place as folder, arguments.output.open("w", newline="", encoding="utf-8", buffering=1) as file:
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(COLUMNS)
-        soak, number = Soak(Path(folder), random.Random(arguments.seed)), 0
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        soak = Soak(Path(folder), random.Random(arguments.seed))
         print(f"undisturbed: {soak.seconds:.0f} s")
         while time.monotonic() < end:
-            number += 1
-            row = soak.disturb(number)
-            rows.writerow(row.values())
-            lost += not row["same_weights"] or bool(row["left"])
-            print(*row.values(), sep="  ", flush=True)
-    print(f"{number} disturbances, {lost} of them with a loss")
+            rows.append(soak.round(len(rows) + 1))
+            writer.writerow(rows[-1])
+            print(*rows[-1], sep="  ", flush=True)
+    lost = sum(not same or left != "" for *_, same, left in rows)
+    print(f"{len(rows)} disturbances, {lost} of them with a loss")
     sys.exit(1 if lost else 0)
 
 
