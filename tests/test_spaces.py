@@ -56,7 +56,8 @@ gymnasium.register("Shows-v0", Shows)
 
 def section_of(seen=None, acted=None, arguments=None, name="Shows-v0", **entries):
     arguments = {"seen": seen, "acted": acted, **(arguments or {})} if name == "Shows-v0" else {}
-    return GymnasiumSection(type="Gymnasium", name=name, arguments=arguments, **entries)
+    section = GymnasiumSection(type="Gymnasium", name=name, **entries)
+    return section.model_copy(update={"arguments": arguments})  # which a file could not hold
 
 
 def make(*spaces, **entries):

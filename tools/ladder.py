@@ -19,6 +19,7 @@ Options:
 Example: python -m tools.ladder --tasks=tmaze --lengths=20,50 --seeds=1
 """
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -68,8 +69,8 @@ def trial(task: str, length: int, memory: str, seed: int, updates: int | None = 
     else:
         cell = f"{{layer_type: {memory}, embed_dim: {width}, hidden_state_size: {width}}}"
         changes += ["transformer=null", f"recurrence={cell}"]
-    if memory in ("segments", "gru", "lstm"):  # gradients through the whole rollout
-        changes.append(f"segment_length={config.worker_steps}")
+    if memory in ("segments", "gru", "lstm"):  # gradients through as much of a rollout as a minibatch holds
+        changes.append(f"segment_length={math.gcd(config.worker_steps, config.samples // config.n_mini_batch)}")
     return make_trial((task, str(length), memory, str(seed)), digest(path, changes), path, changes, updates)
 
 
