@@ -19,6 +19,9 @@ from trainer import PPOTrainer
 os.environ["TOY_FOLDER"] = tempfile.mkdtemp(prefix="toys-")
 atexit.register(shutil.rmtree, os.environ["TOY_FOLDER"], ignore_errors=True)
 
+# The tests' products are so small that a second thread only waits, for very long where the cores are busy.
+torch.set_num_threads(1)
+
 settings.register_profile(
     "reproducible", deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
