@@ -38,6 +38,21 @@ def toy_folder() -> Path:
 
 
 @pytest.fixture
+def module(tmp_path, monkeypatch):
+    """Return a function that writes a module of the user's into the current folder, with an environment Mine-v0."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(text: str) -> str:
+        (tmp_path / "mine.py").write_text(
+            f"import os, random, sys, gymnasium\nimport numpy as np\nfrom tests.toy_environments import Toy\n{text}\n"
+            "gymnasium.register('Mine-v0', entry_point=Mine, max_episode_steps=24)\n"
+        )
+        return "mine:Mine-v0"
+
+    return write
+
+
+@pytest.fixture
 def started():
     """Return a function that makes a trainer, lets it go on from a state if there is one, and starts its workers."""
     trainers = []

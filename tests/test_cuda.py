@@ -145,11 +145,8 @@ def test_two_processes_share_a_gpu(tmp_path, monkeypatch):
     write_config(tmp_path, CONFIGS["grid"] | {"updates": 2})
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     command = ("train.py", "--config=run.yaml", "--seed=5", "--device=cuda", "--processes=1")
-    rewards = []
     for count in (1, 2):
         launch = Launch(tmp_path, count, *command, f"--run-id=run{count}")
         assert launch.finish() == [0] * count, launch.lines()
-        rewards.append([line.split(" steps/s")[0].rsplit(" ", 1)[0] for line in launch.lines("update ")])
     one, two = (load(tmp_path / "models" / f"run{count}.nn", "model")["weights"] for count in (1, 2))
     assert max((one[name] - two[name]).abs().max() for name in one) < 1e-3
-    assert rewards[0] == rewards[1]

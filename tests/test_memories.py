@@ -91,7 +91,6 @@ def make(started):
     return make
 
 
-@torch.no_grad()
 def recomputed(trainer: PPOTrainer, samples: np.ndarray) -> tuple[Minibatch, Output, Tensor]:
     """Return a minibatch, what training computes for it, and KL(sampled ‖ recomputed) of its samples."""
     with trainer._precision():

@@ -9,10 +9,8 @@ from tools.compare import COLUMNS, draw
 from tools.ladder import LADDERS, RUNGS, trial
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-TASKS = ("poc_memory_env", "cartpole_masked", "minigrid", "popgym", "mystery_path_grid", "mortar_mayhem_grid")
-MEMORIES = ("trxl", "gtrxl", "segments", "gru", "lstm", "none")
-PATHS = [CONFIGS / f"{task}_{memory}.yaml" for task in TASKS for memory in MEMORIES]
-PATHS = [path for path in PATHS if path.exists()]
+MEMORIES = ("_trxl", "_gtrxl", "_segments", "_gru", "_lstm", "_none")
+PATHS = [path for path in sorted(CONFIGS.glob("*.yaml")) if path.stem.endswith(MEMORIES)]
 CORES = {"transformer", "recurrence", "memoryless"}
 
 

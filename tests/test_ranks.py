@@ -38,7 +38,7 @@ def small(environment: dict, **changes) -> dict:
 
 
 # Truncation, vectors, recall, novelty, prediction of frames and of vectors.
-MEMORY = {"type": "Minigrid", "name": "MiniGrid-MemoryS9-v0"}
+MEMORY = {"type": "Minigrid", "name": "MiniGrid-MemoryS9-v0", "max_episode_steps": 40}
 TASKS = {
     "vector": small(toy("Toy", reset_params={"start-seed": 3}), normalize_observations=True, kl_limit=0.05,
                     prediction_coefficient=0.1),

@@ -6,7 +6,6 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import imageio.v2
 import numpy as np
@@ -146,17 +145,6 @@ def test_thumbnails_are_of_the_most_attended_steps():
     np.testing.assert_allclose(shown[:, :4], [[1 / 7, 2 / 7, 1, -1]] * 2)
 
 
-def test_numbers_are_shown_by_name():
-    """Choices are one entry; actions are clipped and have their bounds."""
-    player = Player(*make_model(toy("Acted")))
-    bounds, names = np.array([[-2.0, 0.0], [2.0, np.inf]]), ("x", "suit=0", "suit=1", "rank=0", "rank=1")
-    player.env = SimpleNamespace(vector_names=names, action_bounds=tuple(bounds))
-    moment = SimpleNamespace(action=np.array([2.5, -1.0]), vector=np.array([0.25, 0, 1, 0, 0]))
-    assert player.numbers(moment) == {
-        "action[0]": "2.00 in -2…2", "action[1]": "0.00 in 0…inf", "x": "0.25", "suit": "= 1", "rank": "= –"
-    }  # fmt: skip
-
-
 @pytest.mark.parametrize(("name", "how"), [("NotANumber", ".* is not finite: "), ("Leaves", "SystemExit: window")])
 def test_an_environment_that_fails_is_named(name, how):
     """One line with environment, seed and step, whether one episode is watched or many are evaluated."""
@@ -267,17 +255,20 @@ def test_a_model_of_another_task_is_not_played(tmp_path):
             load()
 
 
-def test_an_untidy_environment_is_watched(tmp_path, monkeypatch):
+UNTIDY = """
+import argparse
+argparse.ArgumentParser().parse_args()
+class Mine(Toy):
+    def close(self): raise RuntimeError('not connected')
+"""
+
+
+def test_an_untidy_environment_is_watched(module, tmp_path, monkeypatch):
     """Its module parses the command line when it is imported, and its close() fails."""
-    (tmp_path / "untidy.py").write_text(
-        "import argparse, gymnasium\nfrom tests.toy_environments import Toy\nargparse.ArgumentParser().parse_args()\n"
-        "class Untidy(Toy):\n    def close(self): raise RuntimeError('not connected')\n"
-        "gymnasium.register('Untidy-v0', entry_point=Untidy, max_episode_steps=24)\n"
-    )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "argv", ["enjoy.py", "--video=episode.mp4"])
     model, config, task = make_model(toy("Toy"))
-    untidy = config.environment.model_copy(update={"name": "untidy:Untidy-v0"})
+    untidy = config.environment.model_copy(update={"name": module(UNTIDY)})
     player = Player(model, config.model_copy(update={"environment": untidy}), task, render=False)
     assert list(player.play(3))[-1].result is not None
     player.close()

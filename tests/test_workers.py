@@ -63,21 +63,6 @@ def played(name: str, steps: int = 40, **options) -> list:
         return [list(rows) for rows in zip(*(step(workers, t) for t in range(steps)), strict=True)]
 
 
-@pytest.fixture
-def module(tmp_path, monkeypatch):
-    """Return a function that writes a module of the user's into the current folder, with an environment Mine-v0."""
-    monkeypatch.chdir(tmp_path)
-
-    def write(text: str, name: str = "mine") -> str:
-        (tmp_path / f"{name}.py").write_text(
-            f"import os, random, sys, gymnasium\nimport numpy as np\nfrom tests.toy_environments import Toy\n{text}\n"
-            "gymnasium.register('Mine-v0', entry_point=Mine, max_episode_steps=24)\n"
-        )
-        return f"{name}:Mine-v0"
-
-    return write
-
-
 # --------------------------------------------------------------------------------------------------- the same episodes
 
 # Draws from all generators, before any other in its process and in between.
