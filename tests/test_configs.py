@@ -133,12 +133,10 @@ def test_all_problems_are_said_at_once():
 
 def test_overrides():
     path = ROOT / "configs" / "mortar_mayhem_grid_published.yaml"
-    config = load_config(
-        path,
-        ["transformer.num_blocks=2", "learning_rate_schedule.initial=3e-4", "clip_range_schedule.final=0.05",
-         "gamma=.5", "environment.reset_params.command_count=[5, 6]", "gamma=0.9",
-         'transformer.positional_encoding=""'],
-    )  # fmt: skip
+    overrides = ["transformer.num_blocks=2", "learning_rate_schedule.initial=3e-4", "clip_range_schedule.final=0.05",
+                 "gamma=.5", "environment.reset_params.command_count=[5, 6]", "gamma=0.9",
+                 'transformer.positional_encoding=""']  # fmt: skip
+    config = load_config(path, overrides)
     assert config.transformer.num_blocks == 2 and config.gamma == 0.9 and config.transformer.positional_encoding == ""
     assert config.learning_rate_schedule.initial == 3e-4 and config.learning_rate_schedule.final == 1e-5
     before = load_config(path)

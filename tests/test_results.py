@@ -146,9 +146,7 @@ def test_groups_are_runs_of_one_config_and_commit():
     }  # fmt: skip
     assert [(point.steps, len(point.models)) for point in groups["poc"]] == [(100, 3), (200, 2)]
     assert groups["poc"][1].statistics["reward"]["runs"] == [2.5, 3.5]
-    text = "\n".join(table(groups))
-    assert "again.nn: 1 run (Task)" in text and "trained by abcdefg-dirty" in text
-    assert "2.500, 3.500" in text, "two runs have no interval and are shown themselves"
+    assert "2.500, 3.500" in "\n".join(table(groups)), "two runs have no interval and are shown themselves"
     models = [evaluated("a", seed, 5, {"gamma": seed}, label="mine") for seed in (1, 2)]
     models += [evaluated("a", 3, 5, {}, label="mine", environment="Other")]
     found = {name: len(points[0].models) for name, points in group_runs(models).items()}

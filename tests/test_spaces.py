@@ -58,10 +58,9 @@ gymnasium.register("Shows-v0", Shows)
 
 
 def section_of(seen=None, acted=None, arguments=None, name="Shows-v0", **entries):
-    """Return a section; what is passed to `Shows` is more than a file could hold."""
     arguments = {"seen": seen, "acted": acted, **(arguments or {})} if name == "Shows-v0" else {}
     section = GymnasiumSection(type="Gymnasium", name=name, **entries)
-    return section.model_copy(update={"arguments": arguments})
+    return section.model_copy(update={"arguments": arguments})  # which a file could not hold
 
 
 def make(*spaces, **entries):
@@ -75,10 +74,6 @@ NESTED = spaces.Dict(
     a=spaces.Dict(image=box((64, 48, 3), **PIXELS), on=spaces.MultiBinary(2)),
 )
 GRID = spaces.MultiDiscrete(np.array([[2, 3], [1, 4]]), start=np.array([[0, 1], [7, -1]]))
-
-
-def flat(shown):
-    return np.ravel(shown)
 
 
 def last_to_first(shown):
@@ -100,13 +95,13 @@ def grid_vector(shown):
 OBSERVATIONS = {
     "Discrete": (spaces.Discrete(5, start=-2), None, lambda shown: np.eye(5)[shown + 2]),
     "MultiDiscrete": (GRID, None, grid_vector),
-    "MultiBinary": (spaces.MultiBinary((2, 3)), None, flat),
+    "MultiBinary": (spaces.MultiBinary((2, 3)), None, np.ravel),
     "bytes": (box((128,), 0, 255, np.uint8), None, lambda shown: shown / 255),
     "whole": (box((4,), 3, 9, np.int64), None, lambda shown: (shown - 3) / 6),
-    "unbounded": (box((3,), -(2**40), 2**40, np.int64), None, flat),
-    "double": (box((2, 3), dtype=np.float64), None, flat),
-    "scalar": (box(()), None, flat),
-    "small grey": (box((20, 20), **PIXELS), None, lambda shown: flat(shown) / 255),
+    "unbounded": (box((3,), -(2**40), 2**40, np.int64), None, np.ravel),
+    "double": (box((2, 3), dtype=np.float64), None, np.ravel),
+    "scalar": (box(()), None, np.ravel),
+    "small grey": (box((20, 20), **PIXELS), None, lambda shown: np.ravel(shown) / 255),
     "nested": (NESTED, lambda shown: last_to_first(shown["a"]["image"]), nested_vector),
     "grey": (box((84, 60), **PIXELS), lambda shown: shown[None], None),
     "share": (box((3, 64, 64), 0, 1), lambda shown: np.rint(shown * 255), None),

@@ -11,6 +11,7 @@ import imageio.v2
 import numpy as np
 import pytest
 import torch
+from canonical import assert_close
 from test_faults import command
 
 import enjoy
@@ -73,11 +74,8 @@ def test_steps_are_what_training_computes(monkeypatch, environment, core):
     with torch.no_grad():
         view = memory.past_of(worker, step, step[:, None].copy())
         batched = model(model.complete(model.embed(observations), None, torch.from_numpy(step)), view)
-    for found, expected in (
-        (torch.cat([output.policy.parameters() for output, _ in outputs]), batched.policy.parameters()),
-        (torch.cat([output.value for output, _ in outputs]), batched.value),
-    ):
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert_close(torch.cat([output.policy.parameters() for output, _ in outputs]), batched.policy.parameters())
+    assert_close(torch.cat([output.value for output, _ in outputs]), batched.value)
     for t, moment in enumerate(moments if batched.attention else ()):
         group, place = divmod(int(view.slot[t]), view.distance.shape[1])
         columns = slice(int(view.distance[group, place]) - min(t, 4), int(view.distance[group, place]))
@@ -141,8 +139,6 @@ def test_thumbnails_are_of_the_most_attended_steps():
     assert [int(image.get_array().max()) for image in painter.thumbnails] == [40, 80, 120, 255, 255]
     labels = [image.axes.get_xlabel() for image in painter.thumbnails]
     assert labels == ["step 0: 10%", "step 1: 20%", "step 2: 70%", " ", " "]
-    shown = painter.strips.get_array().filled(-1)
-    np.testing.assert_allclose(shown[:, :4], [[1 / 7, 2 / 7, 1, -1]] * 2)
 
 
 @pytest.mark.parametrize(("name", "how"), [("NotANumber", ".* is not finite: "), ("Leaves", "SystemExit: window")])

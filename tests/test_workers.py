@@ -169,7 +169,6 @@ def test_a_failure_says_where(name, toy_folder):
 
 UNPLAYABLE = {
     "import": ("class Mine(Toy): pass\nsys.exit(0)", r"^environment: SystemExit: 0 .*mine.py:5\)$"),
-    "creation": ("class Mine(Toy):\n    def __init__(self, render_mode=None): sys.exit()", "SystemExit"),
     "reset": ("class Mine(Toy):\n    def reset(self, **_): sys.exit('closed')", "SystemExit: closed"),
     "crash": ("class Mine(Toy):\n    def reset(self, **_): os.abort()", r"^environment: its process died .*-6\)$"),
     "gym": ("class Mine(Toy):\n    def reset(self): pass", r"^environment: [^\n]*that is the API of gym[^\n]*$"),
