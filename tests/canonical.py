@@ -16,9 +16,6 @@ from recurrence import MemorylessConfig, RecurrenceConfig
 from run.config import Config
 from transformer import TransformerConfig
 
-# The tests' products are so small that a second thread only waits, for very long where the cores are busy.
-torch.set_num_threads(1)
-
 TOLERANCE = 1e-5  # of outputs and losses, absolute
 GRADIENT_TOLERANCE = {"relative": 1e-4, "floor": 1e-6}
 # A small flat config of vectors, which tests change as they need
@@ -75,15 +72,11 @@ def product_config(config: dict[str, Any]) -> Config:
     )
 
 
-def product_task(config: dict[str, Any], observation_shape: tuple[int, ...]) -> Task:
-    """Returns the task of a flat config, which shows frames (C, H, W) or vectors (n,)."""
-    frame, vector = (observation_shape, 0) if len(observation_shape) == 3 else (None, observation_shape[0])
-    return Task(frame, vector, tuple(config["branches"]), 0, config["max_episode_steps"])
-
-
-def build(config: dict[str, Any], observation_shape: tuple[int, ...]) -> ActorCriticModel:
-    """Returns the product model of a flat config."""
-    return ActorCriticModel(product_config(config), product_task(config, observation_shape))
+def build(config: dict[str, Any], shape: tuple[int, ...]) -> ActorCriticModel:
+    """Returns the product model of a flat config for a task that shows frames (C, H, W) or vectors (n,)."""
+    frame, vector = (shape, 0) if len(shape) == 3 else (None, shape[0])
+    task = Task(frame, vector, tuple(config["branches"]), 0, config["max_episode_steps"])
+    return ActorCriticModel(product_config(config), task)
 
 
 def places(model: ActorCriticModel) -> dict[str, tuple[nn.Parameter, slice]]:
@@ -120,11 +113,10 @@ def parameters(model: ActorCriticModel) -> dict[str, Tensor]:
 
 def gradients(model: ActorCriticModel) -> dict[str, Tensor]:
     """Returns the product's gradients; where there is none, zeros."""
-    found = {}
-    for name, (parameter, rows) in places(model).items():
-        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        found[name] = gradient[rows]
-    return found
+    return {
+        name: (torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)[rows]
+        for name, (parameter, rows) in places(model).items()
+    }
 
 
 def excess(found: Tensor, expected: Tensor, relative: float, floor: float) -> float:

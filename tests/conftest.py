@@ -19,6 +19,9 @@ from trainer import PPOTrainer
 os.environ["TOY_FOLDER"] = tempfile.mkdtemp(prefix="toys-")
 atexit.register(shutil.rmtree, os.environ["TOY_FOLDER"], ignore_errors=True)
 
+# The tests' products are so small that a second thread only waits, for very long where the cores are busy.
+torch.set_num_threads(1)
+
 settings.register_profile(
     "reproducible", deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
@@ -32,6 +35,21 @@ def toy_folder() -> Path:
     for file in folder.iterdir():
         file.unlink()
     return folder
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """Return a function that writes a module of the user's into the current folder, with an environment Mine-v0."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(text: str) -> str:
+        (tmp_path / "mine.py").write_text(
+            f"import os, random, sys, gymnasium\nimport numpy as np\nfrom tests.toy_environments import Toy\n{text}\n"
+            "gymnasium.register('Mine-v0', entry_point=Mine, max_episode_steps=24)\n"
+        )
+        return "mine:Mine-v0"
+
+    return write
 
 
 @pytest.fixture

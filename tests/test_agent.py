@@ -12,37 +12,24 @@ import pytest
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-import tests.toy_environments  # noqa: F401  (registers them)
 from environments.contract import Task
 from evaluation import Agent
 from evaluation.agent import play_episodes
 from model import ActorCriticModel
 from run.checkpoint import encode
-from run.config import Config, check_config, load_config
-from tests.walk import task_of
+from run.config import Config, check_config
+from tests.toy_environments import toy
+from tests.walk import CORES, task_of, tiny
 from utils import UserError, create_env
 
-ROOT = Path(__file__).parent.parent
-CORES: dict = {
-    encoding: {"transformer": {"positional_encoding": encoding}} for encoding in ("relative", "learned", "absolute", "")
-} | {
-    "gru": {"recurrence": {"layer_type": "gru"}},
-    "lstm": {"recurrence": {"layer_type": "lstm", "num_layers": 2}},
-    "none": {"memoryless": {}},
-}
-WIDTHS: dict = {
-    "transformer": {"embed_dim": 16, "num_heads": 2, "num_blocks": 2, "memory_length": 4},
-    "recurrence": {"embed_dim": 16, "hidden_state_size": 12},
-    "memoryless": {"embed_dim": 16},
-}
 BOTH = {"previous_action": True, "previous_reward": True, "reward_scale": 0.5}
-GRID = {"name": "minigrid:MiniGrid-MemoryS7-v0", "observe": ["image", "direction"], "max_episode_steps": 9}
+GYMNASIUM = {"type": "Gymnasium", "max_episode_steps": 9}
 # Each with a core
 TASKS: dict = {
-    "numbers": ({"name": "CartPole-v1", "hide": [1, 3], "max_episode_steps": 9, **BOTH}, "gru"),
-    "masked": ({"name": "tests.toy_environments:Masked-v0", "max_episode_steps": 9}, "learned"),
-    "continuous": ({"name": "tests.toy_environments:Acted-v0", "max_episode_steps": 9, **BOTH}, "relative"),
-    "dict": (GRID, "relative"),
+    "numbers": (GYMNASIUM | BOTH | {"name": "CartPole-v1", "hide": [1, 3]}, "gru"),
+    "masked": (toy("Masked", max_episode_steps=9), "learned"),
+    "continuous": (toy("Acted", max_episode_steps=9, **BOTH), "relative"),
+    "dict": (GYMNASIUM | {"name": "minigrid:MiniGrid-MemoryS7-v0", "observe": ["image", "direction"]}, "relative"),
 }
 every_task = pytest.mark.parametrize("name", TASKS)
 
@@ -52,9 +39,8 @@ def make_model(
 ) -> tuple[ActorCriticModel, Config, Task]:
     """Return a small model with random weights, its config and its task; `more` is of the core's section."""
     ((kind, entries),) = CORES[core].items()
-    keys = load_config(ROOT / "configs" / "cartpole_masked.yaml").model_dump(exclude={"transformer"})
-    keys |= {kind: WIDTHS[kind] | entries | more, "environment": environment, "hidden_layer_size": 16}
-    config = check_config(keys | {"normalize_observations": normalize}, "test")
+    shape = ({"memory_length": 4} if kind == "transformer" else {}) | entries | more
+    config = check_config(tiny(environment, normalize_observations=normalize, **{kind: shape}), "test")
     task = task_of(config.environment)
     torch.manual_seed(1)
     model = ActorCriticModel(config, task).eval()
@@ -71,15 +57,6 @@ def write(path: Path, model: ActorCriticModel, config: Config, task: Task, **run
     content = {"config": config.model_dump(), "task": vars(task), "weights": model.state_dict()}
     path.write_bytes(encode("model", content | {"run": {"run_id": "run", "seed": 1, "steps": 1} | run}))
     return path
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small models are fastest on one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -103,12 +80,6 @@ def same(one: list, other: list, steps: int) -> bool:
     return len(pairs) == steps and all(np.array_equal(a, b) for pair in pairs for a, b in zip(*pair, strict=True))
 
 
-def made(name: str) -> tuple[ActorCriticModel, Config, Task]:
-    """Return a model of one of the tasks, its config and its task."""
-    section, core = TASKS[name]
-    return make_model({"type": "Gymnasium", **section}, core)
-
-
 def make_registered(section) -> gymnasium.Env:
     """Return what somebody makes who does not use our wrappers."""
     return gymnasium.make(section.name, max_episode_steps=section.max_episode_steps)
@@ -130,7 +101,7 @@ def play(agent: Agent, env: gymnasium.Env, seed: int) -> tuple[float, int]:
 @every_task
 def test_a_loop_does_what_evaluation_does(tmp_path, seen, name):
     """Gymnasium's own loop, with the registered environment or with our wrapper: the same values and actions."""
-    model, config, task = made(name)
+    model, config, task = make_model(*TASKS[name])
     (episode,) = play_episodes(model, config, task, [100_000], action_seed=7)
     evaluated, path = seen[:], write(tmp_path / "model.nn", model, config, task)
     for seed, wrapped in ((7, False), (7, True), (8, True)):
@@ -144,29 +115,25 @@ def test_a_loop_does_what_evaluation_does(tmp_path, seen, name):
             assert total == pytest.approx(episode["reward"] * (agent.section.reward_scale if wrapped else 1))
 
 
-class Planned(gymnasium.Wrapper):
-    """An environment whose episodes have seeds that are given."""
-
-    def __init__(self, env: gymnasium.Env, seeds: list[int]) -> None:
-        super().__init__(env)
-        self.seeds = itertools.cycle(seeds)
-
-    def reset(self, *, seed=None, options=None):
-        """Begin the next of the episodes."""
-        return self.env.reset(seed=next(self.seeds))
+def planned(section, seeds: list[int]) -> gymnasium.Env:
+    """Return an environment whose episodes have seeds that are given."""
+    env, following = make_registered(section), itertools.cycle(seeds)
+    reset = env.reset
+    env.reset = lambda **_: reset(seed=next(following))
+    return env
 
 
 @every_task
 def test_a_vector_environment_does_what_evaluation_does(tmp_path, monkeypatch, seen, name):
     """Three environments, two episodes each, as anybody writes it: values and actions are the same to the last bit."""
     monkeypatch.setattr("evaluation.agent.ENVIRONMENTS", 3)
-    model, config, task = made(name)
+    model, config, task = make_model(*TASKS[name])
     seeds = list(range(100_000, 100_006))
     episodes = play_episodes(model, config, task, seeds, action_seed=7)
     evaluated = seen[:]
     seen.clear()
     agent = Agent.load(write(tmp_path / "model.nn", model, config, task), environments=3, seed=7)
-    envs = [partial(Planned, make_registered(agent.section), seeds[index::3]) for index in range(3)]
+    envs = [partial(planned, agent.section, seeds[index::3]) for index in range(3)]
     env = SyncVectorEnv(envs, autoreset_mode=AutoresetMode.SAME_STEP)
     (observation, info), reward, ended = env.reset(), None, None
     lengths: list[list[int]] = [[0] for _ in range(3)]
@@ -186,7 +153,7 @@ def test_a_vector_environment_does_what_evaluation_does(tmp_path, monkeypatch, s
 @pytest.mark.parametrize("core", ("relative", "gru", "lstm", "none"))
 def test_what_the_last_step_was_like(core):
     """Value, probabilities, attention or the state's change, of one environment and of each of several."""
-    model, config, task = make_model({"type": "Gymnasium", "name": "tests.toy_environments:Toy-v0"}, core)
+    model, config, task = make_model(toy("Toy"), core)
     one, three = Agent(model, config, task), Agent(model, config, task, environments=3, deterministic=True)
     for step in range(7):
         frame = np.full(3, step, np.float32)
@@ -211,7 +178,7 @@ def test_what_the_last_step_was_like(core):
 
 def test_what_is_wrong_is_one_line_and_changes_nothing(tmp_path):
     """An observation or a mask that is none, a step after the end; the right one may follow."""
-    path = write(tmp_path / "model.nn", *made("masked"))
+    path = write(tmp_path / "model.nn", *make_model(*TASKS["masked"]))
     agent, twin, many = (Agent.load(path, environments=n) for n in (None, None, 2))
     right, mask = np.zeros(3, np.float32), np.ones(7)
     agent.act(right, mask), twin.act(right, mask)
@@ -234,7 +201,7 @@ def test_what_is_wrong_is_one_line_and_changes_nothing(tmp_path):
 
 def test_the_example_of_the_readme_runs(monkeypatch, capsys):
     """As it stands, in the repository's folder."""
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(Path(__file__).parent.parent)
     (example,) = re.findall(r"```python\n(from evaluation import Agent.*?)```", Path("README.md").read_text(), re.S)
     exec(compile(example, "README.md", "exec"), {"__name__": "__main__"})
     assert "success" in capsys.readouterr().out

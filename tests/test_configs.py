@@ -9,10 +9,10 @@ import yaml
 
 from run.config import Config, check_config, load_config
 from run.start import Options, Run
+from tests.walk import task_of
 from tools.write_docs import FILES
 from trainer import PPOTrainer
 from utils import UserError
-from worker import inspect_environment
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
@@ -42,14 +42,8 @@ def test_shipped_config_trains(path, tmp_path, monkeypatch):
     logged = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Run, "after_update", lambda self, state, scalars: logged.append((state, scalars)))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # those of tiny models would mostly wait for each other
-    try:
-        options = Options(torch.device("cpu"))
-        trainer = PPOTrainer(config, inspect_environment(config.environment)[0], 1, options)
-        trainer.train(Run("run", config, 1, options))
-    finally:
-        torch.set_num_threads(threads)
+    options = Options(torch.device("cpu"))
+    PPOTrainer(config, task_of(config.environment), 1, options).train(Run("run", config, 1, options))
     ((state, scalars),) = logged
     assert {"losses/policy", "losses/value", "losses/entropy", "training/kl", "gradients/all"} <= scalars.keys()
     assert all(math.isfinite(value) for value in scalars.values()), scalars
@@ -82,12 +76,15 @@ def with_values(**changes: object) -> dict:
     return config
 
 
+# YAML reads dates, bytes and sets; models and checkpoints could not be read again.
+UNKEPT = ("[2021-01-01]", "!!binary abcd", "!!set {a}")
 BAD = {
-    "gamma": [True, "much", None, [], math.nan, 1.1, "nan", 10**400],
+    "gamma": [True, "much", None, [], math.nan, 1.1, 10**400],
     "epochs": [True, 0, 4.0, "4", 10**9],
     "environment__type": [None, "Poc", ["PocMemoryEnv"]],
     "environment__reset_params": [None, [], {"num-seeds": 0}],
     "environment": [None, "PocMemoryEnv"],
+    "environment__arguments__x": [yaml.safe_load(text) for text in UNKEPT],
     "memoryless": [1, {"embed_dim": 16, "positional_encoding": "relative"}],
 }
 
@@ -95,7 +92,8 @@ BAD = {
 @pytest.mark.parametrize("key", BAD)
 def test_bad_values_are_named_by_their_key(key):
     for value in BAD[key]:
-        (line,) = problems(with_values(**{key: value}))
+        gymnasium = {"environment": {"type": "Gymnasium", "name": "CartPole-v1"}} if "arguments" in key else {}
+        (line,) = problems(with_values(**gymnasium, **{key: value}))
         assert line.startswith(key.replace("__", ".").removesuffix(".type")), line
 
 
@@ -130,25 +128,15 @@ def test_all_problems_are_said_at_once():
         assert sum(line.startswith(start) for line in lines) == 1, (start, lines)
 
 
-def test_what_files_cannot_hold():
-    """YAML reads dates, bytes and sets; models and checkpoints could not be read again."""
-    for text in ("[2021-01-01]", "!!binary abcd", "!!set {a}"):
-        section = {"type": "Gymnasium", "name": "CartPole-v1", "arguments": {"x": yaml.safe_load(text)}}
-        (line,) = problems(with_values(environment=section))
-        assert line.startswith("environment.arguments.x"), line
-
-
 # --------------------------------------------------------------------------------------------------------- files, --set
 
 
 def test_overrides():
     path = ROOT / "configs" / "mortar_mayhem_grid_published.yaml"
-    config = load_config(
-        path,
-        ["transformer.num_blocks=2", "learning_rate_schedule.initial=3e-4", "clip_range_schedule.final=0.05",
-         "gamma=.5", "environment.reset_params.command_count=[5, 6]", "gamma=0.9",
-         'transformer.positional_encoding=""'],
-    )  # fmt: skip
+    overrides = ["transformer.num_blocks=2", "learning_rate_schedule.initial=3e-4", "clip_range_schedule.final=0.05",
+                 "gamma=.5", "environment.reset_params.command_count=[5, 6]", "gamma=0.9",
+                 'transformer.positional_encoding=""']  # fmt: skip
+    config = load_config(path, overrides)
     assert config.transformer.num_blocks == 2 and config.gamma == 0.9 and config.transformer.positional_encoding == ""
     assert config.learning_rate_schedule.initial == 3e-4 and config.learning_rate_schedule.final == 1e-5
     before = load_config(path)
@@ -166,7 +154,6 @@ def test_overrides():
         ("num_blocks=1", "num_blocks: is not known here; did you mean transformer.num_blocks?"),
         ("environment.type=CartPole", "environment.name: is not known here"),
         ("environment.view_size=4", "environment.view_size: "),
-        ("a" * 500 + "=1", "aaaa"),
     ],
 )
 def test_bad_override(override, said):
@@ -176,26 +163,21 @@ def test_bad_override(override, said):
     assert said in line and len(line) < 1200, line
 
 
-def test_texts_that_are_no_configs(tmp_path, monkeypatch):
-    """Code and keys that are there twice among them: a short line each."""
+def test_files_that_are_no_configs(tmp_path, monkeypatch):
+    """Code and keys that are there twice among them, a folder and no file: a short line for each thing."""
     monkeypatch.chdir(tmp_path)
-    for text in (
-        "", "5", "a: [", "\0", "a: &x {b: *x}", "? {a: b}\n: 1", "a: 2024-13-45", "--- 1\n--- 2",
-        "!!python/object/apply:os.system ['touch canary']", TEXTS["poc_memory_env"] + "epochs: 7\n",
+    file = Path("a.yaml")
+    for content in (
+        b"", b"5", b"a: [", b"\xff\xfe\xfa", b"a: &x {b: *x}", b"? {a: b}\n: 1", b"a: 2024-13-45", b"--- 1\n--- 2",
+        b"!!python/object/apply:os.system ['touch canary']", (TEXTS["poc_memory_env"] + "epochs: 7\n").encode(),
     ):  # fmt: skip
-        Path("a.yaml").write_text(text)
-        with pytest.raises(UserError) as caught:
-            load_config("a.yaml")
-        assert all(line.startswith("a.yaml: ") and len(line) < 700 for line in str(caught.value).split("\n"))
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=r"\A(a.yaml: .{,700}\n?)+\Z"):
+            load_config(file)
     assert not Path("canary").exists()
-
-
-def test_files_that_cannot_be_read(tmp_path):
-    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\xfa")
-    for path in (tmp_path, tmp_path / "nowhere.yaml", tmp_path / "binary.yaml", "/proc/self/mem", "a\0b"):
-        with pytest.raises(UserError) as caught:
+    for path in (tmp_path, "nowhere.yaml"):
+        with pytest.raises(UserError, match=rf"\A{path}: .*\Z"):
             load_config(path)
-        assert "\n" not in str(caught.value)
 
 
 def test_a_checked_config_stays_as_it_is():

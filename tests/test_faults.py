@@ -25,33 +25,29 @@ import torch
 import xxhash
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils._pytree import tree_flatten
 
 import run.start
 import train
 import worker
 from run import checkpoint
 from run.cli import command_line
-from run.config import load_config
 from run.distributed import Ranks
 from tests.toy_environments import toy
+from tests.walk import tiny
 from trainer import PPOTrainer
 from utils import UserError
 from worker import Workers
 
 ROOT = Path(__file__).parents[1]
-# Of an update of `small_config`.
+# Of an update of a tiny config.
 SAMPLES = 64
 # Nothing here takes as long, unless it hangs.
 PATIENCE = 120
 START = ("--config=run.yaml", "--seed=5", "--cpu", "--processes=2")
 
 
-def small_config(environment: dict, updates: int, **changes) -> dict:
-    """A config that trains in moments."""
-    config = load_config(ROOT / "configs" / "poc_memory_env.yaml").model_dump()
-    config["transformer"] |= {"num_blocks": 1, "embed_dim": 16, "num_heads": 2, "memory_length": 12}
-    config |= {"updates": updates, "epochs": 2, "n_workers": 4, "worker_steps": 16, "n_mini_batch": 2}
-    return config | {"environment": environment, "hidden_layer_size": 16, "checkpoint_interval": 1} | changes
+TOY_CONFIG = tiny(toy("Toy"))
 
 
 def write_config(folder: Path, config: dict) -> None:
@@ -67,14 +63,13 @@ class Process:
 
     def __init__(self, folder: Path, *command: str, log: str = "said.txt", variables=(), **streams):
         self.mark, self.log = str(uuid.uuid4()), folder / log
-        variables = {"MARK": self.mark, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(folder),
-                     **dict(variables)}  # fmt: skip
+        own = {"MARK": self.mark, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
         if (ROOT / command[0]).is_file():
             command = (str(ROOT / command[0]), *command[1:])
         with open(self.log, "w") as said:
             self.handle = subprocess.Popen(
-                [sys.executable, *command], cwd=folder, start_new_session=True, env=os.environ | variables,
-                **{"stdout": said, "stderr": said} | streams,
+                [sys.executable, *command], cwd=folder, env=os.environ | own | dict(variables),
+                start_new_session=True, **{"stdout": said, "stderr": said} | streams,
             )  # fmt: skip
 
     @property
@@ -115,7 +110,7 @@ def patched(patch: str) -> tuple[str, str]:
     return "-c", f"{patch}\nimport train\nfrom run import cli\ncli.command_line(train.main)"
 
 
-def command(folder: Path, *arguments: str, program: ModuleType = train, code: int = 0) -> str:
+def command(folder: Path, *arguments: object, program: ModuleType = train, code: int = 0) -> str:
     """Run a main program within this process, to end with an exit code; return what it said."""
     said, found = io.StringIO(), 0
     # TensorBoard orders the files of a run by the second of their creation. A process takes longer than that to start.
@@ -123,9 +118,10 @@ def command(folder: Path, *arguments: str, program: ModuleType = train, code: in
     time.sleep(max(0.0, max(events, default=0) + 1 - time.time()))
     with (
         contextlib.chdir(folder),
+        contextlib.redirect_stdout(said),
         contextlib.redirect_stderr(said),
-        mock.patch.object(sys, "argv", [f"{program.__name__}.py", *arguments]),
-        mock.patch("run.cli.cores", lambda: 1),
+        mock.patch.object(sys, "argv", [f"{program.__name__}.py", *map(str, arguments)]),
+        mock.patch("torch.set_num_threads"),
     ):
         try:
             command_line(program.main)
@@ -136,7 +132,7 @@ def command(folder: Path, *arguments: str, program: ModuleType = train, code: in
 
 
 def start(folder: Path, config: dict, *arguments: str, code: int = 0) -> str:
-    """Start a run named "run" on the CPU with seed 5, unless another is given, within this process."""
+    """Start a run named "run" on the CPU with seed 5 within this process."""
     write_config(folder, config)
     return command(folder, *START, *arguments, code=code)
 
@@ -164,15 +160,11 @@ def disturb_call(owner: object, name: str, count: int, deed: Callable, monkeypat
 
 def same(one: object, other: object) -> bool:
     """Tell whether nested data with tensors are equal to the bit."""
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, dict):
-        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(same(*pair) for pair in zip(one, other, strict=True))
-    if isinstance(one, torch.Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
-    return one == other
+    (leaves, layout), (others, other_layout) = tree_flatten(one), tree_flatten(other)
+    return layout == other_layout and all(
+        a.dtype == b.dtype and torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+        for a, b in zip(leaves, others, strict=True)
+    )
 
 
 def events_of(folder: Path, name: str = "run", kind: str = "scalars") -> EventAccumulator:
@@ -230,12 +222,10 @@ def toy_copy(toy_run, tmp_path) -> Path:
     return tmp_path
 
 
-TOY_CONFIG = small_config(toy("Toy"), 6)
-MEMORY_CONFIG = small_config(
+MEMORY_CONFIG = tiny(
     {"type": "Minigrid", "name": "MiniGrid-MemoryS9-v0", "max_episode_steps": 40},
-    6,
     checkpoint_interval=2,
-    novelty_schedule={"initial": 0.0, "final": 0.01, "power": 1.0, "max_decay_steps": 20},
+    novelty_schedule={"initial": 0.0, "final": 0.01, "max_decay_steps": 20},
 )
 
 # --------------------------------------------------------------------------------------------------------------- kills
@@ -259,9 +249,8 @@ def test_killed_and_resumed(tmp_path):
 
     What is due with a checkpoint, models and histograms, belongs to the run as much as its weights.
     """
-    undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
-    undisturbed.mkdir()
-    disturbed.mkdir()
+    for folder in (undisturbed := tmp_path / "undisturbed", disturbed := tmp_path / "disturbed"):
+        folder.mkdir()
     start(undisturbed, MEMORY_CONFIG)
     write_config(disturbed, MEMORY_CONFIG | {"eval_interval": 4, "histogram_interval": 1, "model_interval": 1})
     process = Process(disturbed, *patched(KILL_AT_4), *START)
@@ -324,14 +313,7 @@ RESUMABLE = "stopped; to go on from .*: python train.py --resume=run"
 DISTURBANCES = {
     "at the start": (Workers, "start", 1, asks(signal.SIGINT), 0, RESUMABLE),
     "sampling": (Workers, "send", 40, asks(signal.SIGTERM), 2, RESUMABLE),
-    "hanging": (
-        Workers,
-        "send",
-        9,
-        asks(signal.SIGINT),
-        0,
-        r"environment \d, reset seed \d+, step 9: hangs, 0.3 s",
-    ),
+    "hanging": (Workers, "send", 9, asks(signal.SIGINT), 0, r"environment \d, reset seed \d+, step 9: hangs, 0.3 s"),
     "learning": (Ranks, "any", 10, asks(signal.SIGHUP), 2, RESUMABLE),
     "saving": (checkpoint, "write_file", 3, asks(signal.SIGUSR1), 3, RESUMABLE),
     "at the end": (run.start.Run, "finish", 1, asks(signal.SIGTERM), 6, "The model is"),
@@ -346,7 +328,7 @@ def test_what_ends_a_run_early_loses_nothing(owner, name, count, deed, update, w
     """The state after the last good update is saved, whoever asks for the end and whatever is going on."""
     hangs, code = "hangs" in words, 0 if update == 6 else 130 if words == RESUMABLE else 1
     interval = 1 if name == "write_file" or words == NOT_FINITE else 100
-    config = small_config(toy("Hangs" if hangs else "Toy"), 6, checkpoint_interval=interval)
+    config = tiny(toy("Hangs" if hangs else "Toy"), checkpoint_interval=interval)
     with monkeypatch.context() as patch:
         patch.setattr(worker, "STOP_SECONDS", 0.3)
         disturb_call(owner, name, count, deed, patch)
@@ -360,7 +342,7 @@ def test_what_ends_a_run_early_loses_nothing(owner, name, count, deed, update, w
 
 def test_ctrl_c_twice(tmp_path):
     """Terminals send it to all processes; the second does not wait for environments that hang."""
-    write_config(tmp_path, small_config(toy("Hangs"), 100, worker_steps=8, checkpoint_interval=100))
+    write_config(tmp_path, tiny(toy("Hangs"), updates=100, worker_steps=8, checkpoint_interval=100))
     process = Process(tmp_path, *patched("import worker; worker.STOP_SECONDS = 100"), *START)
     process.wait_for("update 1/")
     for _ in range(2):
@@ -393,22 +375,15 @@ def packed(content: object, **how) -> bytes:
 def bad_files(good: Path, kind: str, canary: Path) -> dict[str, bytes]:
     """Malicious, damaged and wrong files, by what was done."""
     data, content, evil = good.read_bytes(), read(good), Evil(canary)
-    flipped = bytearray(data)
-    flipped[len(data) // 3] ^= 1
     return {
         "pickle": pickle.dumps(evil) + xxhash.xxh3_128_digest(pickle.dumps(evil)),
-        "evil": packed(evil),
         "evil inside": packed(content | {"weights": evil}),
         "truncated": data[: len(data) // 2],
-        "flipped bit": bytes(flipped),
         "other version": packed(content | {"version": checkpoint.FORMAT_VERSION + 1}),
         "other kind": packed(content | {"kind": "model" if kind == "checkpoint" else "checkpoint"}),
-        "weights alone": packed(content["weights"]),
-        "a list": packed([1]),
         "without weights": packed({key: value for key, value in content.items() if key != "weights"}),
         "other weights": packed(content | {"weights": {"value.bias": torch.zeros(2)}}),
         "other config": packed(content | {"config": content["config"] | {"gamma": 2.0}}),
-        "no config": packed(content | {"config": None}),
     }
 
 
@@ -434,7 +409,7 @@ def test_bad_files(toy_copy, tmp_path):
 # ---------------------------------------------------------------------------------------------------- disks, folders
 
 # Its checkpoints are larger than a megabyte, which is what the program tries to write before it starts.
-LARGE = small_config(toy("Toy"), 6, hidden_layer_size=400)
+LARGE = tiny(toy("Toy"), hidden_layer_size=400)
 
 
 @pytest.fixture
@@ -475,27 +450,20 @@ def test_disk_fills_up(elsewhere, small_disk, tmp_path, monkeypatch):
     assert newest(small_disk)["update"] == 7, said
 
 
-def test_full_disk_is_noticed_at_once(small_disk):
-    (small_disk / "ballast").write_bytes(bytes(28 * 2**20 - 2**19))
-    said = start(small_disk, TOY_CONFIG, code=2)
-    assert said.endswith("No space left on device\n") and said.count("\n") == 1
-    assert not list(small_disk.glob("checkpoints/*"))
-
-
 def test_unwritable_folder(tmp_path):
     """Whether nobody may write there, or a file is in the way."""
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "run").write_text("in the way")
     (tmp_path / "models").symlink_to("/proc")
     for name in ("models", "checkpoints/run"):
-        said = start(tmp_path, small_config(toy("Toy"), 1), "--overwrite", code=2)
+        said = start(tmp_path, TOY_CONFIG, "--overwrite", code=2)
         assert said.count("\n") == 1 and f"{name}: cannot be written to" in said, said
         (tmp_path / name).unlink()
 
 
 def test_existing_run_is_kept(tmp_path):
     """--overwrite replaces a run by another one, not by an error message, which leaves nothing."""
-    config, wrong = small_config(toy("Toy"), 1), small_config(toy("Misspelt"), 1)
+    config, wrong = tiny(toy("Toy"), updates=1), tiny(toy("Misspelt"))
     said = start(tmp_path, wrong, code=2)
     assert said.count("\n") == 1 and [path.name for path in tmp_path.iterdir()] == ["run.yaml"], said
     start(tmp_path, config)
@@ -549,11 +517,7 @@ SPEAKS = """
 import os, sys
 from run.cli import command_line
 os.close(1)
-def main():
-    with open("done", "w") as file:
-        for stream in (sys.stdout, sys.stderr, file):
-            print("said", file=stream, flush=True)
-command_line(main)
+command_line(lambda: [print("said", file=stream, flush=True) for stream in (sys.stdout, sys.stderr)])
 """
 
 
@@ -561,14 +525,13 @@ def test_output_that_cannot_be_written(tmp_path):
     """A closed standard output and a full standard error cost nothing but themselves."""
     with open("/dev/full", "w") as full:
         assert Process(tmp_path, "-c", SPEAKS, stderr=full).finish() == 0
-    assert (tmp_path / "done").read_text() == "said\n"
 
 
 # ------------------------------------------------------------------------------------------------- what a run leaves
 
 
 def test_a_model_knows_where_it_came_from(toy_copy):
-    """Each start says by which code and where; the file holds nothing but the model."""
+    """Each start says by which code and where."""
     with mock.patch("run.checkpoint.git_commit", lambda: "B"):
         resume(toy_copy, "--updates=7")
     model = read(toy_copy / "models" / "run.nn")
@@ -578,18 +541,14 @@ def test_a_model_knows_where_it_came_from(toy_copy):
     assert first["commit"].startswith(head or "unknown") and second["commit"] == about["commit"] == "B"
     assert (first["update"], second["update"]) == (0, 6)
     assert first["torch"] == torch.__version__ and first["numpy"] == np.__version__ and first["device"][:3] == "cpu"
-    size = sum(weight.nbytes for weight in model["weights"].values())
-    assert (toy_copy / "models" / "run.nn").stat().st_size < size + 400 * len(model["weights"]) + 10_000
     texts = events_of(toy_copy, kind="tensors")
-    assert "_hparams_/experiment" in texts.summary_metadata
     config = texts.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert yaml.safe_load(config.strip("`")) == model["config"] | {"updates": 6}
 
 
 def test_evaluations_beside_the_training(tmp_path):
     """All are logged at their steps that were not overtaken; the best model lies beside the last, with its numbers."""
-    config = small_config(toy("Often"), 6, eval_interval=1, video_interval=6)
-    said = start(tmp_path, config)
+    said = start(tmp_path, tiny(toy("Often"), eval_interval=1, video_interval=6))
     (folder,) = (tmp_path / "summaries" / "run").glob("*/evaluation")
     events = EventAccumulator(str(folder), {"images": 0}).Reload()
     points = {event.step: event.value for event in events.Scalars("evaluation/success_mean")}
@@ -606,12 +565,10 @@ def test_evaluations_beside_the_training(tmp_path):
 
 def test_flags(tmp_path):
     """A seed is drawn where none is given, and what was chosen is kept by --resume."""
-    write_config(tmp_path, small_config(toy("Toy"), 9, n_workers=2))
+    write_config(tmp_path, tiny(toy("Toy"), n_workers=2))
     options = (START[0], "--updates=1", "--processes=2")
     said = command(tmp_path, *options, "--device=cpu", "--run-id=named", "--precision=bf16", "--set=gamma=0.9")
     seed = int(re.search(r"run named, seed (\d+), Gymnasium on cpu .* 1 updates of 32 steps", said)[1])
-    processor = Path("/proc/cpuinfo")  # of Linux: avx512_bf16, amx_bf16, bf16
-    assert not processor.exists() or ("emulated" in said) == ("bf16" not in processor.read_text())
     said = command(tmp_path, "--resume=named", "--updates=2", "--cpu", "--processes=1")
     assert "continuing after update 1" in said, said
     model = read(tmp_path / "models" / "named.nn")
@@ -621,24 +578,16 @@ def test_flags(tmp_path):
     learning_rate = "learning_rate_schedule={initial: 0, final: 0, max_decay_steps: 1}"
     said = command(tmp_path, *options, "--set", learning_rate)
     assert same(read(tmp_path / "models" / "next.nn")["weights"], model["weights"]), said
-    said = command(tmp_path, *options, "--overwrite", "--set", "hidden_layer_size=8", code=2)
+    said = command(tmp_path, *options, "--overwrite", "--set", "hidden_layer_size=9", code=2)
     assert "models/named.nn: size mismatch for policy_hidden.weight" in said.splitlines()[-1], said
-
-
-@pytest.mark.slow
-def test_compile(tmp_path):
-    start(tmp_path, small_config(toy("Toy"), 2, prediction_coefficient=0.1), "--compile")
-    checkpoint.load_model(tmp_path / "models" / "run.nn", torch.device("cpu"))
 
 
 WRONG = {
     "--seed=-1": "--seed: should be greater than or equal to 0",
-    "--processes=1.5": "--processes: should be a valid integer",
     "--precision=fp8": "--precision: should be 'float32' or 'bf16'",
     "--device=cuda:99": "--device: cuda:99 is not here",
     "--config=nowhere.yaml": "nowhere.yaml: cannot be read",
     "--run-id=a/b": "--run-id: should match",
-    "--resume=../run": "--resume: should match",
     "--resume=unheard-of": "checkpoints/unheard-of: holds no checkpoint",
     "--unknown": "cannot read",
 }

@@ -28,7 +28,7 @@ LATE_PACKAGES = {"matplotlib", "pygame", "imageio", "tensorboard", "minigrid", "
 # The processes of environments import the worker, and do without PyTorch.
 LATE_IMPORTERS = {*(f"{name}.py" for name in COMMAND_LINES), "run/cli.py", "worker.py", "tools/play_onnx.py"}
 CARD = ("trainer", "auxiliary", "model", "transformer", "recurrence", "buffer", "memory", "worker", "utils")
-MOST_LINES = {"the card": 2950, "trainer.py": 420, "class": 330, "function": 50}
+MOST_LINES = {"the card": 2950, "trainer.py": 420, ast.ClassDef: 330, ast.FunctionDef: 50}
 
 PATHS = sorted(
     path.relative_to(ROOT)
@@ -37,7 +37,6 @@ PATHS = sorted(
 )
 SOURCES = {path.as_posix(): (ROOT / path).read_text(encoding="utf-8") for path in PATHS}
 TREES = {path: ast.parse(source) for path, source in SOURCES.items()}
-FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def room_of(path: str) -> str:
@@ -57,16 +56,6 @@ def imported_modules(tree: ast.AST) -> list[tuple[int, str]]:
     return found
 
 
-def late_imports(tree: ast.AST) -> list[tuple[int, str]]:
-    """Return the imports inside functions."""
-    return sorted({found for node in ast.walk(tree) if isinstance(node, FUNCTIONS) for found in imported_modules(node)})
-
-
-def length(node: ast.stmt) -> int:
-    """Return how many lines a class or a function takes, decorators left out."""
-    return node.end_lineno - node.lineno + 1
-
-
 def test_every_file_has_a_place():
     """Otherwise the other tests would pass over it."""
     outside = {".venv", ".ci-venv", "tests"}
@@ -80,32 +69,25 @@ def test_every_file_has_a_place():
 def test_imports_go_one_way(path):
     """Those for types alone as well: a type that lies above is in the wrong room."""
     room = room_of(path)
-    wrong = [
-        f"{path}:{line} imports {name}"
-        for line, name in imported_modules(TREES[path])
-        if name.startswith(".")
-        or (target := name.split(".")[0]) in FLOOR
-        and FLOOR[target] >= FLOOR[room]
-        and not (target == room and "/" in path)
-    ]
-    assert not wrong
+    for line, name in imported_modules(TREES[path]):
+        target = name.split(".")[0]
+        below = FLOOR.get(target, -1) < FLOOR[room] or target == room and "/" in path
+        assert below and not name.startswith("."), f"{path}:{line} imports {name}"
 
 
 @pytest.mark.parametrize("path", [path for path in SOURCES if path not in LATE_IMPORTERS])
 def test_no_import_hides_in_a_function(path):
-    wrong = [f"{path}:{line} imports {name}" for line, name in late_imports(TREES[path])]
-    assert not [text for text in wrong if text.split()[-1].split(".")[0] not in LATE_PACKAGES]
+    functions = [node for node in ast.walk(TREES[path]) if isinstance(node, ast.FunctionDef)]
+    late = [found for node in functions for found in imported_modules(node)]
+    assert {name.split(".")[0] for _, name in late} <= LATE_PACKAGES, late
 
 
 @pytest.mark.parametrize("path", SOURCES)
 def test_classes_and_functions_are_of_readable_length(path):
-    kinds = {ast.ClassDef: "class", **dict.fromkeys(FUNCTIONS, "function")}
-    long = [
-        f"{path}:{node.lineno} {node.name} has {length(node)} lines"
-        for node in ast.walk(TREES[path])
-        if type(node) in kinds and length(node) > MOST_LINES[kinds[type(node)]]
-    ]
-    assert not long
+    for node in ast.walk(TREES[path]):
+        if type(node) in MOST_LINES:
+            lines = node.end_lineno - node.lineno + 1
+            assert lines <= MOST_LINES[type(node)], f"{path}:{node.lineno} {node.name} has {lines} lines"
 
 
 def test_the_card_is_short():
@@ -118,10 +100,5 @@ def test_the_card_is_short():
 def test_kernels_know_nothing_but_arrays():
     """Nor does anything of reinforcement learning reach them by way of a package."""
     known = {"kernels", "numpy", "torch", *sys.stdlib_module_names}
-    imported = {
-        name.split(".")[0]
-        for path, tree in TREES.items()
-        if room_of(path) == "kernels"
-        for _, name in imported_modules(tree)
-    }
-    assert imported <= known
+    kernels = [tree for path, tree in TREES.items() if room_of(path) == "kernels"]
+    assert {name.split(".")[0] for tree in kernels for _, name in imported_modules(tree)} <= known

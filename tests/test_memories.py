@@ -5,35 +5,21 @@ import pytest
 import textbook
 import torch
 from canonical import TOLERANCE, assert_close
-from test_exactness import checked_rollouts, unsettle
+from test_exactness import checked_rollouts, joined, unsettle
+from test_faults import same
 from torch import Tensor
 from torch.nn import functional
-from torch.utils._pytree import tree_flatten
 
 from buffer import Minibatch
 from model import Output
 from run.config import check_config
 from run.start import Options
-from tests.walk import walk
+from tests.walk import CORES, constant, walk
 from trainer import MOST_HALVINGS, PPOTrainer
 
 CPU = torch.device("cpu")
-CELLS = {
-    "gru": {"layer_type": "gru", "num_layers": 1},
-    "gru of two layers": {"layer_type": "gru", "num_layers": 2},
-    "lstm": {"layer_type": "lstm", "num_layers": 1},
-    "lstm of two layers": {"layer_type": "lstm", "num_layers": 2},
-    "none": {"layer_type": "", "num_layers": 0},
-}
-BLOCKS = {"num_blocks": 2, "embed_dim": 16, "num_heads": 2, "memory_length": 8}
-MEMORIES = {
-    "TrXL": {"transformer": BLOCKS | {"positional_encoding": "relative"}},
-    "GTrXL": {"transformer": BLOCKS | {"positional_encoding": "", "gtrxl": True, "layer_norm": "post"}},
-    "GRU": {"recurrence": {"layer_type": "gru", "embed_dim": 16, "hidden_state_size": 12}},
-    "LSTM": {"recurrence": {"layer_type": "lstm", "embed_dim": 16, "hidden_state_size": 12, "num_layers": 2}},
-    "none": {"memoryless": {"embed_dim": 16}},
-}
-every_memory = pytest.mark.parametrize("memory", MEMORIES)
+AUXILIARY = {f"{task}_coefficient": 0.1 for task in ("prediction", "recall", "reconstruction")}
+every_memory = pytest.mark.parametrize("memory", ("relative", "gated", "gru", "lstm", "none"))
 
 
 # ------------------------------------------------------------------------------------------- against a loop over steps
@@ -52,7 +38,7 @@ class Unrolled:
         """Returns one step of N environments; an episode begins with a state of zeros."""
         embedded = textbook.encode(parameters, self.config, observations)
         output, state = textbook.recur(parameters, self.config, embedded, state * ~starts[:, None, None])
-        return textbook.Step(*textbook.heads(parameters, self.config, output), state, output, None)
+        return textbook.Step(*textbook.heads(parameters, self.config, output), state, output)
 
     @torch.no_grad()
     def take(self, parameters: dict, observations: Tensor, starts: np.ndarray) -> textbook.Step:
@@ -69,16 +55,13 @@ class Unrolled:
             shown = observations.unflatten(0, index.shape)[:, place]
             taken.append(self.step(parameters, shown, self.starts[worker[:, 0], now], state))
             state = taken[-1].memory
-        branches, values = zip(*((step.log_softmaxes, step.value) for step in taken), strict=True)
-        branches = [torch.stack(branch, dim=1).flatten(0, 1) for branch in zip(*branches, strict=True)]
-        outputs = torch.stack([step.output for step in taken], dim=1).flatten(0, 1)
-        return textbook.Step(branches, torch.stack(values, dim=1).flatten(), None, outputs, None)
+        return joined(taken)
 
 
-@pytest.mark.parametrize("cell", CELLS)
-def test_cells_are_a_loop_over_steps(cell):
+@pytest.mark.parametrize(("kind", "layers"), [("gru", 1), ("gru", 2), ("lstm", 1), ("lstm", 2), ("", 0)])
+def test_cells_are_a_loop_over_steps(kind, layers):
     """Sampling, and outputs and gradients in segments of one step, of a few, and of the whole rollout; acting again."""
-    changes = CELLS[cell] | {"hidden_state_size": 7}
+    changes = {"layer_type": kind, "num_layers": layers, "hidden_state_size": 7}
     rollouts = checked_rollouts(changes, (1, 3, 12), 3, ends=0.15, history=Unrolled)
     assert (rollouts.step[:, 1:] == 0).any() and (rollouts.step[:, 0] > 0).any()
     states = rollouts.history.states[:, -13:].flatten(2).float()
@@ -89,7 +72,7 @@ def test_cells_are_a_loop_over_steps(cell):
         expected = rollouts.train(whole, 12).output
         embedded = rollouts.model.embed(rollouts.observations.flatten(0, 1))
         assert_close(rollouts.memory.replay(slice(1, 3), embedded[12:], rollouts.step[1:]), expected[12:])
-        assert (rollouts.train(whole).output - expected).abs().max() > 1e-2 or cell == "none"
+        assert (rollouts.train(whole).output - expected).abs().max() > 1e-2 or not kind
 
 
 # ------------------------------------------------------------------------------------------------- whole training runs
@@ -102,14 +85,12 @@ def make(started):
     def make(memory: str, state: dict | None = None, arguments: dict | None = None, **changes) -> PPOTrainer:
         options = Options(CPU, compile=changes.pop("compile", False))
         arguments = {"scale": 8} | (arguments or {})
-        tasks = {f"{task}_coefficient": 0.1 for task in ("prediction", "recall", "reconstruction")}
-        settings = {"segment_length": 4} | tasks | MEMORIES[memory] | changes
+        settings = {"segment_length": 4} | AUXILIARY | CORES[memory] | changes
         return started(check_config(walk("both", "branches", arguments, **settings), "test"), options, state)
 
     return make
 
 
-@torch.no_grad()
 def recomputed(trainer: PPOTrainer, samples: np.ndarray) -> tuple[Minibatch, Output, Tensor]:
     """Return a minibatch, what training computes for it, and KL(sampled ‖ recomputed) of its samples."""
     with trainer._precision():
@@ -171,10 +152,7 @@ def test_resumed_to_the_bit(make, memory):
         for trainer in (whole, resumed)
     ]
     assert scalars[0] == scalars[1]
-    (states, layout), (others, other_layout) = (tree_flatten(trainer.state_dict()) for trainer in (whole, resumed))
-    assert layout == other_layout
-    for one, other in zip(states, others, strict=True):
-        assert torch.equal(one, other) if isinstance(one, Tensor) else one == other
+    assert same(whole.state_dict(), resumed.state_dict())
 
 
 # ---------------------------------------------------------------------------------- the trust region of what acts next
@@ -198,8 +176,7 @@ def blind(trainer: PPOTrainer, entry: int) -> None:
 @pytest.mark.parametrize("limit", (0.0, 0.01, 1e-12))
 def test_a_step_that_moves_only_memory_is_caught(make, limit):
     """The ratio does not see it, since stored memory is what it was; the line search goes back until it is small."""
-    plain = BLOCKS | {"num_blocks": 1, "positional_encoding": "", "layer_norm": ""}
-    trainer = make("TrXL", transformer=plain, segment_length=1, kl_limit=limit)
+    trainer = make("relative", transformer={"num_blocks": 1, "layer_norm": ""}, segment_length=1, kl_limit=limit)
     blind(trainer, entry := 5)
     trainer.sample()
     before = trainer.optimizer.weights.clone()
@@ -223,18 +200,17 @@ def test_a_step_that_moves_only_memory_is_caught(make, limit):
     assert trainer.acting_kl() > limit
 
 
-@pytest.mark.parametrize("memory", ("TrXL", "LSTM", "none"))
+@pytest.mark.parametrize("memory", ("relative", "lstm", "none"))
 def test_updates_stay_within_the_limit(make, memory):
     """With a learning rate that is far too high steps are halved until they are short enough, and that is logged."""
-    steep = {"initial": 0.02, "final": 0.02, "max_decay_steps": 1}
-    trainer = make(memory, learning_rate_schedule=steep, kl_limit=5e-5)
+    trainer = make(memory, learning_rate_schedule=constant(0.02), kl_limit=5e-5)
     scalars = [trainer.train_update() for _ in range(2)]
     assert all(0 < update["training/acting_kl"] <= 5e-5 for update in scalars)
     assert sum(update["training/halvings"] for update in scalars) > 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("memory", "length"), (("TrXL", 1), ("TrXL", 4), ("GRU", 4)))
+@pytest.mark.parametrize(("memory", "length"), (("relative", 1), ("relative", 4), ("gru", 4)))
 def test_compiled_runs_are_the_same(make, memory, length):
     """Two updates with a compiled model give the numbers of two without, but for rounding."""
     found = []

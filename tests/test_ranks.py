@@ -13,13 +13,15 @@ import pytest
 import torch
 import yaml
 from test_faults import Process, command, same, write_config
+from torch.utils._pytree import tree_leaves
 
 import evaluate
 import train
 from run.checkpoint import load
-from run.config import check_config, load_config
+from run.config import check_config
 from run.distributed import Ranks, check_alike, check_divisible
 from tests.toy_environments import toy
+from tests.walk import constant, tiny
 from utils import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -27,23 +29,23 @@ PROGRAMS = {"train.py": train, "evaluate.py": evaluate}
 TRAIN = ("train.py", "--config=run.yaml", "--cpu", "--processes=1", "--seed=5")
 
 
-def small(name: str, **changes) -> dict:
-    """Return a shipped config scaled down to a fraction of a second; there are minibatches of one rank's samples."""
-    config = load_config(ROOT / "configs" / f"{name}.yaml").model_dump()
-    config["transformer"] |= {"embed_dim": 16, "num_blocks": 2, "memory_length": 16}
-    config |= {"n_workers": 4, "worker_steps": 16, "n_mini_batch": 16, "epochs": 1, "hidden_layer_size": 16}
-    # Little is learned, since Adam turns rounding into steps where a gradient is nearly zero.
-    config["learning_rate_schedule"] = {"initial": 1e-5, "final": 1e-5, "max_decay_steps": 1, "power": 1.0}
-    return config | {"updates": 3, "checkpoint_interval": 1} | changes
+def small(environment: dict, **changes) -> dict:
+    """Return a tiny config with minibatches of one rank's samples.
+
+    Little is learned, since Adam turns rounding into steps where a gradient is nearly zero.
+    """
+    return tiny(environment, **{"updates": 3, "n_mini_batch": 16, "learning_rate_schedule": constant(1e-5)} | changes)
 
 
-# Truncation, vectors, recall, prediction of frames and of vectors.
+# Truncation, vectors, recall, novelty, prediction of frames and of vectors.
+MEMORY = {"type": "Minigrid", "name": "MiniGrid-MemoryS9-v0", "max_episode_steps": 40}
 TASKS = {
-    "vector": small("poc_memory_env", environment=toy("Toy", reset_params={"start-seed": 3}),
-                    normalize_observations=True, prediction_coefficient=0.1),
-    "visual": small("minigrid", prediction_coefficient=0.1, recall_coefficient=0.2),
+    "vector": small(toy("Toy", reset_params={"start-seed": 3}), normalize_observations=True, kl_limit=0.05,
+                    prediction_coefficient=0.1),
+    "visual": small(MEMORY, transformer={"positional_encoding": "absolute"}, novelty_schedule=constant(0.02),
+                    prediction_coefficient=0.1, recall_coefficient=0.2),
 }  # fmt: skip
-LONG = small("poc_memory_env", updates=10_000, environment=toy("Toy"))
+LONG = small(toy("Toy"), updates=10_000)
 
 
 class Launch:
@@ -80,18 +82,11 @@ def checkpoint(folder: Path, run_id: str, update: int) -> dict:
     return load(folder / "checkpoints" / run_id / f"checkpoint-{update:09d}.pt", "checkpoint")
 
 
-def tensors(state: object) -> list[torch.Tensor]:
-    """Return all tensors of numbers in nested dicts and lists."""
-    if isinstance(state, torch.Tensor):
-        return [state] if state.is_floating_point() else []
-    inner = state.values() if isinstance(state, dict) else state if isinstance(state, list) else []
-    return [tensor for value in inner for tensor in tensors(value)]
-
-
 def assert_alike(one: dict, other: dict) -> None:
     """Weights and the optimiser's moments, which have the scale of gradients, are equal but for rounding."""
     for name, few in (("weights", 1e-7), ("optimizer", 1e-6)):
-        pairs = [*zip(tensors(one[name]), tensors(other[name]), strict=True)]
+        pairs = [*zip(tree_leaves(one[name]), tree_leaves(other[name]), strict=True)]
+        pairs = [pair for pair in pairs if isinstance(pair[0], torch.Tensor) and pair[0].is_floating_point()]
         assert len(pairs) > 2 and all((a - b).abs().mean() <= few * max(1, a.abs().max()) for a, b in pairs), name
 
 

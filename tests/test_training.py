@@ -19,7 +19,7 @@ from auxiliary import Novelty, Reconstruction, auxiliary_tasks, embedded_candida
 from environments.section import Schedule
 from model import Output
 from run.config import check_config
-from tests.walk import ACTIONS, SHOWN, walk
+from tests.walk import ACTIONS, SHOWN, constant, walk
 from trainer import PPOTrainer
 from utils import UserError
 
@@ -28,15 +28,6 @@ STATED = {
     Path(model["path"]).name: model["statistics"]
     for model in json.loads((ROOT / "docs" / "results" / "models.json").read_text())["models"]
 }
-
-
-def constant(value: float) -> dict:
-    return {"initial": value, "final": value, "max_decay_steps": 1}
-
-
-def output_of(tensor: Tensor) -> Output:
-    """Return as much of a model's output as auxiliary tasks read."""
-    return Output(None, None, None, tensor, [])
 
 
 # --------------------------------------------------------------------------------------------------------- prediction
@@ -82,7 +73,7 @@ def test_prediction_is_the_textbooks(sampled, shown, actions):
         plain = [tensor.detach().double().requires_grad_() for tensor in (output, embedded)]
         expected, *shares, ended = expected_loss(trainer, samples, own, *plain)
         candidates = embedded if shown == "vectors" else embedded_candidates(trainer.ranks, batch, embedded)
-        found, reported = task.loss(output_of(output), batch, candidates)
+        found, reported = task.loss(Output(None, None, None, output, []), batch, candidates)
         assert_close(found, expected)
         assert_close(torch.stack(reported), torch.tensor([expected.item(), *shares][: len(task.reports)]))
         settings = {"allow_unused": True, "materialize_grads": True}
@@ -121,15 +112,12 @@ def test_bf16_computes_the_same_but_for_rounding(sampled, encoding, length):
     torch.testing.assert_close(*found, rtol=0.05, atol=0.02)
 
 
-@pytest.mark.parametrize("size", ((84, 84), (36, 36), (40, 64), (37, 51)))
-def test_reconstruction_has_the_size_of_the_frame(size):
-    model = canonical.build(BASE | {"visual": True}, (3, *size))
-    assert Reconstruction(model)(torch.randn(2, model.transformer.embed_dim)).shape == (2, 3, *size)
-
-
-def test_reconstruction_needs_frames():
-    config = canonical.product_config(BASE | {"reconstruction_coefficient": 0.1})
+def test_reconstruction_has_the_size_of_the_frame():
+    for size in ((84, 84), (36, 36), (40, 64), (37, 51)):
+        model = canonical.build(BASE | {"visual": True}, (3, *size))
+        assert Reconstruction(model)(torch.randn(2, model.transformer.embed_dim)).shape == (2, 3, *size)
     with pytest.raises(UserError, match="needs frames"):
+        config = canonical.product_config(BASE | {"reconstruction_coefficient": 0.1})
         auxiliary_tasks(config, canonical.build(BASE, (5,)))
 
 

@@ -26,7 +26,6 @@ class Step(NamedTuple):
     value: Tensor  # (N,)
     memory: Tensor  # (N, blocks, D), the items that these steps write
     output: Tensor  # (N, D), the output of the last block
-    attention: Tensor  # (N, blocks, H, S), weights; zero in masked slots
 
 
 class Windows(NamedTuple):
@@ -112,8 +111,8 @@ def relative_scores(parameters: Parameters, name: str, config: Config, query: Te
 
 def attend(
     parameters: Parameters, name: str, config: Config, query: Tensor, items: Tensor, mask: Tensor, distances: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Multi-head attention from one query (N, D) to its own items (N, S, D): result (N, D), weights (N, H, S)."""
+) -> Tensor:
+    """Multi-head attention from one query (N, D) to its own items (N, S, D): result (N, D)."""
     samples, slots, dimension = items.shape
     heads = config["num_heads"]
     head_dim = dimension // heads
@@ -130,7 +129,7 @@ def attend(
     # The lowest finite score, not -inf: a sample without any item gets weights, not NaN, and the product clears them.
     weights = torch.softmax(scores.masked_fill(~valid, torch.finfo(scores.dtype).min), dim=-1) * valid
     context = torch.einsum("nhs,nshd->nhd", weights, values).reshape(samples, dimension)  # (N, H, head_dim) -> (N, D)
-    return linear(parameters, f"{name}.out", context), weights
+    return linear(parameters, f"{name}.out", context)
 
 
 def gate(parameters: Parameters, name: str, x: Tensor, y: Tensor) -> Tensor:
@@ -150,49 +149,36 @@ def residual(parameters: Parameters, name: str, config: Config, x: Tensor, y: Te
 
 def block(
     parameters: Parameters, name: str, config: Config, hidden: Tensor, items: Tensor, mask: Tensor, distances: Tensor
-) -> tuple[Tensor, Tensor]:
-    """One transformer block on queries (N, D) and items with positions (N, S, D): output (N, D), weights (N, H, S)."""
+) -> Tensor:
+    """One transformer block on queries (N, D) and items with positions (N, S, D): output (N, D)."""
     pre, post = config["layer_norm"] == "pre", config["layer_norm"] == "post"
     query = layer_norm(parameters, f"{name}.norm1", hidden) if pre else hidden
     items = layer_norm(parameters, f"{name}.norm_kv", items) if pre else items
-    attention, weights = attend(parameters, f"{name}.attention", config, query, items, mask, distances)
+    attention = attend(parameters, f"{name}.attention", config, query, items, mask, distances)
     hidden = residual(parameters, f"{name}.gate1", config, hidden, attention)
     hidden = layer_norm(parameters, f"{name}.norm1", hidden) if post else hidden
     inputs = layer_norm(parameters, f"{name}.norm2", hidden) if pre else hidden
     forwarded = torch.relu(linear(parameters, f"{name}.feed_forward", inputs))
     hidden = residual(parameters, f"{name}.gate2", config, hidden, forwarded)
-    hidden = layer_norm(parameters, f"{name}.norm2", hidden) if post else hidden
-    return hidden, weights
+    return layer_norm(parameters, f"{name}.norm2", hidden) if post else hidden
 
 
-def forward(
-    parameters: Parameters,
-    config: Config,
-    embedded: Tensor,
-    windows: Tensor,
-    mask: Tensor,
-    positions: Tensor,
-    steps: Tensor,
-) -> Step:
-    """The transformer and the heads.
+def forward(parameters: Parameters, config: Config, embedded: Tensor, windows: Windows) -> Step:
+    """The transformer and the heads, from h0 (N, D), without position, and each sample's memory.
 
-    embedded (N, D) is h0, without position; windows (N, S, blocks, D), mask (N, S) and positions (N, S) describe each
-    sample's memory; steps (N,) are the samples' own episode steps. A sample without items attends to
-    nothing: its context is zero.
+    A sample without items attends to nothing: its context is zero.
     """
-    windows = windows.to(embedded.dtype)
+    remembered, mask, positions, steps = windows
     distances = steps.unsqueeze(1) - positions  # (N, 1) - (N, S) -> (N, S)
-    hidden, memory, attention = add_own_position(parameters, config, embedded, steps), [], []
+    hidden, memory = add_own_position(parameters, config, embedded, steps), []
     for index in range(config["num_blocks"]):
         memory.append(hidden)
-        items = add_positions(parameters, config, windows[:, :, index], mask, positions)  # (N, S, D)
-        hidden, weights = block(parameters, f"block{index}", config, hidden, items, mask, distances)
-        attention.append(weights)
+        items = add_positions(parameters, config, remembered[:, :, index], mask, positions)  # (N, S, D)
+        hidden = block(parameters, f"block{index}", config, hidden, items, mask, distances)
     return Step(
         *heads(parameters, config, hidden),
         memory=torch.stack(memory, dim=1),  # blocks times (N, D) -> (N, blocks, D)
         output=hidden,
-        attention=torch.stack(attention, dim=1),  # blocks times (N, H, S) -> (N, blocks, H, S)
     )
 
 
@@ -383,35 +369,24 @@ def number_episodes(episode_starts: Sequence[bool]) -> tuple[list[int], list[int
     return episodes, steps
 
 
-def remembered(episodes: Sequence[int], episode: int, now: int, memory_length: int) -> list[int]:
-    """Indices of what a query of `episode` remembers at time `now`: its episode's items among the previous L."""
-    return [index for index in range(max(0, now - memory_length), now) if episodes[index] == episode]
-
-
-def windows_from_history(
-    items: Tensor,
-    episode_starts: Sequence[bool],
-    memory_length: int,
-    indices: Sequence[int] | None = None,
-    final: bool = False,
+def window_from_history(
+    items: Tensor, episode_starts: Sequence[bool], memory_length: int, index: int, final: bool = False
 ) -> Windows:
-    """The windows, S = memory_length slots, of the samples `indices` (default: all) of one worker's whole history.
+    """The window, S = memory_length slots, of step `index` of one worker's whole history: N = 1.
 
     items (steps, blocks, D) are all that the worker ever wrote, episode_starts[i] says whether step i is the first of
     an episode. It may be one longer than items: its last index is then the step that is about to be taken (bootstrap
-    value). With `final`, sample i is instead the observation that followed step i in the same episode, which is not
-    in the history if the episode was truncated there.
+    value). With `final`, it is instead the window of the observation that followed the step in the same episode, which
+    is not in the history if the episode was truncated there.
     """
     episodes, steps = number_episodes(episode_starts)
-    indices = range(len(episodes)) if indices is None else indices
-    windows = torch.zeros(len(indices), memory_length, *items.shape[1:], dtype=items.dtype)
-    mask = torch.zeros(len(indices), memory_length, dtype=torch.bool)
-    positions = torch.zeros(len(indices), memory_length, dtype=torch.int64)
-    for row, index in enumerate(indices):
-        now = index + 1 if final else index
-        for slot, source in enumerate(remembered(episodes, episodes[index], now, memory_length)):
-            windows[row, slot] = items[source]
-            mask[row, slot] = True
-            positions[row, slot] = steps[source]
-    own_steps = [steps[index] + 1 if final else steps[index] for index in indices]
-    return Windows(windows, mask, positions, torch.tensor(own_steps, dtype=torch.int64))
+    windows = torch.zeros(1, memory_length, *items.shape[1:], dtype=items.dtype)
+    mask = torch.zeros(1, memory_length, dtype=torch.bool)
+    positions = torch.zeros(1, memory_length, dtype=torch.int64)
+    now = index + 1 if final else index
+    own = [i for i in range(max(0, now - memory_length), now) if episodes[i] == episodes[index]]  # of its episode
+    for slot, source in enumerate(own):
+        windows[0, slot] = items[source]
+        mask[0, slot] = True
+        positions[0, slot] = steps[source]
+    return Windows(windows, mask, positions, torch.tensor([steps[index] + final]))

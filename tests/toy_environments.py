@@ -55,15 +55,6 @@ class Toy(gymnasium.Env):
         """Go wrong, or not."""
 
 
-def once(name: str) -> bool:
-    """Tell whether this is the first call with that name in the whole run, whatever the process; needs TOY_FOLDER."""
-    try:
-        (Path(os.environ["TOY_FOLDER"]) / name).touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    return True
-
-
 class Faulty(Toy):
     """Goes wrong at a step, in one of the ways that `FAULTS` names."""
 
@@ -92,22 +83,16 @@ FAULTS = {
 }
 
 
-class Hang(Toy):
-    """Hangs once there is the file TOY_FOLDER/hang."""
-
-    def fault(self):
-        while (Path(os.environ["TOY_FOLDER"]) / "hang").exists():
-            time.sleep(1)
-
-
 class KillTrainerOnce(Toy):
-    """Kills the trainer in its third rollout, where it has two environments in one process."""
+    """Kills the trainer in its third rollout, where it has two environments in one process; needs TOY_FOLDER."""
 
     steps = 0
 
     def fault(self):
         KillTrainerOnce.steps += 1
-        if KillTrainerOnce.steps == 70 and once("killed"):
+        killed = Path(os.environ["TOY_FOLDER"]) / "killed"
+        if KillTrainerOnce.steps == 70 and not killed.exists():
+            killed.touch()
             os.kill(multiprocessing.parent_process().pid, signal.SIGKILL)
 
 
@@ -159,10 +144,7 @@ class Masked(Toy):
         return np.array([self.age > 0, 1, self.age % 2, 0, 1, self.age % 3 == 0, self.age > 5], dtype=np.int8)
 
 
-TOYS = (Toy, Hang, KillTrainerOnce, Random, Often, Acted, Masked)
-for name, kind, arguments in [
-    *((kind.__name__, kind, {}) for kind in TOYS),
-    *((name, Faulty, {"name": name}) for name in FAULTS),
-]:
-    if f"{name}-v0" not in gymnasium.registry:
-        gymnasium.register(f"{name}-v0", entry_point=kind, max_episode_steps=LONGEST, kwargs=arguments)
+for kind in (Toy, KillTrainerOnce, Random, Often, Acted, Masked):
+    gymnasium.register(f"{kind.__name__}-v0", entry_point=kind, max_episode_steps=LONGEST)
+for name in FAULTS:
+    gymnasium.register(f"{name}-v0", entry_point=Faulty, max_episode_steps=LONGEST, kwargs={"name": name})

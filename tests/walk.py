@@ -1,4 +1,4 @@
-"""A walk that the tests train on: quick, of every kind of observation and action, with both kinds of ends."""
+"""What tests train on: tiny configs, and a walk of every kind of observation and action with both kinds of ends."""
 
 import sys
 
@@ -18,6 +18,13 @@ ACTIONS = {
     "branches": spaces.MultiDiscrete([3, 2]),
     "continuous": spaces.Box(-2, 2, (2,), np.float32),
 }
+CORES: dict = {
+    **{code: {"transformer": {"positional_encoding": code}} for code in ("relative", "learned", "absolute", "")},
+    "gated": {"transformer": {"positional_encoding": "", "gtrxl": True, "layer_norm": "post"}},
+    "gru": {"recurrence": {"layer_type": "gru", "embed_dim": 16, "hidden_state_size": 12}},
+    "lstm": {"recurrence": {"layer_type": "lstm", "embed_dim": 16, "hidden_state_size": 12, "num_layers": 2}},
+    "none": {"memoryless": {"embed_dim": 16}},
+}
 
 
 class Walk(gymnasium.Env):
@@ -30,9 +37,8 @@ class Walk(gymnasium.Env):
     def __init__(self, shown, actions, longest=LONGEST, scale=1):
         self.shown, self.action_space, self.longest, self.scale = shown, ACTIONS[actions], longest, scale
         frame = spaces.Box(0, 255, (SIDE * scale, SIDE * scale, 1), np.uint8)
-        self.observation_space = {"frames": frame, "vectors": VECTOR, "both": spaces.Dict(frame=frame, vector=VECTOR)}[
-            shown
-        ]
+        both = spaces.Dict(frame=frame, vector=VECTOR)
+        self.observation_space = {"frames": frame, "vectors": VECTOR, "both": both}[shown]
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -67,25 +73,25 @@ def task_of(section: Section) -> Task:
         env.close()
 
 
-def walk(shown, actions, arguments=None, **changes):
-    """Return a config of the walk that trains in moments, with a transformer unless `changes` name another memory."""
-    schedule = {"initial": 1e-3, "final": 1e-3, "max_decay_steps": 10}
-    arguments = {"shown": shown, "actions": actions} | (arguments or {})
-    environment = {"type": "Gymnasium", "name": "tests.walk:Walk-v0", "arguments": arguments}
+def constant(value):
+    """Return a schedule that does not change."""
+    return {"initial": value, "final": value, "max_decay_steps": 10}
+
+
+def tiny(environment, **changes):
+    """Return a config that trains in moments, with a transformer unless `changes` name another memory."""
     transformer = {"num_blocks": 2, "embed_dim": 16, "num_heads": 2, "memory_length": 8, "positional_encoding": ""}
     if not {"recurrence", "memoryless"} & changes.keys():
         changes["transformer"] = transformer | changes.get("transformer", {})
-    return {
-        "environment": environment | {"max_episode_steps": arguments.get("longest", LONGEST)},
-        "updates": 4,
-        "epochs": 1,
-        "n_workers": 4,
-        "worker_steps": 16,
-        "n_mini_batch": 4,
-        "hidden_layer_size": 8,
-        "prediction_coefficient": 0.5,
-        "normalize_observations": shown != "frames",
-        "learning_rate_schedule": schedule,
-        "beta_schedule": schedule,
-        "clip_range_schedule": schedule,
-    } | changes
+    sizes = {"updates": 6, "epochs": 1, "n_workers": 4, "worker_steps": 16, "n_mini_batch": 4, "hidden_layer_size": 8}
+    schedules = {f"{name}_schedule": constant(1e-3) for name in ("learning_rate", "beta", "clip_range")}
+    return {"environment": environment, "checkpoint_interval": 1} | sizes | schedules | changes
+
+
+def walk(shown, actions, arguments=None, **changes):
+    """Return the tiny config of a walk."""
+    arguments = {"shown": shown, "actions": actions} | (arguments or {})
+    environment = {"type": "Gymnasium", "name": "tests.walk:Walk-v0", "arguments": arguments}
+    environment["max_episode_steps"] = arguments.get("longest", LONGEST)
+    learned = {"prediction_coefficient": 0.5, "normalize_observations": shown != "frames"}
+    return tiny(environment, **learned | changes)
