@@ -39,8 +39,9 @@ def test_an_episode_can_be_walked_through(browser, tmp_path, scheme, width, core
     page.on("request", lambda asked: complaints.extend([asked.url] * (asked.url[:5] not in ("file:", "data:"))))
     page.goto(f"file://{tmp_path}/page.html#t=3")
     page.wait_for_selector("body[data-ready]")
-    probabilities = [f"{100 * p:.0f} %" for p in shown.steps["probabilities"][3][0]]
-    assert page.inner_text("#step") == "3" and page.locator(".share").all_inner_texts() == probabilities
+    shares = [float(text.removesuffix(" %")) for text in page.locator(".share").all_inner_texts()]
+    assert page.inner_text("#step") == "3"
+    np.testing.assert_allclose(shares, 100 * np.array(shown.steps["probabilities"][3][0]), atol=0.51)
     if core == "relative":  # two blocks of two heads
         weights = page.evaluate("[0, 1, 2, 3].map(row => [0, 1, 2].map(past => weight(3, row, past)))")
         np.testing.assert_allclose(weights, np.concatenate(moments[3].past), atol=0.005)
