@@ -87,7 +87,8 @@ def draw(rows: list[Row], output: Path) -> None:
             axes.scatter(*zip(*singles, strict=True), s=12, color=line.get_color())
         ticks = LADDERS[task][2]
         axes.set(title=task, xlabel=LADDERS[task][0].replace("_", " "), ylabel="success", ylim=(0, 1.05), xscale="log")
-        axes.set_xticks(ticks, map(str, ticks))
+        axes.set_xlim(0.9 * ticks[0], 1.1 * ticks[-1])
+        axes.set_xticks(ticks, map(str, ticks), fontsize=8)
         axes.minorticks_off()
     save(panels[-1], output.with_name(f"{output.name}.png"))
 
