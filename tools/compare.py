@@ -109,8 +109,8 @@ def draw(rows: list[Row], output: Path) -> None:
             lines.append(f"| {' | '.join([*cells, *(f'{median:,.0f}' for median in medians)])} |")
             curves = np.array([row["curve"].split() for row in own], dtype=float)
             steps = np.arange(1, PARTS + 1) / PARTS * medians[0]
-            (line,) = axes.plot(steps, curves.mean(axis=0), label=MEMORIES[memory])
-            axes.fill_between(steps, curves.min(axis=0), curves.max(axis=0), alpha=0.15, color=line.get_color())
+            axes.plot(steps, curves.mean(axis=0), label=MEMORIES[memory], color=colour(memory))
+            axes.fill_between(steps, curves.min(axis=0), curves.max(axis=0), alpha=0.15, color=colour(memory))
         save(axes, output.with_name(f"{output.name}_{task}.png"))
     write_file(output.with_name(f"{output.name}.md"), ("\n".join(lines) + "\n").encode())
 
@@ -123,6 +123,11 @@ def grouped(rows: list[Row], column: str) -> dict[str, list[Row]]:
     return groups
 
 
+def colour(memory: str) -> str:
+    """Return a memory's colour, the same in all figures."""
+    return f"C{list(MEMORIES).index(memory)}"
+
+
 def new_figure(panels: int = 1):
     """Return the axes of a new figure, an array of them where it has several panels."""
     from matplotlib.figure import Figure
@@ -131,10 +136,12 @@ def new_figure(panels: int = 1):
 
 
 def save(axes, path: Path) -> None:
-    """Write the figure that axes belong to; its legend is theirs, below it."""
-    axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    """Write the figure that axes belong to, with one legend for all of its panels below it."""
+    figure = axes.figure
+    lines = {line.get_label(): line for panel in figure.axes for line in panel.get_legend_handles_labels()[0]}
+    figure.legend(handles=list(lines.values()), loc="outside lower center", ncols=3)
     stream = io.BytesIO()
-    axes.figure.savefig(stream, dpi=150)
+    figure.savefig(stream, dpi=150)
     write_file(path, stream.getvalue())
 
 

@@ -27,7 +27,7 @@ import numpy as np
 from run.cli import arguments_of, command_line
 from run.config import load_config
 from tools import compare
-from tools.compare import COLUMNS, CONFIGS, MEMORIES, grouped, measure, new_figure, save
+from tools.compare import COLUMNS, CONFIGS, MEMORIES, colour, grouped, measure, new_figure, save
 from tools.runs import Row, Trial, chosen, digest, fill, make_trial
 
 # Task → what its length is called, how much longer an episode is at most, the lengths.
@@ -82,9 +82,10 @@ def draw(rows: list[Row], output: Path) -> None:
             found: dict[int, list[float]] = {}
             for row in sorted(own, key=lambda row: int(row["length"])):
                 found.setdefault(int(row["length"]), []).append(float(row["success"]))
-            (line,) = axes.plot([*found], [np.mean(values) for values in found.values()], label=MEMORIES[memory])
+            means = [np.mean(values) for values in found.values()]
+            axes.plot([*found], means, label=MEMORIES[memory], color=colour(memory))
             singles = [(length, value) for length, values in found.items() for value in values]
-            axes.scatter(*zip(*singles, strict=True), s=12, color=line.get_color())
+            axes.scatter(*zip(*singles, strict=True), s=12, color=colour(memory))
         ticks = LADDERS[task][2]
         axes.set(title=task, xlabel=LADDERS[task][0].replace("_", " "), ylabel="success", ylim=(0, 1.05), xscale="log")
         axes.set_xlim(0.9 * ticks[0], 1.1 * ticks[-1])
