@@ -147,8 +147,8 @@ def packed_type(task: Task) -> np.dtype:
 def seed_generators(*numbers: int) -> None:
     """Seed the global generators, `random`'s, NumPy's and PyTorch's where it is imported, by all of the numbers.
 
-    That is done before every step of an environment that is not ours: so what it draws depends on its episode and its
-    step alone, not on who else is in its process. Ours have generators of their own, and 8 µs are twice their step.
+    Before every step of an environment that the user brings, so that what it draws depends on its episode and its step
+    alone, not on who else is in its process. The other types draw from their own generators, and are spared the 8 µs.
     """
     seed = xxhash.xxh3_64_intdigest(repr(numbers).encode())
     random.seed(seed)

@@ -239,8 +239,6 @@ class Actor:
 
     def action(self, action: Any) -> Any:
         """Return the environment's own action for one of shape (branches,), (n,), or an int for one branch."""
-        if isinstance(self._own, spaces.Discrete):
-            return self._own.dtype.type(np.asarray(action).item() + self._own.start)
         numbers = action if self.branches else np.clip(np.asarray(action, np.float64), *self.bounds)
         return rebuilt(self._own, iter(np.ravel(numbers)))
 

@@ -98,6 +98,7 @@ def to_file(*suffixes: str) -> AfterValidator:
     """Return the check of an option that names a file to be written, with one of these endings."""
 
     def check(path: Path) -> Path:
+        """Return the path; ValueError, saying what it should be, where it is not that."""
         if path.suffix.lower() not in suffixes and suffixes != ("",):
             raise ValueError(f"should end in {' or '.join(suffixes)}")
         if not path.name or path.is_dir():
