@@ -26,37 +26,25 @@ Loss = tuple[Tensor, list[Tensor]]
 
 
 class AuxiliaryTask(nn.Module):
-    """Base of what is learned beside PPO.
+    """Base of what is learned beside PPO."""
 
-    Attributes:
-        reports: the names of what `loss` reports.
-        compares: whether it compares a sample with all distinct frames of its minibatch.
-        needs_frames: whether vectors are not enough for it.
-    """
-
-    reports: tuple[str, ...]
-    compares = needs_frames = False
+    reports: tuple[str, ...]  # the names of what `loss` reports
+    compares = False  # whether it compares a sample with all distinct frames of its minibatch
+    needs_frames = False  # whether vectors are not enough for it
 
     def prepare(self, buffer: Buffer) -> None:
         """Derive what the targets need of a whole rollout."""
 
     def loss(self, output: Output, batch: Minibatch, candidates: Tensor) -> Loss:
-        """Return this rank's share of the loss, and of what is reported of it.
+        """Return this rank's share of the loss, and of what is reported, for the model's output of a minibatch.
 
-        Args:
-            output: of the minibatch under the current weights.
-            batch: the minibatch.
-            candidates: (M', D) its distinct frames, embedded.
+        `candidates` (M', D) are its distinct frames, embedded.
         """
         raise NotImplementedError
 
 
 class Reconstruction(AuxiliaryTask):
-    """Reconstructs the frame from the transformer's output, by the encoder upside down (Pleines et al. 2025).
-
-    Args:
-        model: whose encoder's sizes are to be reached.
-    """
+    """Reconstructs the frame from the transformer's output, by the encoder upside down (Pleines et al. 2025)."""
 
     reports, needs_frames = ("reconstruction",), True
 
@@ -91,9 +79,6 @@ class Recall(AuxiliaryTask):
 
     It teaches attention to keep what was seen, and gives the encoder a reason to tell frames apart whose difference
     matters only later: memory is detached, so no gradient of the policy reaches their encoding.
-
-    Args:
-        model: whose task it is.
     """
 
     reports, compares, needs_frames = ("recall",), True, True
@@ -122,11 +107,9 @@ class Recall(AuxiliaryTask):
             running[everyone, frames[:, t]] = True
 
     def targets(self, batch: Minibatch) -> tuple[Tensor, Tensor]:
-        """Return what the samples of a minibatch should recall of its M' distinct frames.
+        """Return whether a sample's episode has shown each distinct frame (N, M'), and whether that is known (N, 1).
 
-        Returns:
-            Whether the episode has shown the frame (N, M'), and whether that is known (N, 1): the whole episode lies in
-            this rollout and in the memory window.
+        It is where the whole episode lies in this rollout and in the memory window.
         """
         worker, t = np.divmod(batch.samples, self.seen.shape[1])
         shown = self.seen[worker, t][:, batch.candidates]
@@ -150,9 +133,6 @@ class NextObservation(AuxiliaryTask):
     remembered, and reaches what memory, which is detached, cannot teach the encoder.
 
         logits(n, m) = (W o_n ⊙ (1 + E[a_n])) · e_m / √D + prior(e_m)
-
-    Args:
-        model: whose task it is.
     """
 
     def __init__(self, model: ActorCriticModel) -> None:
@@ -215,11 +195,7 @@ class NextObservation(AuxiliaryTask):
 
 
 def auxiliary_tasks(config: Config, model: ActorCriticModel) -> dict[str, AuxiliaryTask]:
-    """Return the tasks whose coefficient, `<name>_coefficient` of the config, is above 0, by name.
-
-    Raises:
-        UserError: if a task does not suit what is observed.
-    """
+    """Return the tasks with `<name>_coefficient` above 0, by name; UserError if one does not suit what is observed."""
     tasks: dict[str, AuxiliaryTask] = {}
     kinds = {"reconstruction": Reconstruction, "recall": Recall, "prediction": NextObservation}
     for name, kind in kinds.items():
@@ -233,22 +209,14 @@ def auxiliary_tasks(config: Config, model: ActorCriticModel) -> dict[str, Auxili
 def embedded_candidates(ranks: Ranks, batch: Minibatch, embedded: Tensor) -> Tensor:
     """Return all distinct frames of a minibatch (M', D), embedded: each by the first rank that has it.
 
-    Args:
-        ranks: of the run; their gradients come together where a frame was embedded.
-        batch: this rank's share of the minibatch.
-        embedded: (M, D) its own distinct observations.
+    The gradients of all ranks come together there. `embedded` (M, D) are this rank's own distinct observations.
     """
     candidates = embedded.new_zeros(len(batch.candidates), embedded.shape[1])
     return ranks.sum_with_gradient(candidates.index_copy(0, batch.own, embedded[batch.rows]))
 
 
 class Novelty:
-    """An episodic bonus: paid for each observation that the running episode has not shown yet.
-
-    Args:
-        schedule: of the bonus.
-        n_workers: number of environments.
-    """
+    """An episodic bonus: paid for each observation that the running episode has not shown yet."""
 
     def __init__(self, schedule: Schedule, n_workers: int) -> None:
         self.schedule = schedule
@@ -260,13 +228,9 @@ class Novelty:
         self.seen[index] = {digest: None}
 
     def bonus(self, group: range, digests: list[bytes], ended: np.ndarray, update: int) -> np.ndarray:
-        """Return the bonus (n,) of what a group of n environments shows.
+        """Return the bonus (n,) of a group of n environments for their current observations, by these' digests.
 
-        Args:
-            group: of environments.
-            digests: of their current observations.
-            ended: (n,) whether an episode ended, so that the observation is the next one's first.
-            update: number of finished updates.
+        `ended` (n,) says whether an episode ended, so that the observation is the next one's first.
         """
         bonus, paid = polynomial_decay(self.schedule, update), np.zeros(len(group), dtype=np.float32)
         if bonus == 0 and self.schedule.final == 0:  # for good: it need not know what was shown

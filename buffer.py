@@ -19,43 +19,24 @@ from transformer import MemoryView
 
 @dataclass
 class Minibatch:
-    """What one optimiser step learns from: this rank's N samples, which saw M distinct observations.
+    """What one optimiser step learns from: this rank's N samples, which saw M distinct observations."""
 
-    Attributes:
-        samples: (N,) flat indices w·T + t over the environments of this rank, in whole segments.
-        size: number of samples on all ranks.
-        observations: (M, C, H, W) frames, or (N, n) vectors.
-        which: (N,) int64 the observation that each sample saw.
-        vectors: (N, n) observed beside frames, None without.
-        past: what the samples may look at, or the states before them.
-        step: (N,) int64 episode step.
-        actions: (N, branches) int64, or (N, entries) float32.
-        masks: (N, sum of actions) bool, which actions were allowed; None if all always are.
-        log_probs: (N, branches) when they were sampled; (N, 1) of continuous actions.
-        values: (N,) when they were sampled.
-        returns: (N,).
-        advantages: (N,), normalised over the whole minibatch where the config says so.
-        candidates: (M',) numbers of the distinct frames that all ranks saw, None where no auxiliary task asks for them.
-        own: (m,) places among the candidates of those that this rank embeds for all.
-        rows: (m,) which of its observations those are.
-    """
-
-    samples: np.ndarray
-    size: int
-    observations: Tensor
-    which: Tensor
-    vectors: Tensor | None
-    past: MemoryView | Fragments
-    step: Tensor
-    actions: Tensor
-    masks: Tensor | None
-    log_probs: Tensor
-    values: Tensor
-    returns: Tensor
-    advantages: Tensor
-    candidates: np.ndarray | None = None
-    own: Tensor | None = None
-    rows: Tensor | None = None
+    samples: np.ndarray  # (N,) flat indices w·T + t over the environments of this rank, in whole segments
+    size: int  # number of samples on all ranks
+    observations: Tensor  # (M, C, H, W) frames, or (N, n) vectors
+    which: Tensor  # (N,) int64 the observation that each sample saw
+    vectors: Tensor | None  # (N, n) observed beside frames, None without
+    past: MemoryView | Fragments  # what the samples may look at, or the states before them
+    step: Tensor  # (N,) int64 episode step
+    actions: Tensor  # (N, branches) int64, or (N, entries) float32
+    masks: Tensor | None  # (N, sum of actions) bool, which actions were allowed; None if all always are
+    log_probs: Tensor  # (N, branches) when they were sampled; (N, 1) of continuous actions
+    values: Tensor  # (N,) when they were sampled
+    returns: Tensor  # (N,)
+    advantages: Tensor  # (N,), normalised over the whole minibatch where the config says so
+    candidates: np.ndarray | None = None  # (M',) the distinct frames that all ranks saw, where a task asks for them
+    own: Tensor | None = None  # (m,) places among the candidates of those that this rank embeds for all
+    rows: Tensor | None = None  # (m,) which of its observations those are
 
     def mean(self, values: Tensor) -> Tensor:
         """Return this rank's share of the mean of values (N, …) over the samples of all ranks."""
@@ -66,13 +47,7 @@ class Buffer:
     """One rollout of this rank's environments: W environments × T steps.
 
     What the host decides on (rewards, ends, episode steps, indices of observations) are NumPy arrays, what only the
-    model needs lives on the training device.
-
-    Args:
-        config: of the run.
-        model: the model that samples.
-        device: the training device.
-        ranks: of the run; samples are numbered w·T + t over the environments of all of them.
+    model needs lives on the training device. Samples are numbered w·T + t over the environments of all ranks.
     """
 
     def __init__(self, config: Config, model: ActorCriticModel, device: torch.device, ranks: Ranks) -> None:
@@ -132,9 +107,8 @@ class Buffer:
     def bootstrap(self, model: ActorCriticModel, last_step: np.ndarray) -> Tensor:
         """Return (W, T) on the CPU: the value of what followed each step, where an episode did not terminate there.
 
-        Args:
-            model: the model that sampled.
-            last_step: (W,) episode step of the observations after the last step.
+        The observations after the last step are of the episode steps `last_step` (W,). Where an episode was truncated,
+        it is the value of its final observation.
         """
         cut = list(self.final_index)
         worker = np.array([*range(self.n_workers), *(w for w, _ in cut)])
@@ -150,17 +124,9 @@ class Buffer:
         return next_values
 
     def compute_advantages(self, next_values: Tensor, gamma: float, lamda: float) -> None:
-        """Fill `advantages` by generalised advantage estimation (Schulman et al. 2016, eq. 16).
-
-        Args:
-            next_values: (W, T) of `bootstrap`; where an episode was truncated, the value of its final observation.
-            gamma: γ of this rollout.
-            lamda: λ of this rollout.
-        """
-        rewards, terminated, truncated = map(torch.from_numpy, (self.rewards, self.terminated, self.truncated))
-        values = self.values.cpu()
-        found = generalised_advantages(rewards, terminated, truncated, values, next_values, gamma, lamda)
-        self.advantages.copy_(found)
+        """Fill `advantages` of the rollout, with `next_values` (W, T) of `bootstrap`."""
+        known = map(torch.from_numpy, (self.rewards, self.terminated, self.terminated | self.truncated))
+        self.advantages.copy_(generalised_advantages(*known, self.values.cpu(), next_values, gamma, lamda))
         self.all_advantages = self.ranks.join_rows(self.advantages).flatten()
 
     def minibatches(self, generator: np.random.Generator) -> Iterator[np.ndarray]:
@@ -172,11 +138,7 @@ class Buffer:
             yield (segments[:, None] * length + np.arange(length)).flatten()
 
     def minibatch(self, samples: np.ndarray) -> Minibatch:
-        """Return what this rank learns from in one optimiser step: its own share of `samples`.
-
-        Args:
-            samples: (N,) flat indices w·T + t over all environments; advantages are normalised over all of them.
-        """
+        """Return what this rank learns from in one optimiser step: its share of `samples` (N,) of all environments."""
         advantages = self.all_advantages[to_device(samples, self.device)]
         if self.normalize_advantages:
             advantages = normalised(advantages, self.advantage_floor)
@@ -224,17 +186,15 @@ def normalised(advantages: Tensor, floor: float = 0.0) -> Tensor:
 
 
 def generalised_advantages(
-    rewards: Tensor,
-    terminated: Tensor,
-    truncated: Tensor,
-    values: Tensor,
-    next_values: Tensor,
-    gamma: float,
-    lamda: float,
+    rewards: Tensor, terminated: Tensor, ended: Tensor, values: Tensor, next_values: Tensor, gamma: float, lamda: float
 ) -> Tensor:
-    """Return the advantages (W, T); all tensors are (W, T), `next_values` of the observation after each step."""
+    """Return the advantages (W, T) of generalised advantage estimation (Schulman et al. 2016, eq. 16).
+
+    All tensors are (W, T): whether a step terminated its episode, or ended it in whatever way; `next_values` are those
+    of the observation after each step. gamma is γ, lamda λ.
+    """
     targets = rewards + gamma * next_values * ~terminated
-    decay = gamma * lamda * ~(terminated | truncated)
+    decay = gamma * lamda * ~ended
     advantages = torch.empty_like(values)
     running = torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):

@@ -27,13 +27,7 @@ class Timeline:
 
     Column L + t holds what step t of this rollout wrote, the first L columns the last L of the previous rollout. What a
     step may look at are the last min(step, L) columns before its own, so that nothing depends on the number or the
-    length of episodes.
-
-    Args:
-        transformer: whose memory it is.
-        n_workers: number of environments.
-        steps: of a rollout.
-        device: where it lives.
+    length of episodes. A rollout has `steps` steps.
     """
 
     def __init__(self, transformer: Transformer, n_workers: int, steps: int, device: torch.device) -> None:
@@ -45,14 +39,9 @@ class Timeline:
         self.narrow = device.type != "cuda"
 
     def past(self, workers: slice, t: int, step: np.ndarray) -> MemoryView:
-        """Return what the step at column L + t of some environments may look at: a plain slice of the timeline.
+        """Return what n neighbouring environments may look at in rollout step t: a plain slice of the timeline.
 
-        For sampling; `past_of` says the same of any steps of a rollout, for training.
-
-        Args:
-            workers: n neighbouring environments.
-            t: rollout time.
-            step: (n,) episode step of each.
+        `step` (n,) are their episode steps. For sampling; `past_of` says the same of any steps, for training.
         """
         # An episode's first step has number 0: so many steps back, and no further, its memory goes.
         valid = np.minimum(step, self.length)
@@ -70,12 +59,8 @@ class Timeline:
     def past_of(self, worker: np.ndarray, start: np.ndarray, step: np.ndarray) -> MemoryView:
         """Return what the steps of G segments, each of S consecutive steps, may look at.
 
-        Segments of one step share columns with their neighbours; longer ones see what they write themselves.
-
-        Args:
-            worker: (G,) environment of each segment.
-            start: (G,) rollout time of its first step.
-            step: (G, S) episode step of each step.
+        A segment is of environment `worker` (G,) and starts in rollout step `start` (G,); `step` (G, S) are episode
+        steps. Segments of one step share columns with their neighbours; longer ones see what they write themselves.
         """
         if step.shape[1] == 1:
             return self._grouped(worker, start, step[:, 0])
@@ -138,12 +123,7 @@ class Timeline:
         """Return the outputs (n·T, D) of whole rollouts with the memory that the current weights would have written.
 
         There is no loop over time: the input of a block at all steps gives all items that the block reads. Older
-        rollouts' items stay as they are.
-
-        Args:
-            workers: n neighbouring environments.
-            x: (n·T, D) their embedded observations.
-            step: (n, T) their episode steps.
+        rollouts' items stay as they are. x (n·T, D) are embedded observations, `step` (n, T) their episode steps.
         """
         n, steps = step.shape
         worker, t = np.divmod(np.arange(step.size), steps)
@@ -169,14 +149,7 @@ class Timeline:
 
 
 class States:
-    """A recurrent cell's memory: its state before every step of a rollout.
-
-    Args:
-        core: whose memory it is; one without memory has states of width 0.
-        n_workers: number of environments.
-        steps: of a rollout.
-        device: where it lives.
-    """
+    """A recurrent cell's memory: its state before every step of a rollout; without memory, one of width 0."""
 
     def __init__(self, core: Recurrence | Memoryless, n_workers: int, steps: int, device: torch.device) -> None:
         self.core, self.device = core, device
@@ -229,21 +202,12 @@ class States:
 
 def make_memory(model: ActorCriticModel, n_workers: int, steps: int, device: torch.device) -> Timeline | States:
     """Return the memory of a model's core for rollouts of so many environments and steps."""
-    core = model.core
-    if isinstance(core, Transformer):
-        return Timeline(core, n_workers, steps, device)
-    return States(core, n_workers, steps, device)
+    kind: type = Timeline if isinstance(model.core, Transformer) else States
+    return kind(model.core, n_workers, steps, device)
 
 
 class ObservationStore:
-    """The observations of a rollout: distinct frames, or vectors as they come, or both.
-
-    Args:
-        task: what is observed.
-        embed_dim: D.
-        capacity: how many observations there can be at most before the store is cleared.
-        device: where it lives.
-    """
+    """The observations of a rollout, at most `capacity`: distinct frames, or vectors as they come, or both."""
 
     def __init__(self, task: Task, embed_dim: int, capacity: int, device: torch.device) -> None:
         self.device, self.count = device, 0
@@ -299,9 +263,8 @@ class ObservationStore:
     def gather(self, index: np.ndarray) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return what observations `index` (N,) share, for `ActorCriticModel.embed` and `complete`.
 
-        Returns:
-            The distinct frames (M, C, H, W), or the vectors (N, n) where there are no frames; which of these each
-            observation is (N,); and the vectors (N, n) beside frames, else None.
+        These are the distinct frames (M, C, H, W), or the vectors (N, n) where there are no frames; which of these each
+        observation is (N,); and the vectors (N, n) beside frames, else None.
         """
         vectors = self.vectors_of(index)
         if self.frames is None:
@@ -316,28 +279,13 @@ class ObservationStore:
 
 
 def policy_step(
-    model: ActorCriticModel,
-    forward: Callable[..., Output],
-    memory: Timeline | States,
-    store: ObservationStore,
-    arrays: SharedArrays,
-    rows: slice,
-    t: int,
-    step: np.ndarray,
-) -> tuple[Output, np.ndarray, Tensor | None]:
-    """Let the model see what some environments show, and remember.
+    model: ActorCriticModel, forward: Callable[..., Output], memory: Timeline | States, store: ObservationStore,
+    arrays: SharedArrays, rows: slice, t: int, step: np.ndarray,
+) -> tuple[Output, np.ndarray, Tensor | None]:  # fmt: skip
+    """Let the model see what n neighbouring environments show, at episode steps `step` (n,), and remember.
 
-    Training, evaluation and watching all act through this function.
-
-    Args:
-        model: the actor-critic.
-        forward: its forward pass, perhaps compiled.
-        memory: read before step t and written after it.
-        store: takes the observations.
-        arrays: of the workers.
-        rows: n neighbouring environments.
-        t: rollout time.
-        step: (n,) episode step of each.
+    Training, evaluation and watching all act through this function. `forward` is the model's, perhaps compiled; memory
+    is read before rollout step t and written after it.
 
     Returns:
         The model's output, the index (n,) of the observations in the store, and the mask (n, sum of actions) of what

@@ -32,12 +32,9 @@ class ModelConfig(Declared):
         384, ge=1, le=10**5, description="Width of the hidden layers before the policy and before the value."
     )
     value_gain: Number = Field(
-        1.0,
-        ge=0,
-        le=1000,
-        description="Gain of the value head's orthogonal initialisation: with 1, as in the reference, an untrained "
-        "agent may expect up to about ±1 whatever it sees, near 0 it expects nothing.",
-    )
+        1.0, ge=0, le=1000, description="Gain of the value head's orthogonal initialisation: with 1, as in the "
+        "reference, an untrained agent may expect up to about ±1 whatever it sees, near 0 it expects nothing.",
+    )  # fmt: skip
     normalize_observations: Flag = Field(
         False, description="Observed vectors are brought to mean 0 and variance 1 by running statistics."
     )
@@ -53,13 +50,9 @@ class ModelConfig(Declared):
 
 @dataclass
 class Categorical:
-    """A policy of N observations over discrete action branches.
+    """A policy of N observations over discrete action branches."""
 
-    Attributes:
-        log_probs: one (N, actions) tensor of log-probabilities per branch.
-    """
-
-    log_probs: list[Tensor]
+    log_probs: list[Tensor]  # (N, actions) of each branch
 
     def parameters(self) -> Tensor:
         """Return (N, sum of actions): all that tells this policy from others."""
@@ -79,11 +72,7 @@ class Categorical:
         return -reduce(torch.add, [(branch.exp() * branch).sum(dim=1) for branch in self.log_probs])
 
     def sample(self, noise: Tensor) -> Tensor:
-        """Draw actions (N, branches): argmax of p/e is distributed as p.
-
-        Args:
-            noise: (N, sum of actions) e, exponentially distributed.
-        """
+        """Draw actions (N, branches): argmax p/e is distributed as p, for exponential noise e (N, sum of actions)."""
         parts = noise.log().split([branch.shape[1] for branch in self.log_probs], dim=1)
         return torch.stack([(b - e).argmax(dim=1) for b, e in zip(self.log_probs, parts, strict=True)], dim=1)
 
@@ -94,15 +83,10 @@ class Categorical:
 
 @dataclass
 class Normal:
-    """A policy of N observations over continuous actions: independent normal distributions.
+    """A policy of N observations over continuous actions: independent normal distributions."""
 
-    Attributes:
-        mean: (N, entries).
-        log_std: (entries,), learned and the same for all observations.
-    """
-
-    mean: Tensor
-    log_std: Tensor
+    mean: Tensor  # (N, entries)
+    log_std: Tensor  # (entries,), learned and the same for all observations
 
     @property
     def distribution(self) -> torch.distributions.Normal:
@@ -142,22 +126,13 @@ def action_noise(task: Task, shape: Sequence[int], generator: torch.Generator) -
 
 @dataclass
 class Output:
-    """What the model returns for N observations.
-
-    Attributes:
-        policy: the distribution of actions.
-        value: (N,) expected discounted return.
-        kept: what memory is to keep of each step, detached: (blocks, N, D) inputs of the blocks of a transformer, or
-            the state (N, state_size) of a recurrent cell.
-        output: (N, output_dim) of the core.
-        attention: per block the attention weights, detached, as `Attention.forward` returns them.
-    """
+    """What the model returns for N observations."""
 
     policy: Categorical | Normal
-    value: Tensor
-    kept: Tensor
-    output: Tensor
-    attention: list[Tensor]
+    value: Tensor  # (N,) expected discounted return
+    kept: Tensor  # for memory, detached: inputs of a transformer's blocks (blocks, N, D), or states (N, state_size)
+    output: Tensor  # (N, output_dim) of the core
+    attention: list[Tensor]  # per block the attention weights, detached, as `Attention.forward` returns them
 
 
 def orthogonal(layer: Layer, gain: float = math.sqrt(2)) -> Layer:
@@ -172,11 +147,9 @@ def channels_last(module: nn.Module) -> None:
 
 
 class VisualEncoder(nn.Module):
-    """The convolutional encoder of Mnih et al. 2015 for uint8 frames, followed by a linear layer to D.
+    """The convolutional encoder of Mnih et al. 2015 for uint8 frames (C, H, W), then a linear layer to D.
 
-    Args:
-        shape: (C, H, W) of a frame, H and W at least 36.
-        embed_dim: D.
+    H and W are at least `SMALLEST_PICTURE`.
     """
 
     def __init__(self, shape: tuple[int, ...], embed_dim: int) -> None:
@@ -202,12 +175,7 @@ class VisualEncoder(nn.Module):
 
 
 class GridEncoder(nn.Module):
-    """Two 3×3 convolutions for frames too small for `VisualEncoder`, such as symbolic grids, then a linear layer to D.
-
-    Args:
-        shape: (C, H, W) of a frame, H and W at least 3.
-        embed_dim: D.
-    """
+    """Two 3×3 convolutions for frames too small for `VisualEncoder`, such as symbolic grids, and a layer to D."""
 
     def __init__(self, shape: tuple[int, ...], embed_dim: int) -> None:
         super().__init__()
@@ -229,9 +197,6 @@ class RunningMoments(nn.Module):
 
     It changes between updates only, so that sampling and training of an update see the same numbers, and is saved with
     the weights.
-
-    Args:
-        size: n of the vectors (n,).
     """
 
     count: Tensor
@@ -250,11 +215,7 @@ class RunningMoments(nn.Module):
         return ((vectors - self.mean.float()) * scale.float()).clamp(-FURTHEST, FURTHEST)
 
     def update(self, moments: Tensor) -> None:
-        """Take in more vectors.
-
-        Args:
-            moments: (1 + 2·n,) float64: their number, the sums of their entries and of the squares of these.
-        """
+        """Take in more vectors (n,), by their number, sums and sums of squares: `moments` (1 + 2·n,), float64."""
         count, total, squares = moments[0], *moments[1:].chunk(2)
         whole = self.count + count
         mean = (self.count * self.mean + total) / whole
@@ -265,12 +226,7 @@ class RunningMoments(nn.Module):
 
 
 class ActorCriticModel(nn.Module):
-    """Encoder → embedding → core (Transformer-XL, a recurrent cell, or nothing) → policy and value.
-
-    Args:
-        config: of the model.
-        task: what it plays.
-    """
+    """Encoder → embedding → core (Transformer-XL, a recurrent cell, or nothing) → policy and value."""
 
     def __init__(self, config: ModelConfig, task: Task) -> None:
         super().__init__()
@@ -309,40 +265,24 @@ class ActorCriticModel(nn.Module):
         return next(getattr(self, name) for name in ("transformer", "recurrence", "memoryless") if hasattr(self, name))
 
     def embed(self, distinct: Tensor) -> Tensor:
-        """Embed what observations share.
+        """Embed what observations share: frames (M, C, H, W), or vectors (M, n) where there are no frames.
 
-        Args:
-            distinct: (M, C, H, W) frames, or (M, n) vectors where there are no frames.
-
-        Returns:
-            (M, D) h⁰, what the core reads, in float32 whatever the products' precision, because memory keeps it so;
-            without its ReLU where `complete` adds a vector.
+        Returned is h⁰ (M, D), what the core reads, in float32 whatever the products' precision, because memory keeps it
+        so; without its ReLU where `complete` adds a vector.
         """
         embedded = self.embedding(self.encoder(distinct if self.task.frame else self.moments(distinct))).float()
         return embedded if self.vector is not None else F.relu(embedded)
 
     def complete(self, embedded: Tensor, vectors: Tensor | None, step: Tensor) -> Tensor:
-        """Add what is each sample's own.
-
-        Args:
-            embedded: (N, D) of `embed`.
-            vectors: (N, n) beside frames, else None.
-            step: (N,) episode step.
-
-        Returns:
-            (N, D) h⁰.
-        """
+        """Return h⁰ (N, D): `embed`'s with each sample's own vector (N, n) beside frames and episode step (N,)."""
         if self.vector is not None:
             embedded = F.relu(embedded + self.vector(self.moments(vectors)))
         return self.core.place(embedded, step)
 
     def forward(self, x: Tensor, past: MemoryView | Fragments, mask: Tensor | None = None) -> Output:
-        """Return policy and value.
+        """Return policy and value for x (N, D) of `complete`, whose samples may look at `past`.
 
-        Args:
-            x: (N, D) of `complete`.
-            past: what each sample may look at, or the states before.
-            mask: (N, sum of actions) bool, False for actions that are not allowed; None if all are.
+        `mask` (N, sum of actions) is False for actions that are not allowed; None if all are.
         """
         output, kept, attention = self.core(x, past)
         return Output(*self.heads(output, mask), kept, output, attention)

@@ -34,17 +34,11 @@ class MemorylessConfig(Declared):
 
 @dataclass
 class Fragments:
-    """The past of N steps: they are stretches of steps of one episode each, with the state before the first of each.
+    """The past of N steps: they are stretches of steps of one episode each, with the state before the first of each."""
 
-    Attributes:
-        state: (F, width) of each fragment, the longest fragment first.
-        order: (N,) int64 the steps in the order of `PackedSequence`: first steps of all fragments, then second ones.
-        sizes: (longest,) int64 on the CPU, how many fragments have a first, a second, … step.
-    """
-
-    state: Tensor
-    order: Tensor
-    sizes: Tensor
+    state: Tensor  # (F, width) of each fragment, the longest fragment first
+    order: Tensor  # (N,) int64 the steps as in a `PackedSequence`: first steps of all fragments, then second ones, …
+    sizes: Tensor  # (longest,) int64 on the CPU, how many fragments have a first, a second, … step
 
 
 class Core(nn.Module):
@@ -62,11 +56,7 @@ class Core(nn.Module):
 
 
 class Recurrence(Core):
-    """A GRU or LSTM of one or more layers.
-
-    Args:
-        config: the `recurrence` section of a config.
-    """
+    """A GRU or LSTM of one or more layers."""
 
     def __init__(self, config: RecurrenceConfig) -> None:
         super().__init__()
@@ -79,11 +69,7 @@ class Recurrence(Core):
         self.state_size = self.states * config.num_layers * config.hidden_state_size
 
     def forward(self, x: Tensor, past: Fragments) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Unroll the cell over fragments, with gradients inside each.
-
-        Args:
-            x: (N, D) embedded observations.
-            past: what came before them.
+        """Unroll the cell over fragments of embedded observations x (N, D), with gradients inside each.
 
         Returns:
             output (N, hidden_state_size), the state after each fragment (F, state_size), detached, and no attention.
@@ -107,11 +93,7 @@ class Recurrence(Core):
 
 
 class Memoryless(Core):
-    """Nothing between the embedded observation and the heads.
-
-    Args:
-        config: the `memoryless` section of a config.
-    """
+    """Nothing between the embedded observation and the heads."""
 
     state_size = 0
 

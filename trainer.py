@@ -38,20 +38,11 @@ REPLAYED_AT_ONCE = 2048
 def ppo_loss(
     output: Output, batch: Minibatch, value_loss_coefficient: float, clip_range: float, beta: float
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return the clipped PPO objective as a loss, and its parts (Schulman et al. 2017, eq. 7 and 9).
+    """Return this rank's share of the clipped PPO objective as a loss, and of its `LOSS_PARTS`, detached.
 
-    Ratio and clip are taken per action branch, then the mean over branches and samples. The value loss is the larger of
-    the clipped and the unclipped squared error, clipped with the policy's range.
-
-    Args:
-        output: of the model under the current weights for N samples.
-        batch: what was done and expected when they were sampled, and what came of it.
-        value_loss_coefficient: weight of the value loss.
-        clip_range: ε.
-        beta: entropy coefficient.
-
-    Returns:
-        This rank's share of the loss, and of its parts in the order of `LOSS_PARTS`, detached.
+    It is Schulman et al. 2017, eq. 7 and 9, where clip_range is ε and beta the entropy's coefficient. Ratio and clip
+    are taken per action branch, then the mean over branches and samples. The value loss is the larger of the clipped
+    and the unclipped squared error, clipped with the policy's range.
     """
     advantages, returns, old_values = batch.advantages[:, None], batch.returns, batch.values
     log_ratio = output.policy.log_prob(batch.actions) - batch.log_probs
@@ -68,14 +59,7 @@ def ppo_loss(
 
 
 class PPOTrainer:
-    """Trains one model on one task.
-
-    Args:
-        config: of the run.
-        task: of its environment.
-        seed: everything random derives from it.
-        options: how the run is carried out.
-    """
+    """Trains one model on one task; everything random derives from the seed."""
 
     def __init__(self, config: Config, task: Task, seed: int, options: Options) -> None:
         check_task(config, task)
@@ -267,13 +251,8 @@ class PPOTrainer:
 
         PPO's ratio takes memory as it was stored, so it does not see what new weights do to memory itself. The policy
         that acts next has the memory that they write: of that one, KL(old ‖ new) is limited by a line search
-        (docs/trust_region.md; Schulman et al. 2015, appendix C, has one for the policy that the loss sees).
-
-        Args:
-            before: all weights before the epochs.
-
-        Returns:
-            What is logged: the KL and how often the way was halved.
+        (docs/trust_region.md; Schulman et al. 2015, appendix C, has one for the policy that the loss sees). Returned is
+        what is logged: the KL and how often the way was halved.
         """
         if self.config.kl_limit == 0:
             return {}
@@ -322,11 +301,10 @@ class PPOTrainer:
         for name in ("values", "log_probs", "advantages"):
             if not torch.isfinite(getattr(self.buffer, name)).all():
                 raise NonFinite(f"{update}, sampling: not all {name} are finite")
-        bad = (~torch.isfinite(statistics)).nonzero().tolist()
-        if bad:
-            epoch, minibatch = divmod(bad[0][0], self.config.n_mini_batch)
+        for row, column in (~torch.isfinite(statistics)).nonzero().tolist():
+            epoch, minibatch = divmod(row, self.config.n_mini_batch)
             where = f"epoch {epoch + 1}, minibatch {minibatch + 1}"
-            raise NonFinite(f"{update}, {where}: {self.tags[bad[0][1]]} is not finite")
+            raise NonFinite(f"{update}, {where}: {self.tags[column]} is not finite")
         if not torch.isfinite(self.optimizer.weights).all():
             raise NonFinite(f"{update}, last optimiser step: a weight is not finite")
 

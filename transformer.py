@@ -62,31 +62,21 @@ class MemoryView:
     Queries come in groups of Q, since the windows of nearby steps overlap. A group's K columns are K' stored ones,
     which are constant, and in a segment the Q that its own queries write, which have a gradient. Column c lies
     distance − c steps before a query, which sees it if that is from 1 to `valid`. Places that no query takes see
-    nothing.
-
-    Attributes:
-        items: (blocks, groups, K', D) stored items; or (blocks, columns, D) of which `rows` says the ones that count.
-        distance: (groups, Q) int64 steps from the group's first column to each query.
-        valid: (groups, Q) int64 how many steps back each query may look.
-        nonempty: (N, 1) float, 0 where a query sees nothing, else 1.
-        rows: (groups, K') int64 which columns of `items` the group's are; None where they are all there.
-        own: Q if queries see what earlier ones of their group write, else 0.
-        step: (N,) int64 episode step of each query, where `own` is not 0.
-        item_step: (groups, K') int64 episode step at which a column was written; for the learned encoding only.
-        source: (groups·Q,) int64 which query each place holds; None where all are taken, in order.
-        slot: (N,) int64 the place of each query; None where all are taken, in order.
+    nothing. All but `items` and `nonempty` are int64.
     """
 
-    items: Tensor
-    distance: Tensor
-    valid: Tensor
-    nonempty: Tensor
-    rows: Tensor | None = None
-    own: int = 0
-    step: Tensor | None = None
-    item_step: Tensor | None = None
-    source: Tensor | None = None
-    slot: Tensor | None = None
+    items: (
+        Tensor  # (blocks, groups, K', D) stored items; or (blocks, columns, D) of which `rows` says the ones that count
+    )
+    distance: Tensor  # (groups, Q) steps from the group's first column to each query
+    valid: Tensor  # (groups, Q) how many steps back each query may look
+    nonempty: Tensor  # (N, 1) float, 0 where a query sees nothing, else 1
+    rows: Tensor | None = None  # (groups, K') which columns of `items` the group's are; None where they are all there
+    own: int = 0  # Q if queries see what earlier ones of their group write, else 0
+    step: Tensor | None = None  # (N,) episode step of each query, where `own` is not 0
+    item_step: Tensor | None = None  # (groups, K') episode step of each column; for the learned encoding only
+    source: Tensor | None = None  # (groups·Q,) which query each place holds; None where all are taken, in order
+    slot: Tensor | None = None  # (N,) the place of each query; None where all are taken, in order
 
     @property
     def columns(self) -> int:
@@ -132,19 +122,12 @@ def sinusoid(angle_steps: Tensor, embed_dim: int) -> Tensor:
 
 
 class Folded(NamedTuple):
-    """What attention derives from its weights alone; h heads of width c.
+    """What attention derives from its weights alone; h heads of width c."""
 
-    Attributes:
-        key: (h, c, D), takes a head's query to the space of the items; scores are scaled with it.
-        value: (h, c, D), takes a head's mean of items to its values.
-        shift: (D,) added to those, or None.
-        table: (h, c, L+1), scaled W_R r of each distance, the largest first; None without the relative encoding.
-    """
-
-    key: Tensor
-    value: Tensor
-    shift: Tensor | None
-    table: Tensor | None
+    key: Tensor  # (h, c, D), takes a head's query to the space of the items; scores are scaled with it
+    value: Tensor  # (h, c, D), takes a head's mean of items to its values
+    shift: Tensor | None  # (D,) added to those
+    table: Tensor | None  # (h, c, L+1), scaled W_R r of each distance, the largest first; for the relative encoding
 
 
 class Attention(nn.Module):
@@ -153,11 +136,7 @@ class Attention(nn.Module):
     Scores are divided by sqrt(embed_dim), not sqrt(head_dim): kept from the reference, because the published curves
     were made with it. Where memory is empty the context is zero, so that only the output bias remains.
 
-    Args:
-        embed_dim: D.
-        num_heads: divides D.
-        memory_length: L, the largest distance of the relative encoding.
-        relative: whether scores depend on the distance between query and item as in Dai et al. 2019, section 3.3.
+    With `relative`, scores depend on the distance between query and item as in Dai et al. 2019, section 3.3.
     """
 
     def __init__(self, embed_dim: int, num_heads: int, memory_length: int, relative: bool) -> None:
@@ -178,18 +157,15 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, columns: Columns, memory: MemoryView, bias: Tensor, norm: nn.LayerNorm | None
     ) -> tuple[Tensor, Tensor]:
-        """Attend from x to the items.
+        """Attend from x (N, D) to the items; return (N, D) and the weights (groups, Q·heads, K), without a gradient.
 
         Args:
-            x: (N, D), normalised already where the block does so.
+            x: normalised already where the block does so.
             columns: of `Transformer.columns`, normalised without affine where `norm` is given.
             memory: which of them each query may look at.
             bias: (groups, Q·heads, K) of `memory.bias`.
             norm: the affine part of norm_kv, or None. It folds in exactly: its bias shifts all scores of a query alike
                 and cancels in the softmax, and Σ aᵢ = 1 carries it through to the values.
-
-        Returns:
-            (N, D) and the attention weights (groups, Q·heads, K), without a gradient.
         """
         folded = self.folded or self.fold(norm)
         query = self.query(x).unflatten(1, (self.num_heads, -1))  # (N, heads, C)
@@ -220,10 +196,6 @@ class Gate(nn.Module):
     """GRU-type gating that takes the place of a residual connection (Parisotto et al. 2020, section 3.2).
 
     r = σ(Wr y + Ur x)   z = σ(Wz y + Uz x − bg)   ĥ = tanh(Wg y + Ug (r⊙x))   (1−z)⊙x + z⊙ĥ
-
-    Args:
-        embed_dim: D.
-        bias: where bg starts; above 0 the gate starts close to passing x on.
     """
 
     def __init__(self, embed_dim: int, bias: float) -> None:
@@ -246,18 +218,16 @@ class Gate(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention to memory, then a feed-forward layer, each with a residual connection or a gate.
-
-    Args:
-        config: the `transformer` section of a config.
-    """
+    """One layer: attention to memory, then a feed-forward layer, each with a residual connection or a gate."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        embed_dim, self.layer_norm = config.embed_dim, config.layer_norm
-        self.attention = Attention(
-            embed_dim, config.num_heads, config.memory_length, config.positional_encoding == "relative"
+        embed_dim, self.layer_norm, relative = (
+            config.embed_dim,
+            config.layer_norm,
+            config.positional_encoding == "relative",
         )
+        self.attention = Attention(embed_dim, config.num_heads, config.memory_length, relative)
         self.feed_forward = nn.Linear(embed_dim, embed_dim)
         normed = self.layer_norm != ""
         self.norm1 = nn.LayerNorm(embed_dim) if normed else nn.Identity()
@@ -272,17 +242,14 @@ class Block(nn.Module):
         attended, weights = self.attention(self.norm1(x) if pre else x, columns, memory, bias, self.norm_kv)
         x = self.gate1(x, attended)
         x = self.norm1(x) if post else x
-        forwarded = F.relu(self.feed_forward(self.norm2(x) if pre else x))
-        x = self.gate2(x, forwarded)
+        x = self.gate2(x, F.relu(self.feed_forward(self.norm2(x) if pre else x)))
         return self.norm2(x) if post else x, weights
 
 
 class Transformer(nn.Module):
     """A stack of blocks over one shared layout of memory.
 
-    Args:
-        config: the `transformer` section of a config.
-        max_episode_steps: T, which the absolute and the learned encoding need; None for endless tasks.
+    The absolute and the learned encoding need `max_episode_steps`, T, which is None for endless tasks.
     """
 
     def __init__(self, config: TransformerConfig, max_episode_steps: int | None) -> None:
@@ -325,15 +292,10 @@ class Transformer(nn.Module):
         return embedded + F.embedding(step.clamp(max=len(self.position) - 1), self.position)
 
     def to_items(self, inputs: Tensor, step: Tensor) -> Tensor:
-        """Turn what the blocks received at a step into what memory stores: constant for as long as it is kept.
+        """Return what memory stores (…, N, D) of what one or all blocks received (…, N, D) at episode steps (N,).
 
-        Args:
-            inputs: (…, N, D) inputs of one or all blocks.
-            step: (N,) int64 episode step.
-
-        Returns:
-            (…, N, D): with the absolute position added, and normalised before "pre" blocks. A learned position changes
-            with every optimiser step and is added when the item is read.
+        The absolute position is added, and "pre" blocks normalise it: both stay as they are. A learned position changes
+        with every optimiser step and is added when the item is read.
         """
         if self.encoding == "learned":
             return inputs
@@ -359,11 +321,7 @@ class Transformer(nn.Module):
         return items, rows, written
 
     def forward(self, x: Tensor, memory: MemoryView) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Run all blocks.
-
-        Args:
-            x: (N, D) embedded observations.
-            memory: what each of them may attend to.
+        """Run all blocks on embedded observations (N, D).
 
         Returns:
             output (N, D), what memory is to keep of each step (blocks, N, D), detached, and the attention weights of

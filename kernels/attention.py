@@ -24,17 +24,11 @@ class Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        context: Any,
-        questions: Tensor,
-        bias: Tensor,
-        items: Tensor | None,
-        rows: Tensor | None,
-        written: Tensor | None,
+        context: Any, questions: Tensor, bias: Tensor, items: Tensor | None, rows: Tensor | None, written: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Return mixtures (groups, Q, D) and weights (groups, Q, K), which are for looking at: without a gradient.
 
         Args:
-            context: keeps what the gradient takes.
             questions: (groups, Q, D).
             bias: (groups, Q, K) added to the scores.
             items: (groups, K', D) the first columns of each group, constant; or (n, D) of which `rows` says which.

@@ -6,14 +6,9 @@ import numpy as np
 def group_queries(
     worker: np.ndarray, first: np.ndarray, end: np.ndarray, per_group: int, columns: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Put queries whose windows lie close together into groups.
+    """Put N queries whose windows lie close together into groups of at most Q, `per_group`, over at most K `columns`.
 
-    Args:
-        worker: (N,) environment of each query.
-        first: (N,) first column that it may look at.
-        end: (N,) column after the last one.
-        per_group: Q, the most queries of a group.
-        columns: K, the most columns from the first to the last of a group; at least as long as any window.
+    A query is of environment `worker` (N,), and may look at the columns from `first` (N,) to before `end` (N,).
 
     Returns:
         The environment and the first column of each group, and the place (N,) of each query, group·Q + number within

@@ -11,12 +11,8 @@ class Optimizer:
     """Lays a model's parameters out in one tensor, their gradients in another, and optimises the two.
 
     Parameters become views, so that clearing, clipping and stepping take a few calls instead of a few for each of a
-    hundred parameters; these took a sixth of a small model's minibatch.
-
-    Args:
-        modules: on their device already, by what precedes the names of their parameters; these must not be replaced
-            from now on.
-        max_grad_norm: longest gradient that is not shortened.
+    hundred parameters; these took a sixth of a small model's minibatch. Modules, by what precedes the names of their
+    parameters, have to be on their device already.
     """
 
     def __init__(self, modules: dict[str, nn.Module], max_grad_norm: float) -> None:

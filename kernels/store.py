@@ -13,13 +13,7 @@ ENCODED_AT_ONCE = 512
 
 
 class FrameStore:
-    """The distinct uint8 frames of a rollout, each stored, sent to the device and encoded once.
-
-    Args:
-        shape: (C, H, W) of a frame.
-        embed_dim: D.
-        device: where it lives.
-    """
+    """The distinct uint8 frames (C, H, W) of a rollout, each stored, sent to the device and encoded once."""
 
     def __init__(self, shape: tuple[int, ...], embed_dim: int, device: torch.device) -> None:
         channels, height, width = shape

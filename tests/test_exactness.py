@@ -545,7 +545,7 @@ def test_advantages():
     last_value, gamma, lamda = torch.randn(20, generator=generator), 0.9, 0.8
     following = torch.cat((values[:, 1:], last_value[:, None]), dim=1)
     following = torch.where(truncated, final_values, following)
-    found = generalised_advantages(rewards, terminated, truncated, values, following, gamma, lamda)
+    found = generalised_advantages(rewards, terminated, terminated | truncated, values, following, gamma, lamda)
     doubles = [tensor.double() for tensor in (values, final_values, last_value)]
     assert_close(found, textbook.gae_truncation(rewards, terminated, truncated, *doubles, gamma, lamda))
 

@@ -112,6 +112,6 @@ def test_generalised_advantages(path):
         data = {name: torch.from_numpy(file[name]) for name in file.files}
     next_values = torch.cat((data["values"][:, 1:], data["last_value"][:, None]), dim=1)
     rewards, dones, values = (data[name] for name in ("rewards", "dones", "values"))
-    never, (gamma, lamda) = torch.zeros_like(dones), (data[name].item() for name in ("gamma", "lamda"))
-    found = generalised_advantages(rewards, dones, never, values, next_values, gamma, lamda)
+    gamma, lamda = (data[name].item() for name in ("gamma", "lamda"))
+    found = generalised_advantages(rewards, dones, dones, values, next_values, gamma, lamda)
     assert_close(found, data["advantages"], "advantages")
