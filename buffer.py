@@ -50,7 +50,9 @@ class Buffer:
     model needs lives on the training device. Samples are numbered w·T + t over the environments of all ranks.
     """
 
-    def __init__(self, config: Config, model: ActorCriticModel, device: torch.device, ranks: Ranks) -> None:
+    def __init__(
+        self, config: Config, model: ActorCriticModel, device: torch.device, ranks: Ranks, dtype: torch.dtype
+    ) -> None:
         task, own = model.task, ranks.share(config.n_workers)
         self.ranks, self.device, self.n_workers, self.worker_steps = ranks, device, len(own), config.worker_steps
         shape = (self.n_workers, self.worker_steps)
@@ -58,7 +60,7 @@ class Buffer:
         self.own_samples = range(own.start * self.worker_steps, own.stop * self.worker_steps)
         self.normalize_advantages, self.advantage_floor = config.normalize_advantages, config.advantage_floor
         self.minibatch_size, self.segment_length = self.all_samples // config.n_mini_batch, config.segment_length
-        self.memory = make_memory(model, *shape, device)
+        self.memory = make_memory(model, *shape, device, dtype)
         # Every step can be the last of an episode and leave a final observation.
         capacity = self.n_workers * (2 * self.worker_steps + 1)
         self.observations = ObservationStore(task, config.core.embed_dim, capacity, device)
@@ -125,8 +127,9 @@ class Buffer:
 
     def compute_advantages(self, next_values: Tensor, gamma: float, lamda: float) -> None:
         """Fill `advantages` of the rollout, with `next_values` (W, T) of `bootstrap`."""
-        known = map(torch.from_numpy, (self.rewards, self.terminated, self.terminated | self.truncated))
-        self.advantages.copy_(generalised_advantages(*known, self.values.cpu(), next_values, gamma, lamda))
+        rewards, terminated, truncated = map(torch.from_numpy, (self.rewards, self.terminated, self.truncated))
+        ended, values = terminated | truncated, self.values.cpu()
+        self.advantages.copy_(generalised_advantages(rewards, terminated, ended, values, next_values, gamma, lamda))
         self.all_advantages = self.ranks.join_rows(self.advantages).flatten()
 
     def minibatches(self, generator: np.random.Generator) -> Iterator[np.ndarray]:

@@ -27,13 +27,16 @@ class Timeline:
 
     Column L + t holds what step t of this rollout wrote, the first L columns the last L of the previous rollout. What a
     step may look at are the last min(step, L) columns before its own, so that nothing depends on the number or the
-    length of episodes. A rollout has `steps` steps.
+    length of episodes. A rollout has `steps` steps. Where products are of bfloat16, items are stored so: they are read
+    far more often than written, and to cast them for every step took as long as all else that the policy does.
     """
 
-    def __init__(self, transformer: Transformer, n_workers: int, steps: int, device: torch.device) -> None:
+    def __init__(
+        self, transformer: Transformer, n_workers: int, steps: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
         self.transformer, self.length, self.device = transformer, transformer.memory_length, device
         columns, blocks = self.length + steps, len(transformer.blocks)
-        self.items = torch.zeros(blocks, n_workers, columns, transformer.embed_dim, device=device)
+        self.items = torch.zeros(blocks, n_workers, columns, transformer.embed_dim, dtype=dtype, device=device)
         self.item_step = torch.zeros(n_workers, columns, dtype=torch.int64, device=device)
         # A GPU wants equal shapes at every step; elsewhere columns that nobody may look at are left out.
         self.narrow = device.type != "cuda"
@@ -111,7 +114,7 @@ class Timeline:
     def write(self, workers: slice, t: int, kept: Tensor, step: np.ndarray) -> None:
         """Store what the blocks received (blocks, n, D) at episode step `step` (n,) in column L + t."""
         steps = to_device(step, self.device)
-        self.items[:, workers, self.length + t] = self.transformer.to_items(kept, steps).float()
+        self.items[:, workers, self.length + t] = self.transformer.to_items(kept, steps)
         self.item_step[workers, self.length + t] = steps
 
     def roll(self, steps: int) -> None:
@@ -200,10 +203,13 @@ class States:
         self.states[:, 0] = state["states"].to(self.device)
 
 
-def make_memory(model: ActorCriticModel, n_workers: int, steps: int, device: torch.device) -> Timeline | States:
-    """Return the memory of a model's core for rollouts of so many environments and steps."""
-    kind: type = Timeline if isinstance(model.core, Transformer) else States
-    return kind(model.core, n_workers, steps, device)
+def make_memory(
+    model: ActorCriticModel, n_workers: int, steps: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Timeline | States:
+    """Return the memory of a model's core for rollouts of so many environments and steps, and products of this type."""
+    if isinstance(model.core, Transformer):
+        return Timeline(model.core, n_workers, steps, device, dtype)
+    return States(model.core, n_workers, steps, device)
 
 
 class ObservationStore:
@@ -293,7 +299,8 @@ def policy_step(
     """
     index = store.add(arrays, rows)
     mask = None if arrays.masks is None else to_device(arrays.masks[rows].copy(), memory.device)
-    with torch.inference_mode():
+    # Inference mode is a little faster, but autocast would cast all weights at every step in it.
+    with torch.no_grad() if torch.is_autocast_enabled(memory.device.type) else torch.inference_mode():
         output = forward(store.embed(model, index, step), memory.past(rows, t, step), mask)
         memory.write(rows, t, output.kept, step)
     return output, index, mask

@@ -73,7 +73,8 @@ class PPOTrainer:
             module.load_state_dict(self.ranks.from_first({n: w.cpu() for n, w in module.state_dict().items()}))
         self.forward = torch.compile(self.model, dynamic=True) if options.compile else self.model
         self.optimizer = Optimizer({"": self.model, "auxiliary.": self.auxiliary}, config.max_grad_norm)
-        self.buffer = Buffer(config, self.model, self.device, self.ranks)
+        self.dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32  # of matrix products
+        self.buffer = Buffer(config, self.model, self.device, self.ranks, self.dtype)
         self.generator = torch.Generator(self.device)
         self.threads = torch.get_num_threads()
         losses = (*LOSS_PARTS, *(name for task in self.tasks.values() for name in task.reports), "total")
@@ -293,7 +294,7 @@ class PPOTrainer:
 
     def _precision(self) -> AbstractContextManager[None]:
         """Compute matrix products as `options.precision` says."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16")
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def check_finite(self, statistics: Tensor) -> None:
         """Raise NonFinite naming the first number of an update that is not finite, of its `optimise` or before."""

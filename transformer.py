@@ -129,6 +129,13 @@ class Folded(NamedTuple):
     shift: Tensor | None  # (D,) added to those
     table: Tensor | None  # (h, c, L+1), scaled W_R r of each distance, the largest first; for the relative encoding
 
+    def cast(self) -> "Folded":
+        """Return it in the type of products, as autocast would cast it at each of these."""
+        device = self.key.device.type
+        if not torch.is_autocast_enabled(device):
+            return self
+        return Folded(*(part if part is None else part.to(torch.get_autocast_dtype(device)) for part in self))
+
 
 class Attention(nn.Module):
     """Multi-head attention of one query per sample to detached memory items.
@@ -271,7 +278,7 @@ class Transformer(nn.Module):
         blocks = [block for block in self.blocks if isinstance(block, Block)]  # says to mypy what they are
         for block in blocks:
             with torch.no_grad():
-                block.attention.folded = block.attention.fold(block.norm_kv)
+                block.attention.folded = block.attention.fold(block.norm_kv).cast()
         try:
             yield
         finally:

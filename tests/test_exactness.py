@@ -308,7 +308,7 @@ def test_view_shows_exactly_the_windows(arguments, stretch, narrow):
     """A query's columns are its environment's last min(step, L) before it, by item and distance, in any group."""
     worker, t, step, length, steps = arguments
     model = canonical.build(BASE | {"memory_slots": length, "positional_encoding": "relative", "layer_norm": ""}, (5,))
-    timeline = Timeline(model.transformer, 4, steps, CPU)
+    timeline = Timeline(model.transformer, 4, steps, CPU, torch.float32)
     timeline.items.copy_(torch.arange(timeline.items[0, :, :, 0].numel()).view(1, 4, -1, 1))  # items tell their place
     timeline.narrow = narrow
     with pytest.MonkeyPatch.context() as patch:

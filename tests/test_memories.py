@@ -83,7 +83,7 @@ def make(started):
     """Return a function that makes a trainer with its environments started; all are closed after the test."""
 
     def make(memory: str, state: dict | None = None, arguments: dict | None = None, **changes) -> PPOTrainer:
-        options = Options(CPU, compile=changes.pop("compile", False))
+        options = Options(CPU, precision=changes.pop("precision", "float32"), compile=changes.pop("compile", False))
         arguments = {"scale": 8} | (arguments or {})
         settings = {"segment_length": 4} | AUXILIARY | CORES[memory] | changes
         return started(check_config(walk("both", "branches", arguments, **settings), "test"), options, state)
@@ -103,9 +103,8 @@ def recomputed(trainer: PPOTrainer, samples: np.ndarray) -> tuple[Minibatch, Out
 @every_memory
 def test_before_the_first_step(make, memory):
     """What training computes is what was sampled, in segments of any length; and so is what acts again."""
-    trainer = make(memory)
     for precision, tolerance, acting in (("float32", TOLERANCE, 1e-7), ("bf16", 0.02, 1e-6)):
-        trainer.options.precision, trainer.buffer.segment_length = precision, 4
+        trainer = make(memory, precision=precision)
         trainer.train_update()
         trainer.sample()
         for length in (1, 4, 16):

@@ -103,10 +103,9 @@ def test_bf16_computes_the_same_but_for_rounding(sampled, encoding, length):
     samples = next(trainer.buffer.minibatches(np.random.default_rng(1)))
     modules, found = (trainer.model, trainer.auxiliary), []
     weights = [copy.deepcopy(module.state_dict()) for module in modules]
-    for precision in ("float32", "bf16"):
+    for trainer.dtype in (torch.float32, torch.bfloat16):
         for module, state in zip(modules, weights, strict=True):
             module.load_state_dict(state)
-        trainer.options.precision = precision
         found.append(trainer._train_minibatch(samples))
     assert (found[0] != found[1]).any()
     torch.testing.assert_close(*found, rtol=0.05, atol=0.02)
