@@ -71,12 +71,12 @@ def train(arguments: Arguments, ranks, device) -> None:
     with ranks.agree_on(UserError):
         task, notices = inspect_environment(run.config.environment)
         trainer = PPOTrainer(run.config, task, run.seed, run.options)
-        weights = load(arguments.init_from, "model")["weights"] if arguments.init_from else None
+        source = load(arguments.init_from, "model") if arguments.init_from else None
         try:
             if run.resumed:
                 trainer.load_state_dict(run.state)
-            elif weights:
-                trainer.model.load_state_dict(weights)
+            elif source is not None:
+                trainer.model.load_state_dict(source["weights"])
         except Exception as error:  # the file is ours by its marks, but holds something else
             raise UserError(f"{arguments.init_from or run.folder}: does not fit ({reason_of(error)})") from error
     for notice in notices:

@@ -30,7 +30,7 @@ def own_rows(state: Any, rows: range) -> Any:
 
 
 def create_env(section: Section, render_mode: str | None = None) -> Any:
-    """Return a new `GymnasiumEnv`, which "rgb_array" lets draw; UserError if it does not exist or cannot be played."""
+    """Return a new `GymnasiumEnv`, to render with "rgb_array"; UserError if it does not exist or cannot be played."""
     try:
         return section.create(render_mode)
     except Exception as error:
