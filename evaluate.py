@@ -58,10 +58,9 @@ def main() -> None:
     from evaluation.published import read_references
     from evaluation.statistics import chosen_seeds
     from run.checkpoint import provenance
-    from run.distributed import check_alike, together
+    from run.distributed import together
 
     with together(arguments) as (ranks, device):
-        check_alike(ranks, arguments.model_dump(by_alias=True))
         with ranks.agree_on(UserError):
             if arguments.reference and arguments.plot is None:
                 raise UserError("--reference: is for a figure; name one with --plot=<file>")

@@ -58,28 +58,27 @@ def main() -> None:
 
 def train(arguments: Arguments, ranks, device) -> None:
     """Carry out a run and say how to watch the result."""
-    from run.checkpoint import load_weights
+    from run.checkpoint import load
     from run.start import chosen_run
     from trainer import PPOTrainer
     from worker import inspect_environment
 
     run = chosen_run(arguments, ranks, device)
-    if run.done:
+    if run.state["update"] >= run.config.updates:
         run.write_model()  # it is missing where the run was killed before that, or its folder copied
         return run.tell(f"{run.name} has had its updates, {run.model} is written; --updates=<n> trains for longer")
     use_cores(device, ranks.local_size)
     with ranks.agree_on(UserError):
         task, notices = inspect_environment(run.config.environment)
         trainer = PPOTrainer(run.config, task, run.seed, run.options)
-        if run.checkpoint is not None:
-            try:
-                trainer.load_state_dict(run.checkpoint)
-            except Exception as error:  # the file is ours by its marks, but holds something else
-                raise UserError(f"{run.folder}: holds no run of this config ({reason_of(error)})") from error
-        elif arguments.init_from is not None:
-            load_weights(arguments.init_from, trainer.model)
-    if run.options.emulates_bf16:
-        notices.append("--precision=bf16: is emulated here, several times slower than float32")
+        source = load(arguments.init_from, "model") if arguments.init_from else None
+        try:
+            if run.resumed:
+                trainer.load_state_dict(run.state)
+            elif source is not None:
+                trainer.model.load_state_dict(source["weights"])
+        except Exception as error:  # the file is ours by its marks, but holds something else
+            raise UserError(f"{arguments.init_from or run.folder}: does not fit ({reason_of(error)})") from error
     for notice in notices:
         run.tell(notice)
     trainer.train(run)

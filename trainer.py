@@ -123,9 +123,9 @@ class PPOTrainer:
             moments = self.buffer.observations.moments()
             self.ranks.add(moments)
             self.model.moments.update(moments)
-        self.episodes.collect()
+        episodes = self.episodes.collect()
         release_memory()
-        return self._scalars(statistics, np.diff(times)) | limited | self.episodes.scalars()
+        return self._scalars(statistics, np.diff(times)) | limited | episodes
 
     def start_workers(self) -> None:
         """Start the environments, with the running episodes of a resumed run replayed."""
@@ -341,7 +341,7 @@ class PPOTrainer:
             "weights": cloned(self.model.state_dict()),
             "auxiliary": cloned(self.auxiliary.state_dict()),
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),
-            "episodes": self.episodes.state_dict(),
+            "episodes": copy.deepcopy(self.episodes.latest),
             "environments": {
                 "memory": self.buffer.memory.state_dict(),
                 "workers": self.workers.state_dict(),
@@ -355,7 +355,7 @@ class PPOTrainer:
         self.model.load_state_dict(state["weights"])
         self.auxiliary.load_state_dict(state["auxiliary"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.episodes.load_state_dict(state["episodes"])
+        self.episodes.latest = copy.deepcopy(state["episodes"])
         own = own_rows(state["environments"], self.ranks.share(self.config.n_workers))
         self.buffer.memory.load_state_dict(own["memory"])
         self.workers.load_state_dict(own["workers"])

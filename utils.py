@@ -30,12 +30,7 @@ def own_rows(state: Any, rows: range) -> Any:
 
 
 def create_env(section: Section, render_mode: str | None = None) -> Any:
-    """Return a new `GymnasiumEnv`; UserError if it does not exist or cannot be played, in whatever way it fails.
-
-    Args:
-        section: the `environment` section of a config.
-        render_mode: "rgb_array" to be able to call `render`, else None.
-    """
+    """Return a new `GymnasiumEnv`, to render with "rgb_array"; UserError if it does not exist or cannot be played."""
     try:
         return section.create(render_mode)
     except Exception as error:
@@ -56,10 +51,8 @@ def training_seed(seed: int, section: Section, index: int, episode: int) -> int:
 
 
 def planned_seed(seeds: Sequence[Sequence[int]], index: int, episode: int) -> int:
-    """Return the reset seed of an environment's episode; after the last one that counts, the list begins anew.
-
-    It is here because the processes of environments import it, and do without PyTorch.
-    """
+    """Return the reset seed of an environment's episode; after the last one that counts, the list begins anew."""
+    # It is here because the processes of environments import it, and do without PyTorch.
     return seeds[index][episode % len(seeds[index])]
 
 

@@ -42,7 +42,7 @@ def main() -> None:
             writer.add_scalar(f"evaluation/{name}_mean", mean, run["steps"])
         if not best.exists() or ranking(found) > ranking(load(best, "model")["run"]["evaluation"]):
             evaluated = run | {"evaluation": found | {"seeds": [first, EPISODES]}}
-            write_file(best, model_file(load(path, "model"), evaluated))
+            write_file(best, model_file(load(path, "model") | {"run": evaluated}))
     if "video" in wanted:
         try:
             summary = episode_summary(model.eval(), config, task, "episode")

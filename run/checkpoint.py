@@ -4,6 +4,7 @@ import io
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,6 @@ from run.config import Config, check_config
 from utils import UserError, reason_of
 
 FORMAT, FORMAT_VERSION = "ppo-transformer-xl", 2
-# How many checkpoints of a run are kept.
-KEPT = 2
 DIGEST_SIZE = 16
 
 
@@ -75,28 +74,13 @@ def load(path: Path, kind: str) -> dict:
     return content
 
 
-# ------------------------------------------------------------------------------------------------------------- models
-
-
-def model_file(state: dict, run: dict) -> bytes:
-    """Return a trained model as a file, with everything that is needed to use it.
-
-    Args:
-        state: a trainer's, of which a model is the part that acts: `config`, `task` and `weights`.
-        run: id, seed, steps, versions and whatever else is worth knowing about the training.
-    """
-    return encode("model", {key: state[key] for key in ("config", "task", "weights")} | {"run": run})
+def model_file(state: dict) -> bytes:
+    """Return the part of a run's state that acts as a file, with what is known about its training."""
+    return encode("model", {key: state[key] for key in ("config", "task", "weights", "run")})
 
 
 def load_model(path: Path, device: torch.device) -> tuple[ActorCriticModel, Config, Task, dict]:
-    """Read a model.
-
-    Returns:
-        The model on `device`, its config, its task and what is known about its training.
-
-    Raises:
-        UserError: with one line that says what is wrong with the file.
-    """
+    """Return a model on a device, its config, its task and what is known about its training; UserError as in `load`."""
     content = load(path, "model")
     config = check_config(content.get("config"), str(path))
     try:
@@ -106,17 +90,6 @@ def load_model(path: Path, device: torch.device) -> tuple[ActorCriticModel, Conf
         return model.to(device), config, task, dict(content["run"])
     except Exception as error:  # the file is ours by its marks, but of another version, or made by hand
         raise UserError(f"{path}: does not hold a model ({reason_of(error)})") from error
-
-
-def load_weights(path: Path, model: ActorCriticModel) -> None:
-    """Give a new run's model the weights of another; UserError where that has others."""
-    try:
-        model.load_state_dict(load_model(path, torch.device("cpu"))[0].state_dict())
-    except RuntimeError as error:  # its first line names the class alone
-        raise UserError(f"--init-from: {path}: {str(error).splitlines()[1].strip()}") from error
-
-
-# -------------------------------------------------------------------------------------------------------- checkpoints
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -135,35 +108,22 @@ def load_newest(folder: Path) -> tuple[dict, Path]:
     raise UserError("\n".join(found) or f"{folder}: holds no checkpoint; --resume takes the id of a started run")
 
 
-def save_checkpoint(folder: Path, state: dict) -> Path:
+def save_checkpoint(folder: Path, state: dict) -> None:
     """Write the checkpoint after `state["update"]` updates and forget all but the last two."""
-    path = folder / f"checkpoint-{state['update']:09d}.pt"
-    write_file(path, encode("checkpoint", state))
+    write_file(folder / f"checkpoint-{state['update']:09d}.pt", encode("checkpoint", state))
     # Temporary files are left by a process that was killed while it wrote.
-    for old in (*list_checkpoints(folder)[:-KEPT], *folder.glob(".*.tmp")):
+    for old in (*list_checkpoints(folder)[:-2], *folder.glob(".*.tmp")):
         old.unlink()
-    return path
-
-
-# --------------------------------------------------------------------------------------------------------- provenance
-
-
-def package_versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that matter to the numbers."""
-    # PyTorch says itself what it was built for, which its package does not always.
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    for package in ("numpy", "gymnasium", "minigrid", "memory-gym", "pygame-ce"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    return versions
 
 
 def provenance(device: torch.device) -> dict[str, str]:
     """Return the git commit, the versions of what matters to the numbers, and the device."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return package_versions() | {"device": f"{device.type} ({name})", "commit": git_commit()}
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    for package in ("numpy", "gymnasium", "minigrid", "memory-gym", "pygame-ce"):
+        with suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions | {"device": f"{device.type} ({name})", "commit": git_commit()}
 
 
 def git_commit() -> str:

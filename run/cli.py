@@ -1,11 +1,10 @@
 """What the command lines share: arguments read and checked, errors as one line, exit codes, output, the device."""
 
-import difflib
 import os
 import sys
 import tempfile
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -23,9 +22,8 @@ Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Processes = Annotated[int, Field(ge=1, le=4096)]
 Precision = Literal["float32", "bf16"]
-# Names files and folders; what may be started may be resumed, for both are checked by this.
-RUN_ID = r"^\w[\w.-]{0,63}$"
-RunId = Annotated[str, Field(pattern=RUN_ID)]
+# Names files and folders.
+RunId = Annotated[str, Field(pattern=r"^[^/.][^/]*$")]
 
 
 class Arguments(BaseModel):
@@ -49,8 +47,8 @@ def arguments_of(doc: str, kind: type[Given]) -> Given:
     try:
         given = docopt(doc)
     except DocoptExit as error:
-        found = " ".join(sys.argv[1:]) or "no argument"
-        raise UserError(f"{os.path.basename(sys.argv[0])}: cannot read {found!r}; see --help") from error
+        name, found = os.path.basename(sys.argv[0]), " ".join(sys.argv[1:])
+        raise UserError(f"{name}: cannot read {found!r}; see --help") from error
     given.pop("--help", None)
     try:
         return kind.model_validate(given)
@@ -58,51 +56,34 @@ def arguments_of(doc: str, kind: type[Given]) -> Given:
         raise UserError("\n".join(problems(error, given))) from error
 
 
-def problems(error: ValidationError, given: Any, known: Iterable[str] = ()) -> list[str]:
-    """Return a line for each key that pydantic found wrong.
-
-    Args:
-        error: what it raised.
-        given: what it was given.
-        known: the keys that there are, dotted, of which the nearest is named where one is unknown.
-    """
+def problems(error: ValidationError, given: Any) -> list[str]:
+    """Return a line for each key that pydantic found wrong in what it was given."""
     lines: dict[str, str] = {}
     for found in error.errors(include_url=False, include_context=False):
-        path: list[str] = []
-        value = given
-        for part in found["loc"]:  # among the keys are names of types, which are nowhere in what was given
-            inside = value.keys() if isinstance(value, dict) else range(len(value) if isinstance(value, list) else 0)
-            if part in inside:
-                path, value = [*path, str(part)], value[part]
+        path, value = list[str](), given
+        for part in found["loc"]:
+            with suppress(LookupError, TypeError):  # names of types, which are nowhere in what was given
+                value = value[part]
+                path.append(str(part))
         text = found["msg"].removeprefix("Value error, ").removeprefix("Input ").removeprefix("String ")
         if found["type"] == "missing":
             path, text = [*path, str(found["loc"][-1])], "has to be given"
         elif found["type"] == "extra_forbidden":
-            text = f"is not known here{nearest(path, list(known))}"
+            text = "is not known; all keys are in docs/configuration.md"
         elif path and not isinstance(value, dict):
             text = f"{text}, not {textwrap.shorten(repr(value), 60)}"
         lines.setdefault(".".join(path), text)  # of a value that fits none of several types, the first
     return [f"{key}: {line}" if key else line for key, text in lines.items() for line in text.splitlines()]
 
 
-def nearest(path: list[str], known: list[str]) -> str:
-    """Return which of the known keys, dotted, an unknown one may have been meant to be."""
-    prefix = "".join(f"{part}." for part in path[:-1])
-    beside = [name.removeprefix(prefix) for name in known if name.rpartition(".")[0] == prefix[:-1]]
-    near = difflib.get_close_matches(path[-1], beside, 1)
-    near += [name for name in known if name.rpartition(".")[2] == path[-1]]  # it belongs elsewhere
-    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(beside)}" * bool(beside)
-
-
 def to_file(*suffixes: str) -> AfterValidator:
     """Return the check of an option that names a file to be written, with one of these endings."""
 
     def check(path: Path) -> Path:
-        """Return the path; ValueError, saying what it should be, where it is not that."""
-        if path.suffix.lower() not in suffixes and suffixes != ("",):
-            raise ValueError(f"should end in {' or '.join(suffixes)}")
-        if not path.name or path.is_dir():
+        if path.is_dir():
             raise ValueError("should be a file")
+        if not path.name.lower().endswith(suffixes):
+            raise ValueError(f"should end in {' or '.join(suffixes)}")
         check_writable(path.parent)
         return path
 
@@ -110,8 +91,9 @@ def to_file(*suffixes: str) -> AfterValidator:
 
 
 def check_writable(folder: Path) -> None:
-    """Write a megabyte to a folder; UserError where that fails."""
+    """Make a folder and write a megabyte to it; UserError where that fails."""
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(bytes(2**20))
     except OSError as error:
@@ -127,13 +109,7 @@ def step_limit(max_steps: int | None, task) -> int | None:
 
 
 def command_line(main: Callable[[], None]) -> None:
-    """Run a command line: exit code 2 and one line per problem for what the user can put right, no traceback.
-
-    The exit code is 1 where an environment fails while it is played.
-    """
-    while (free := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass  # no file of ours may take the place of a stream that is closed
-    os.close(free)
+    """Run a command line: what the user can put right is a line each, exit code 2; an environment that fails, 1."""
     sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)
     try:
         main()

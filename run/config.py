@@ -5,19 +5,20 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from environments import SECTIONS, Environment
-from environments.section import Flag, Number, Schedule, Section, Whole
+from environments import Environment
+from environments.section import Flag, Number, Schedule, Whole, as_number
 from model import ModelConfig
 from run.cli import problems
 from utils import UserError, polynomial_decay
 
 Count = Annotated[Whole, Field(ge=1, le=10**9)]
 Interval = Annotated[Whole, Field(ge=0, le=10**9)]
+Coefficient = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, le=1000), BeforeValidator(as_number)]
 
 
 class Config(ModelConfig):
@@ -30,54 +31,32 @@ class Config(ModelConfig):
     epochs: Whole = Field(3, ge=1, le=1000, description="Passes over the rollout per update.")
     n_workers: Whole = Field(ge=1, le=4096, description="Environments.")
     worker_steps: Whole = Field(ge=1, le=10**5, description="Steps of each environment per update.")
-    n_mini_batch: Whole = Field(
-        8, ge=1, le=10**6, description="Minibatches per epoch; has to divide `n_workers`·`worker_steps`."
-    )
-    segment_length: Whole = Field(
-        1, ge=1, le=10**5, description="Steps that are learned from together, with gradients through memory."
-    )
-    value_loss_coefficient: Number = Field(
-        0.5, ge=0, le=1000, description="Weight of the value loss (squared error without ½)."
-    )
-    max_grad_norm: Number = Field(
-        0.25, ge=1e-6, le=10**6, description="Gradients are clipped to this norm, taken over all of them."
-    )
-    kl_limit: Number = Field(
-        0.0,
-        ge=0,
-        le=1000,
-        description="Largest root mean square, over the states of the rollout, of the KL to the policy that acts after "
-        "the update; 0 is no limit.",
-    )
+    n_mini_batch: Whole = Field(8, ge=1, le=10**6, description="Minibatches per epoch, all of one size.")
+    segment_length: Whole = Field(1, ge=1, le=10**5, description="Steps with gradients through memory between them.")
+    value_loss_coefficient: Coefficient = Field(0.5, description="Weight of the value loss (squared error without ½).")
+    max_grad_norm: Number = Field(0.25, ge=1e-6, le=10**6, description="All gradients are clipped to this norm.")
+    kl_limit: Coefficient = Field(0.0, description="Limit of the acting policy's KL (root mean square); 0 is none.")
     normalize_advantages: Flag = Field(True, description="Advantages are normalised in each minibatch.")
     advantage_floor: Number = Field(
-        0.0, ge=0, le=10**6, description="Normalising divides by no less (as Hafner et al. 2023 do with returns)."
+        0.0, ge=0, le=10**6, description="Least divisor in normalising (Hafner et al. 2023)."
     )
-    reconstruction_coefficient: Number = Field(
-        0.0, ge=0, le=1000, description="Weight of reconstructing the frame from memory's output (cross-entropy)."
-    )
-    recall_coefficient: Number = Field(
-        0.0, ge=0, le=1000, description="Weight of telling which frames the running episode has shown (cross-entropy)."
-    )
-    prediction_coefficient: Number = Field(
-        0.0, ge=0, le=1000, description="Weight of telling the next frame among others, or the next vector."
-    )
+    reconstruction_coefficient: Coefficient = Field(0.0, description="Weight of reconstructing the frame from memory.")
+    recall_coefficient: Coefficient = Field(0.0, description="Weight of telling which frames the episode has shown.")
+    prediction_coefficient: Coefficient = Field(0.0, description="Weight of telling the next frame or vector.")
     checkpoint_interval: Count = Field(50, description="Updates between checkpoints.")
     model_interval: Interval = Field(0, description="Updates between models kept in `checkpoints/<id>/`; 0 is never.")
     eval_interval: Interval = Field(0, description="Updates between evaluations beside the training; 0 is never.")
     video_interval: Interval = Field(0, description="Updates between episodes drawn for TensorBoard; 0 is never.")
     histogram_interval: Interval = Field(0, description="Updates between histograms of the weights; 0 is never.")
-    gamma_schedule: Schedule | None = Field(
-        None, description="A discount that changes, and takes the place of `gamma` (François-Lavet et al. 2015)."
-    )
-    lamda_schedule: Schedule | None = Field(None, description="A λ that changes, and takes the place of `lamda`.")
+    gamma_schedule: Schedule | None = Field(None, description="Replaces `gamma` (François-Lavet et al. 2015).")
+    lamda_schedule: Schedule | None = Field(None, description="Replaces `lamda`.")
     learning_rate_schedule: Schedule = Field(description="Learning rate of AdamW.")
     beta_schedule: Schedule = Field(
         Schedule(initial=1e-4, final=1e-6, max_decay_steps=10000), description="Coefficient of the entropy bonus."
     )
     clip_range_schedule: Schedule = Field(
         Schedule(initial=0.1, final=0.1, max_decay_steps=10000),
-        description="ε, to which the policy's ratio and the value's change are clipped.",
+        description="ε, the clip range of ratio and value.",
     )
     novelty_schedule: Schedule = Field(
         Schedule(initial=0.0, final=0.0, max_decay_steps=1),
@@ -94,24 +73,16 @@ class Config(ModelConfig):
         schedule = getattr(self, f"{name}_schedule")
         return getattr(self, name) if schedule is None else polynomial_decay(schedule, update)
 
-    @model_validator(mode="before")
+    @field_validator("beta_schedule", "clip_range_schedule", "novelty_schedule", mode="before")
     @classmethod
-    def _complete_schedules(cls, given: Any) -> Any:
+    def _complete(cls, given: Any, field: ValidationInfo) -> Any:
         """Let a schedule with a default be changed in part."""
-        if not isinstance(given, dict):
-            return given
-        completed = {
-            key: field.default.model_dump() | given[key]
-            for key, field in cls.model_fields.items()
-            if isinstance(field.default, Schedule) and isinstance(given.get(key), dict)
-        }
-        return given | completed
+        return cls.model_fields[field.field_name].default.model_dump() | given if isinstance(given, dict) else given
 
     @model_validator(mode="after")
     def _check_rules(self) -> "Config":
         """Raise ValueError with a line for each thing that is wrong between keys that are fine on their own."""
-        wrong = [text for broken, text in self._rules() if broken]
-        if wrong:
+        if wrong := [text for broken, text in self._rules() if broken]:
             raise ValueError("\n".join(wrong))
         return self
 
@@ -131,10 +102,8 @@ class Config(ModelConfig):
         count, length, minibatches = self.samples, self.segment_length, self.n_mini_batch
         yield count % minibatches > 0, f"n_mini_batch: {minibatches} should divide n_workers·worker_steps, {count}"
         size = count // minibatches
-        yield (
-            self.worker_steps % length + size % length > 0,
-            f"segment_length: {length} should divide worker_steps, {self.worker_steps}, and a minibatch, {size}",
-        )
+        broken, steps = self.worker_steps % length + size % length > 0, self.worker_steps
+        yield broken, f"segment_length: {length} should divide worker_steps, {steps}, and a minibatch, {size}"
         floor = self.advantage_floor > 0 and not self.normalize_advantages
         yield floor, "advantage_floor: is for advantages that are normalised (normalize_advantages: True)"
 
@@ -143,11 +112,9 @@ class Loader(yaml.SafeLoader):
     """YAML without keys that are there twice, of which all but the last are lost."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        """Return a mapping of distinct keys."""
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"the key {key} is there {keys.count(key)} times")
+        if twice := {key for key in keys if keys.count(key) > 1}:
+            raise yaml.YAMLError(f"there twice: {', '.join(twice)}")
         return super().construct_mapping(node, deep)
 
 
@@ -158,7 +125,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     try:
         given = _parse(Path(path).read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError, ValueError) as error:  # ValueError: an impossible path
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', error)}") from error
     for override in overrides:
         _override(given, override)
@@ -170,19 +137,7 @@ def check_config(given: object, source: str) -> Config:
     try:
         return Config.model_validate(given)
     except ValidationError as error:
-        section = given.get("environment") if isinstance(given, dict) else None
-        kind = SECTIONS.get(str(section.get("type"))) if isinstance(section, dict) else None
-        known = [*known_keys(Config), *known_keys(kind or Section, "environment.")]
-        raise UserError("\n".join(f"{source}: {line}" for line in problems(error, given, known))) from error
-
-
-def known_keys(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Yield the dotted names of what is declared in a model and in those inside it, sections of environments aside."""
-    for key, field in kind.model_fields.items():
-        yield prefix + key
-        for inner in () if field.discriminator else (field.annotation, *get_args(field.annotation)):
-            if isinstance(inner, type) and issubclass(inner, BaseModel):
-                yield from known_keys(inner, f"{prefix}{key}.")
+        raise UserError("\n".join(f"{source}: {line}" for line in problems(error, given))) from error
 
 
 def _parse(text: str, source: str) -> Any:
@@ -195,7 +150,7 @@ def _parse(text: str, source: str) -> Any:
 def _override(given: Any, override: str) -> None:
     """Change one key of what a file says."""
     name, equals, text = override.partition("=")
-    if not equals or "" in name.split("."):
+    if not equals:
         raise UserError(f"--set {override}: should be key=value, as in transformer.num_blocks=2")
     *path, last = name.split(".")
     try:

@@ -14,18 +14,13 @@ import torch
 import torch.distributed.nn
 from torch import Tensor
 
-from run.checkpoint import compact, git_commit, package_versions
+from run.checkpoint import compact
 from run.cli import Computing, choose_device
-from run.config import Config
 from utils import EnvironmentFailure, UserError
 
 # How long a rank waits for the others to arrive, and to do their share. That one has died is noticed at once, as its
 # connections close; only one that hangs, or whose cable is cut, is waited for. Slow environments may take their time.
 JOIN, PATIENCE = timedelta(seconds=60), timedelta(minutes=30)
-# By these torchrun, or whoever else starts several processes, says who is who.
-VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-# Flags that may differ: they change nothing of what is computed.
-OWN_FLAGS = ("--processes", "--device", "--cpu")
 
 
 class Interrupted(Exception):
@@ -35,14 +30,7 @@ class Interrupted(Exception):
 class Ranks:
     """The processes that train together; one that is alone is the first of one, without a process group.
 
-    Attributes:
-        rank: number of this process.
-        size: number of processes.
-        local_rank: number of this process among those of its machine.
-        local_size: number of processes on this machine.
-        restarts: how often torchrun has started all of them anew.
-        backend: how they communicate.
-        how_to_go_on: what is said where another rank is gone.
+    `local_rank` and `local_size` count those of this machine; `restarts`, how often torchrun has started all anew.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, local_size: int = 1) -> None:
@@ -93,7 +81,7 @@ class Ranks:
         return items[0]
 
     @contextmanager
-    def agree_on(self, *kinds: type[Exception]) -> Iterator[None]:
+    def agree_on(self, *kinds: type[BaseException]) -> Iterator[None]:
         """Let all ranks fail where one does: an exception of these kinds is raised on all of them after the block.
 
         All have to come by, and must not wait for each other within. That somebody stopped counts less than a failure.
@@ -110,10 +98,7 @@ class Ranks:
 
 @contextmanager
 def together(arguments: Computing) -> Iterator[tuple[Ranks, torch.device]]:
-    """Join the processes that were started together, and leave when all do: torchrun ends all once one has failed.
-
-    A UserError, or an exit, has to be that of all ranks: see `Ranks.agree_on`.
-    """
+    """Join the processes that were started together, and leave when all do: torchrun ends all once one has failed."""
     ranks, device = describe(arguments)
     if ranks.size == 1:
         yield ranks, device
@@ -124,21 +109,16 @@ def together(arguments: Computing) -> Iterator[tuple[Ranks, torch.device]]:
     torch.distributed.init_process_group(
         ranks.backend, timeout=PATIENCE, rank=ranks.rank, world_size=ranks.size, store=store
     )
-    leaving: BaseException | None = None
     try:
-        try:
+        with ranks.agree_on(UserError, EnvironmentFailure, SystemExit):
             yield ranks, device
-        except (UserError, EnvironmentFailure, SystemExit) as error:
-            leaving = error
-        ranks.gather(None)
     except RuntimeError as error:
         if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
             raise
         print(f"rank {ranks.rank}: another rank of the run is gone{ranks.how_to_go_on}", file=sys.stderr, flush=True)
-        leaving = SystemExit(1)
-    torch.distributed.destroy_process_group()  # otherwise its threads may abort the process at its end
-    if leaving is not None:
-        raise leaving
+        sys.exit(1)
+    finally:
+        torch.distributed.destroy_process_group()  # otherwise its threads may abort the process at its end
 
 
 def describe(arguments: Computing) -> tuple[Ranks, torch.device]:
@@ -147,33 +127,12 @@ def describe(arguments: Computing) -> tuple[Ranks, torch.device]:
     A rank has a GPU to itself by its local rank, and NCCL; where there are fewer GPUs than ranks, or all were given the
     same one, and on CPUs it is Gloo.
     """
-    device = choose_device(arguments)
-    if not all(name in os.environ for name in VARIABLES):
-        return Ranks(), device
     names = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
-    ranks = Ranks(*(int(os.environ.get(name, default)) for name, default in names))
-    if device.type == "cuda":
+    ranks, device = Ranks(*(int(os.environ.get(name, alone)) for name, alone in names)), choose_device(arguments)
+    if ranks.size > 1 and device.type == "cuda":
         if device.index is None:
             count = torch.cuda.device_count()
             ranks.backend = "cpu:gloo,cuda:nccl" if ranks.local_size <= count else "gloo"
             device = torch.device("cuda", ranks.local_rank % count)
         torch.cuda.set_device(device)
     return ranks, device
-
-
-def check_alike(ranks: Ranks, arguments: dict) -> None:
-    """Raise UserError on all ranks where one has another flag, package, commit or backend than rank 0."""
-    own = {name: value for name, value in arguments.items() if name not in OWN_FLAGS} | package_versions()
-    first, *others = ranks.gather(own | {"backend": ranks.backend, "commit": git_commit()})
-    for rank, other in enumerate(others, start=1):
-        for name, value in first.items():
-            if value != other[name]:
-                raise UserError(f"ranks 0 and {rank} differ in {name}: {value}, {other[name]}")
-
-
-def check_divisible(ranks: Ranks, config: Config) -> None:
-    """Raise UserError where a config's environments cannot be shared out evenly."""
-    if config.n_workers % ranks.size:
-        fitting = ", ".join(str(size) for size in range(1, config.n_workers + 1) if config.n_workers % size == 0)
-        raise UserError(f"n_workers: {config.n_workers} environments cannot be divided among {ranks.size} ranks; "
-                        f"allowed numbers of ranks are {fitting}")  # fmt: skip

@@ -13,17 +13,11 @@ ROOT = Path(__file__).parents[1]
 
 
 class Evaluations:
-    """Has models of a run played beside its training, one at a time; of those that come meanwhile, the newest waits.
-
-    Args:
-        summaries: where TensorBoard finds what comes of it.
-        best: the file of the best model so far.
-    """
+    """Has models of a run played beside its training, one at a time; of those that come meanwhile, the newest waits."""
 
     def __init__(self, summaries: Path, best: Path) -> None:
-        self.summaries, self.best = summaries, best
+        self.summaries, self.best, self.played = summaries, best, summaries / ".played.nn"
         self.process: subprocess.Popen | None = None
-        self.played = summaries / ".played.nn"
         self.waiting, self.wanted = b"", set[str]()
 
     def offer(self, model: bytes, wanted: set[str]) -> None:

@@ -2,7 +2,6 @@
 
 import sys
 import threading
-import time
 from collections.abc import Iterable
 from contextlib import suppress
 from datetime import datetime, timedelta
@@ -24,7 +23,7 @@ EPISODES_KEPT = 100
 
 
 class Episodes:
-    """What the latest episodes of all ranks reported."""
+    """What the `latest` episodes of all ranks reported."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
@@ -35,46 +34,30 @@ class Episodes:
         """Take (step of the rollout, environment, report) of episodes of this rank."""
         self.ended += ended
 
-    def collect(self) -> None:
-        """Count what was added on all ranks since the last time, in the order in which it ended."""
+    def collect(self) -> dict[str, float]:
+        """Count what was added on all ranks, in the order in which it ended; return means by tag, if any has ended."""
         ended = [episode for episodes in self.ranks.gather(self.ended) for episode in episodes]
         self.latest += [report for _, _, report in sorted(ended, key=lambda episode: episode[:2])]
         self.ended.clear()
         count_missing_success(self.latest)
         del self.latest[:-EPISODES_KEPT]
-
-    def scalars(self) -> dict[str, float]:
-        """Return their means by TensorBoard tag, nothing before the first has ended."""
         return episode_scalars(self.latest)
-
-    def state_dict(self) -> list[dict[str, float]]:
-        """Return all that later statistics depend on."""
-        return [dict(episode) for episode in self.latest]
-
-    def load_state_dict(self, state: list[dict[str, float]]) -> None:
-        """Continue from what `state_dict` returned."""
-        self.latest = [dict(episode) for episode in state]
 
 
 class Logger:
     """Writes a run's numbers to TensorBoard and its progress to the terminal.
 
-    Args:
-        folder: where the summaries of the run lie: of each life that it had under its id, one folder, which those who
-            go on from a checkpoint write on in, so that there is one curve.
-        config: the run's config; kept as text and as hyperparameters to compare runs by.
-        about: what is known about the run.
-        update: finished updates; what was logged after them by an interrupted run is dropped.
+    In `folder` each run that had this id has one of its own. A resumed run writes on in its own, so that there is one
+    curve; what was logged after the finished updates, `update`, is dropped.
     """
 
     def __init__(self, folder: Path, config: Config, about: dict, update: int) -> None:
-        self.config, self.about, self.resumed = config, about, len(about["starts"]) > 1
-        earlier = sorted(path for path in folder.glob("[0-9]*") if path.is_dir()) if self.resumed else []
+        self.config, self.about = config, about
+        earlier = sorted(folder.glob("[0-9]*")) if len(about["starts"]) > 1 else []
         self.folder = earlier[-1] if earlier else folder / f"{datetime.now():%Y%m%d-%H%M%S-%f}"
-        self.started, self.first = time.perf_counter(), update
         # The thread that writes hands its errors on to whoever logs next; they need not be shown as well.
         threading.excepthook = lambda error: None if error.exc_type is OSError else sys.__excepthook__(*error[:3])
-        self.writer: Any = self._open(update)
+        self.writer: Any = None
         # None: there is none where there is no terminal.
         layout = "{desc} {percentage:3.0f}%|{bar}| {n}/{total} {elapsed}<{remaining}"
         self.bar = tqdm(total=config.updates, initial=update, desc=about["run_id"][:16], bar_format=layout,
@@ -85,8 +68,9 @@ class Logger:
         writer.add_text("config", f"```\n{yaml.safe_dump(self.config.model_dump(), sort_keys=False)}```")
         writer.add_text("run", "\n".join(f"- {key}: {value}" for key, value in self.about.items()))
         # What is as by default is left out: TensorBoard orders columns by name, and there are many.
-        chosen = flatten(self.config.model_dump(exclude_defaults=True)) | {"seed": self.about["seed"]}
-        for summary in hparams(chosen, {"episode/success_mean": 0, "episode/reward_mean": 0})[:2]:
+        chosen = self.config.model_dump(exclude_defaults=True) | {"seed": self.about["seed"]}
+        plain = {key: value if isinstance(value, (int, float)) else str(value) for key, value in chosen.items()}
+        for summary in hparams(plain, {"episode/success_mean": 0, "episode/reward_mean": 0})[:2]:
             writer.file_writer.add_summary(summary)
         return writer
 
@@ -106,17 +90,16 @@ class Logger:
         self._show(update, scalars)
 
     def _show(self, update: int, scalars: dict[str, float]) -> None:
-        means = {name: scalars.get(f"episode/{name}_mean") for name in ("reward", "success", "length")}
-        shown = [f"{name} {mean:.2f}" for name, mean in means.items() if mean is not None]
-        shown = shown or ["no episode has ended yet"]
-        shown.append(f"{scalars['performance/update_steps_per_second']:,.0f} steps/s")
+        tags, rate = ("reward", "success", "length"), scalars["performance/update_steps_per_second"]
+        shown = [f"{name} {scalars[tag]:.2f}" for name in tags if (tag := f"episode/{name}_mean") in scalars]
+        words = f"{' '.join(shown) or 'no episode has ended yet'} {rate:,.0f} steps/s"
         if not self.bar.disable:
-            self.bar.set_description_str(" ".join(word for word in shown if "length" not in word), refresh=False)
+            self.bar.set_description_str(words, refresh=False)
             self.bar.update()
             return
-        seconds = (time.perf_counter() - self.started) / (update - self.first) * (self.config.updates - update)
-        print(f"update {update}/{self.config.updates} step {update * self.config.samples:,} {' '.join(shown)} "
-              f"left {timedelta(seconds=round(seconds))}", file=sys.stderr, flush=True)  # fmt: skip
+        left = timedelta(seconds=round((self.config.updates - update) * self.config.samples / rate))
+        print(f"update {update}/{self.config.updates} step {update * self.config.samples:,} {words} left {left}",
+              file=sys.stderr, flush=True)  # fmt: skip
 
     def close(self) -> None:
         """Finish the files and the bar."""
@@ -127,12 +110,3 @@ class Logger:
         with suppress(OSError, AttributeError):  # AttributeError: there is none
             self.writer.close()
         self.writer = None
-
-
-def flatten(section: dict, prefix: str = "") -> dict[str, float | str]:
-    """Return a nested config as one level of dotted keys."""
-    flat: dict[str, float | str] = {}
-    for key, value in section.items():
-        plain = value if isinstance(value, (int, float)) else str(value)
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: plain}
-    return flat

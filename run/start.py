@@ -2,13 +2,11 @@
 
 import itertools
 import os
-import re
 import secrets
 import signal
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -19,9 +17,9 @@ from filelock import FileLock, Timeout
 
 from environments.contract import Task
 from run.checkpoint import compact, list_checkpoints, load_newest, model_file, provenance, save_checkpoint, write_file
-from run.cli import RUN_ID, check_writable, cores
+from run.cli import check_writable, cores
 from run.config import Config, check_config, load_config
-from run.distributed import Interrupted, Ranks, check_alike, check_divisible
+from run.distributed import Interrupted, Ranks
 from run.evaluations import Evaluations
 from run.logger import Logger
 from utils import EnvironmentFailure, NonFinite, UserError
@@ -36,8 +34,7 @@ MODELS, CHECKPOINTS, SUMMARIES = Path("models"), Path("checkpoints"), Path("summ
 class StopRequest:
     """Whether somebody asked this rank to stop: `asked`."""
 
-    def __init__(self) -> None:
-        self.asked = False
+    asked = False
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
@@ -62,13 +59,7 @@ class StopRequest:
 class Options:
     """How a run is carried out; nothing in here changes what is learned but for rounding.
 
-    Attributes:
-        device: where the model and the buffer live.
-        processes: how many processes step the environments.
-        precision: "float32", or "bf16" for matrix products.
-        compile: whether to compile the model with torch.compile.
-        ranks: all that train together.
-        stop: whether somebody asked the run to stop.
+    `processes` step the environments; `precision` is "float32", or "bf16" for matrix products.
     """
 
     device: torch.device
@@ -78,16 +69,6 @@ class Options:
     ranks: Ranks = field(default_factory=Ranks)
     stop: StopRequest = field(default_factory=StopRequest)
 
-    @property
-    def emulates_bf16(self) -> bool:
-        """Whether bf16 products are asked for, and instructions for them lacking: those of AVX512_BF16, or Ampere."""
-        if self.device.type == "cuda":
-            there = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            capabilities = torch.cpu.get_capabilities()
-            there = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-        return self.precision == "bf16" and not there
-
     def overlaps(self, task: Task, n_workers: int) -> bool:
         """Return whether half of a run's environments step while the policy looks at the other half."""
         return self.device.type == "cuda" or (task.frame is not None and n_workers >= OVERLAP_WORTH)
@@ -96,36 +77,22 @@ class Options:
 class Run:
     """What surrounds a training: a folder with its checkpoints, whose name is that of the run; a log; models.
 
-    Everything comes to it as plain data, so that it knows nothing of the trainer.
-
-    Args:
-        run_id: names the folders and the model.
-        config: what is trained.
-        seed: everything random derives from it.
-        options: how it is carried out.
-        checkpoint: what it goes on from, None for a new run.
+    It knows nothing of the trainer, whose `state` is plain data: of a run that goes on, first the checkpoint's.
     """
 
     def __init__(
         self, run_id: str, config: Config, seed: int, options: Options, checkpoint: dict | None = None
     ) -> None:
         self.name, self.config, self.seed, self.options = run_id, config, seed, options
-        self.checkpoint, self.ranks = checkpoint, options.ranks
-        self.model, self.folder = places(run_id)
+        self.resumed, self.ranks = checkpoint is not None, options.ranks
+        self.model, self.folder = MODELS / f"{run_id}.nn", CHECKPOINTS / run_id
         self.state: dict[str, Any] = checkpoint or {"update": 0}  # after the last update
-        # What goes on with the run.
-        self.command = f"{'python' if self.ranks.size == 1 else 'torchrun …'} train.py --resume={run_id}"
-        self.ranks.how_to_go_on = f"; to go on from the last checkpoint: {self.command}"
+        self.ranks.how_to_go_on = f"; to go on from the last checkpoint: train.py --resume={run_id}"
         made_by = provenance(options.device)
         start = {"time": f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}", "update": self.state["update"]}
         starts = checkpoint["run"]["starts"] if checkpoint else []
         self.about: dict[str, Any] = {"run_id": run_id, "seed": seed, "precision": options.precision} | made_by
         self.about["starts"] = [*starts, start | made_by]
-
-    @property
-    def done(self) -> bool:
-        """Whether it has had all its updates."""
-        return self.state["update"] >= self.config.updates
 
     def tell(self, line: str) -> None:
         """Show a line once."""
@@ -134,20 +101,14 @@ class Run:
 
     @contextmanager
     def open(self, state: dict[str, Any]) -> Iterator[None]:
-        """Take the run's folders, let signals ask to stop, and lose nothing where the block ends early.
-
-        Raises:
-            UserError: if the folders cannot be written to.
-            SystemExit: where the run was stopped or failed, which has been told, its last state being saved.
-        """
-        self.state = state
+        """Take the run's folders and let signals ask to stop; where the block ends early: save, tell and exit."""
+        self.state, config = state, self.config
         with self.ranks.agree_on(UserError):
             if self.ranks.first:
                 self._settle()
-        config, after = self.config, f"continuing after update {state['update']}, " if self.checkpoint else ""
+        after = f"continuing after update {state['update']}, " if self.resumed else ""
         self.tell(f"run {self.name}, seed {self.seed}, {config.environment.type} on {self.about['device']}, "
                   f"{after}{config.updates} updates of {config.samples:,} steps")  # fmt: skip
-        self.checkpoint = None  # as large as three models
         try:
             with self.options.stop.on_signals():
                 yield
@@ -175,10 +136,11 @@ class Run:
         if self.ranks.first:
             self.log.log(update, scalars, state["weights"] if "histogram" in due else {})
             if "model" in due:
-                self._write_model(self.folder / f"model-{update * self.config.samples:012d}.nn")
+                with self._telling(self.folder):
+                    write_file(self.folder / f"model-{update * self.config.samples:012d}.nn", model_file(self._kept()))
             with self._telling(self.log.folder):
                 if due & {"eval", "video"}:
-                    self.evaluations.offer(self._model(), due & {"eval", "video"})
+                    self.evaluations.offer(model_file(self._kept()), due & {"eval", "video"})
                 self.evaluations.go_on()
         if "checkpoint" in due:  # last: a resumed run repeats nothing before it
             self._save()
@@ -191,36 +153,36 @@ class Run:
             self.evaluations.finish(lambda: self.options.stop.asked)
 
     def write_model(self) -> None:
-        """Write the model of the last update; SystemExit where there is no place."""
-        if not self.ranks.from_first(self.ranks.first and self._write_model(self.model)):
+        """Write the model of the last update; SystemExit where that fails."""
+        written = False
+        with self._telling(self.model.parent):
+            if self.ranks.first:
+                write_file(self.model, model_file(self._kept()))
+            written = True
+        if not self.ranks.from_first(written):
             self.tell(f"the model could not be written; {self._how_to_go_on()}")
             sys.exit(1)
 
     def _how_to_go_on(self) -> str:
         last = list_checkpoints(self.folder)[-1:]
-        return f"to go on from {last[0]}: {self.command}" if last else "no checkpoint could be written"
+        return f"to go on from {last[0]}: train.py --resume={self.name}" if last else "no checkpoint could be written"
 
-    def _about(self) -> dict[str, Any]:
-        """Return what is known about the run so far."""
+    def _kept(self) -> dict[str, Any]:
+        """Return the state after the last update, with what is known about the run so far."""
         update = self.state["update"]
-        return self.about | {"updates": update, "steps": update * self.config.samples}
-
-    def _model(self) -> bytes:
-        return model_file(self.state, self._about())
+        return self.state | {"run": self.about | {"updates": update, "steps": update * self.config.samples}}
 
     def _save(self) -> None:
         """Write the state after the last update, with the environments of all ranks."""
         environments = joined(self.ranks.gather(compact(self.state["environments"])))
         with self.ranks.agree_on():  # the others wait, lest torchrun ends all when the first of them has left
             if self.ranks.first:
-                state = self.state | {"environments": environments, "run": self._about()}
-                self._write(self.folder, lambda folder: save_checkpoint(folder, state))
+                with self._telling(self.folder):
+                    save_checkpoint(self.folder, self._kept() | {"environments": environments})
 
     def _settle(self) -> None:
         """Make the folders and take the run's; UserError where that fails."""
         for place in (MODELS, SUMMARIES, self.folder):
-            with suppress(OSError):  # which is said next
-                place.mkdir(parents=True, exist_ok=True)
             check_writable(place)
         # Beside the folder: it holds for the run's id, also where the folder is moved, removed or copied.
         self.lock = FileLock(CHECKPOINTS / f".{self.name}.lock")
@@ -229,24 +191,11 @@ class Run:
         except Timeout as error:
             raise UserError(f"{self.folder}: another process trains this run") from error
         best = MODELS / f"{self.name}-best.nn"
-        if self.checkpoint is None:  # what is there is an earlier run's
+        if not self.resumed:  # what is there is an earlier run's
             for path in (*self.folder.glob("*.pt"), *self.folder.glob("*.nn"), best):
                 path.unlink(missing_ok=True)
         self.log = Logger(SUMMARIES / self.name, self.config, self.about, self.state["update"])
         self.evaluations = Evaluations(self.log.folder / "evaluation", best)
-
-    def _write_model(self, path: Path) -> bool:
-        return self._write(path.parent, lambda folder: write_file(folder / path.name, self._model()))
-
-    def _write(self, folder: Path, write: Callable[[Path], object]) -> bool:
-        """Let a file be written into a folder, or where that fails into the system's for temporary ones."""
-        for place in (folder, Path(tempfile.gettempdir()) / self.name):
-            with self._telling(place):
-                write(place)
-                if place != folder:
-                    self.tell(f"it was written to {place}")
-                return True
-        return False
 
     @contextmanager
     def _telling(self, place: Path) -> Iterator[None]:
@@ -270,19 +219,15 @@ def joined(parts: list[Any]) -> Any:
 
 
 def chosen_run(arguments: Any, ranks: Ranks, device: torch.device) -> Run:
-    """Return the run that train.py's command line means: rank 0 reads and draws, all know.
-
-    Raises:
-        UserError: on all ranks, where anything is wrong or they are not alike.
-    """
-    check_alike(ranks, arguments.model_dump(by_alias=True))
+    """Return the run that train.py's command line means: rank 0 reads and draws, all know."""
     chosen = None
     with ranks.agree_on(UserError):
         if ranks.first:
             chosen = found_run(arguments, ranks.restarts > 0)
     run_id, config, seed, checkpoint = ranks.from_first(chosen)
     config = config.model_copy(update={"updates": arguments.updates or config.updates})
-    check_divisible(ranks, config)
+    if config.n_workers % ranks.size:
+        raise UserError(f"n_workers: {config.n_workers} environments cannot be divided among {ranks.size} ranks")
     processes = arguments.processes or max(1, cores() // ranks.local_size)
     precision = arguments.precision or (checkpoint["run"]["precision"] if checkpoint else "float32")
     options = Options(device, processes, precision=precision, compile=arguments.compile, ranks=ranks)
@@ -292,7 +237,7 @@ def chosen_run(arguments: Any, ranks: Ranks, device: torch.device) -> Run:
 def found_run(arguments: Any, restarted: bool) -> tuple[str, Config, int, dict | None]:
     """Return id, config and seed of a run, and its newest checkpoint if it is to go on."""
     run_id = arguments.resume or free_run_id(arguments, restarted)
-    folder = places(run_id)[1]
+    folder = CHECKPOINTS / run_id
     if arguments.resume or (restarted and list_checkpoints(folder)):
         checkpoint, path = load_newest(folder)
         return run_id, check_config(checkpoint["config"], str(path)), checkpoint["seed"], checkpoint
@@ -305,17 +250,8 @@ def free_run_id(arguments: Any, restarted: bool) -> str:
     run_id = arguments.run_id or Path(arguments.config).stem
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and (arguments.overwrite or not arguments.run_id):
         raise UserError("torchrun's --max-restarts, which goes on with the run, needs its --run-id, no --overwrite")
-    if not re.fullmatch(RUN_ID, run_id):
-        raise UserError(f"--run-id: should match {RUN_ID!r}, not {run_id!r}")
     numbered = (f"{run_id}-{number}" if number > 1 else run_id for number in itertools.count(1))
-    free = next(name for name in numbered if not any(path.exists() for path in places(name)))
-    if free == run_id or arguments.overwrite or restarted:
-        return run_id
-    if arguments.run_id:
+    free = next(name for name in numbered if not (CHECKPOINTS / name).exists() and not (MODELS / f"{name}.nn").exists())
+    if free != run_id and arguments.run_id and not (arguments.overwrite or restarted):
         raise UserError(f"--run-id: {run_id} exists; choose another id, or --overwrite, or --resume={run_id}")
-    return free
-
-
-def places(run_id: str) -> tuple[Path, Path]:
-    """Return the model and the folder of a run."""
-    return MODELS / f"{run_id}.nn", CHECKPOINTS / run_id
+    return run_id if arguments.overwrite or restarted else free

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ import evaluate
 import train
 from run.checkpoint import load
 from run.config import check_config
-from run.distributed import Ranks, check_alike, check_divisible
+from run.distributed import Ranks
+from run.start import chosen_run
 from tests.toy_environments import toy
 from tests.walk import constant, tiny
 from utils import UserError
@@ -195,16 +197,12 @@ def test_all_end_with_one(tmp_path, victim):
     assert saved.name == f"checkpoint-{int(last):09d}.pt"
 
 
-def test_ranks_that_differ_do_not_start(monkeypatch):
-    ranks, flags = Ranks(0, 2), {"--compile": False, "--processes": 2}
-    for name, other in (("commit", "other"), ("--compile", True), ("torch", "1.0")):
-        monkeypatch.setattr(ranks, "gather", lambda own, change={name: other}: [own, own | change])
-        with pytest.raises(UserError, match=f"^ranks 0 and 1 differ in {name}: .*, {other}$"):
-            check_alike(ranks, flags)
-    monkeypatch.setattr(ranks, "gather", lambda own: [own, own])
-    check_alike(ranks, flags)
-    with pytest.raises(UserError, match="4 environments cannot be divided among 3 ranks; allowed .* are 1, 2, 4$"):
-        check_divisible(Ranks(0, 3), check_config(TASKS["vector"], ""))
+def test_environments_that_cannot_be_divided(monkeypatch):
+    found = "run", check_config(TASKS["vector"], ""), 5, None
+    monkeypatch.setattr(Ranks, "gather", lambda self, item: [item])
+    monkeypatch.setattr(Ranks, "from_first", lambda self, item: found)
+    with pytest.raises(UserError, match="4 environments cannot be divided among 3 ranks"):
+        chosen_run(SimpleNamespace(updates=None), Ranks(1, 3), torch.device("cpu"))
 
 
 @pytest.mark.slow
