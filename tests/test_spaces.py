@@ -256,7 +256,7 @@ NOT_POSSIBLE = [
     ({"type": "Minigrid", "name": "MiniGrid-MemoryS8-v0"}, ["MiniGrid-MemoryS8", "Did you mean"]),
     ({"type": "Minigrid", "name": "CartPole-v1"}, ["CartPole-v1", "agent_view_size"]),
     ({"type": "MortarMayhem", "reset_params": {"comand_count": [5]}}, ["comand_count", "not valid"]),
-    ({"type": "MortarMayhem", "reset_params": {"command_count": 5}}, ["command_count", "should be list"]),
+    ({"type": "MortarMayhem", "reset_params": {"command_count": 5}}, ["command_count", "default, [10]"]),
 ]
 
 
