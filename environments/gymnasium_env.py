@@ -26,17 +26,12 @@ class GymnasiumEnv(gymnasium.Wrapper):
     An observation is a frame (channels, height, width), a vector (n,), or a dict of both, "frame" and "vector". An
     action is int64 (branches,), or an int where there is one branch, or float32 (n,) where it is numbers. The info is
     empty before the end, but for an `action_mask`; at the end it has reward and length of the episode, and the numbers
-    in the environment's own info.
+    in the environment's own info. `notices` are what someone who trains on it had better know, a line each.
 
     Args:
         max_episode_steps: the longest episode, None where episodes have no limit.
         names: what each entry of the observed vector is, if its space does not say that well.
         observe, hide, previous_action, previous_reward, reward_scale: see `GymnasiumSection`.
-
-    Attributes:
-        task: what a model needs to know of it; `try_out` says whether actions are masked.
-        action_bounds: lowest and highest (n,) of what an action of n numbers is clipped to; None for other actions.
-        notices: what someone who trains on it had better know, a line each.
     """
 
     def __init__(
@@ -82,10 +77,7 @@ class GymnasiumEnv(gymnasium.Wrapper):
         return {"reward": self._reward, "length": self._length}
 
     def observed(self, observation: Any, action: Any, reward: float | None) -> Any:
-        """Return what the agent sees of an observation of an environment like `env`, by its last action and the reward.
-
-        Both are None at the beginning of an episode. BrokenContract where what the agent sees is missing, or wrong.
-        """
+        """Return what the agent sees of an observation, by the action and the reward before it, None at a beginning."""
         if action is not None and reward is None and self.previous_reward:
             raise BrokenContract("needs reward=…, the one of the last step: the agent sees it (previous_reward)")
         frame, vector = self._observer.frame(observation), None
@@ -168,8 +160,7 @@ class GymnasiumSection(Section):
 
     def create(self, render_mode: str | None = None) -> GymnasiumEnv:
         """Return a new environment."""
-        arguments = {"max_episode_steps": self.max_episode_steps, **self.arguments}
-        env = make_registered(self.name, render_mode, **arguments)
+        env = make_registered(self.name, render_mode, max_episode_steps=self.max_episode_steps, **self.arguments)
         limit = env.spec.max_episode_steps if env.spec else None
         return GymnasiumEnv(
             env, limit, observe=self.observe, hide=self.hide, previous_action=self.previous_action,
@@ -184,7 +175,7 @@ class CartPoleSection(Section):
     max_episode_steps: Steps = Field(200, description="Episodes are truncated there.")
 
     def create(self, render_mode: str | None = None) -> GymnasiumEnv:
-        """Return a new CartPole; a step's reward is 1/100 for learning, the return in the info is not divided."""
+        """Return a new CartPole; for learning, a step's reward is 1/100."""
         env = make_registered("CartPole-v1", render_mode, max_episode_steps=self.max_episode_steps)
         names = ("cart position", "cart velocity", "pole angle", "pole velocity")
         hidden = [1, 3] if self.type == "CartPoleMasked" else []

@@ -100,8 +100,7 @@ class MemoryGymTask(gymnasium.Wrapper):
         self._options, self._watched = options, watched
         self._is_mortar_mayhem = task_type in ("MortarMayhem", "MortarMayhem-Grid")
         self.reset()  # the limit is known only now; a seed would be that of later resets without one, too
-        limit = int(self._task.max_episode_steps)  # −1 where there is none
-        self.limit = limit if limit > 0 else None
+        self.limit = max(0, int(self._task.max_episode_steps)) or None  # Memory Gym says −1 where there is none
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
         """Start an episode with the task's options."""

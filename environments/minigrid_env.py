@@ -12,9 +12,8 @@ from pydantic import Field
 from environments.gymnasium_env import GymnasiumEnv, make_registered
 from environments.section import Flag, Nothing, Section, Steps, Text, Whole
 
-# Grid worlds show the same few views over and over, and rendering one takes longer than the rest of a step. The
-# symbolic view determines its picture, so pictures are kept by (environment, tile size, bytes of the symbolic view)
-# for all environments of a process. 1,000 pictures of 84×84 are 21 MB; then all are forgotten.
+# Grid worlds show the same few views over and over, and rendering one takes longer than the rest of a step. So pictures
+# are kept for all environments of a process by (environment, tile size, bytes of the symbolic view). 1,000 are 21 MB.
 MAX_KEPT_PICTURES = 1000
 _kept_pictures: dict[tuple[str, int, bytes], np.ndarray] = {}
 

@@ -11,7 +11,6 @@ import numpy as np
 # What the program itself says of an episode; a task's own number of that name goes by another, `info_reward`.
 COUNTED = ("reward", "length")
 PLAYED = ("seed", "repetition", "cut")
-NAME_LENGTH = 64
 
 
 def task_numbers(info: Any) -> dict[str, float]:
@@ -24,7 +23,7 @@ def task_numbers(info: Any) -> dict[str, float]:
         number = _number(value)
         if number is not None and path != "action_mask":  # that of one action looks like a number
             name = "success" if path == "is_success" else re.sub(r"[^\w./-]+", "_", path)
-            numbers[f"info_{name}" if name in COUNTED + PLAYED else name[:NAME_LENGTH]] = number
+            numbers[f"info_{name}" if name in COUNTED + PLAYED else name[:64]] = number
     return numbers
 
 

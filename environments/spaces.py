@@ -19,7 +19,6 @@ from gymnasium.spaces.utils import flatdim, flatten, flatten_space, unflatten
 from environments.contract import BrokenContract
 from environments.pictures import SMALLEST_PICTURE
 
-SMALLEST_GRID = 3
 # Whole numbers with bounds further apart have none that mean something: they are those of the data type.
 WIDEST_RANGE = 2**31 - 1
 # The largest observations and actions. A vector's entry or an action costs a row of weights; a frame of 2²⁰ values is
@@ -76,22 +75,21 @@ def picture_axes(space: gymnasium.Space) -> tuple[int, ...] | None:
         axes = (1, 2, 0) if middle == last else (0, 1, 2)
     else:
         axes = (1, 2, 0) if first < last else (0, 1, 2)
-    is_grid = len(axes) == 3 and space.dtype in (np.uint8, np.bool_)
-    smallest = SMALLEST_GRID if is_grid else SMALLEST_PICTURE
+    smallest = 3 if len(axes) == 3 and space.dtype in (np.uint8, np.bool_) else SMALLEST_PICTURE
     return axes if min(space.shape[axes[0]], space.shape[axes[1]]) >= smallest else None
 
 
 def entries_of(value: Any, space: Any, name: str) -> np.ndarray:
     """Return the entries (size,) of a value in the vector: choices one-hot, or numbers."""
     numbers = np.asarray(value)
-    if numbers.shape != space.shape and not numbers.size == math.prod(space.shape) == 1:
-        raise BrokenContract(f"{name} has the shape {numbers.shape}, its space says {space.shape}")
-    if not isinstance(space, Choices):
-        return numbers.ravel()
-    chosen = numbers.reshape(space.shape).astype(np.int64)
-    if not space.contains(chosen):
-        raise BrokenContract(f"{name} is {value}, which its space does not contain")
-    return np.asarray(flatten(space, chosen))
+    if numbers.size == math.prod(space.shape) == 1:  # whatever its shape
+        numbers = numbers.reshape(space.shape)
+    is_choice = isinstance(space, Choices)
+    if numbers.shape != space.shape or is_choice and not space.contains(numbers.astype(np.int64)):
+        raise BrokenContract(
+            f"{name} is {textwrap.shorten(str(value), 120)}, which its space, {space}, does not contain"
+        )
+    return np.asarray(flatten(space, numbers.astype(np.int64))) if is_choice else numbers.ravel()
 
 
 def entry_names(space: Any, root: str) -> list[str]:
