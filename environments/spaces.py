@@ -82,14 +82,14 @@ def picture_axes(space: gymnasium.Space) -> tuple[int, ...] | None:
 def entries_of(value: Any, space: Any, name: str) -> np.ndarray:
     """Return the entries (size,) of a value in the vector: choices one-hot, or numbers."""
     numbers = np.asarray(value)
-    if numbers.size == math.prod(space.shape) == 1:  # whatever its shape
-        numbers = numbers.reshape(space.shape)
-    is_choice = isinstance(space, Choices)
-    if numbers.shape != space.shape or is_choice and not space.contains(numbers.astype(np.int64)):
-        raise BrokenContract(
-            f"{name} is {textwrap.shorten(str(value), 120)}, which its space, {space}, does not contain"
-        )
-    return np.asarray(flatten(space, numbers.astype(np.int64))) if is_choice else numbers.ravel()
+    if numbers.shape != space.shape and not numbers.size == math.prod(space.shape) == 1:
+        raise BrokenContract(f"{name} has the shape {numbers.shape}, its space says {space.shape}")
+    if not isinstance(space, Choices):
+        return numbers.ravel()
+    chosen = numbers.reshape(space.shape).astype(np.int64)
+    if not space.contains(chosen):
+        raise BrokenContract(f"{name} is {value}, which its space does not contain")
+    return np.asarray(flatten(space, chosen))
 
 
 def entry_names(space: Any, root: str) -> list[str]:
