@@ -6,7 +6,6 @@ reset seed and its actions, so that one whose process died, or whose run was int
 The user's code runs there alone: what it does to its process does not reach the trainer.
 """
 
-import math
 import multiprocessing
 import os
 import random
@@ -34,8 +33,6 @@ from environments.gymnasium_env import GymnasiumSection
 from environments.section import Section
 from utils import EnvironmentFailure, UserError, create_env, training_seed
 
-# A frame, a vector, or both by these names.
-Observation = np.ndarray | dict[str, np.ndarray]
 DIGEST_SIZE = 16
 # How often the processes may be restarted at the same step before the run gives up.
 MAX_RESTARTS = 3
@@ -50,11 +47,8 @@ CONTEXT.set_forkserver_preload(["worker", "gymnasium"])
 class SharedArrays:
     """What W environments and the trainer tell each other, a row per environment, in anonymous shared memory.
 
-    The memory has no name: it disappears with the last process that maps it, however that process ends.
-
-    Args:
-        n_workers: W.
-        task: gives the shapes; what it does not have is None.
+    The memory has no name: it disappears with the last process that maps it, however that process ends. What a task
+    does not have is None.
     """
 
     frames: np.ndarray | None  # (W, H, W, C), as convolutions want them and most environments make them
@@ -83,11 +77,10 @@ class SharedArrays:
             layout["vectors"] = (task.vector,), np.float32
         if task.masked:
             layout["masks"] = (sum(task.branches),), np.bool_
-        memory = {}
-        for name, (shape, dtype) in layout.items():
-            size = n_workers * math.prod(shape) * np.dtype(dtype).itemsize
-            memory[name] = (n_workers, *shape), dtype, CONTEXT.RawArray("b", size)
-        self.__setstate__(memory)
+        self.__setstate__({
+            name: ((n_workers, *shape), dtype, CONTEXT.RawArray("b", np.empty((n_workers, *shape), dtype).nbytes))
+            for name, (shape, dtype) in layout.items()
+        })  # fmt: skip
 
     def __getstate__(self) -> dict:
         return self.memory
@@ -98,8 +91,8 @@ class SharedArrays:
         for name, block in memory.items():
             setattr(self, name, np.ndarray(*block))
 
-    def show(self, index: int, observation: Observation, mask: np.ndarray | None = None) -> None:
-        """Write what environment `index` shows, its digest, and which actions are allowed (sum of actions,)."""
+    def show(self, index: int, observation: Any, mask: np.ndarray | None = None) -> None:
+        """Write what a `GymnasiumEnv` shows, its digest, and which actions are allowed (sum of branches,)."""
         parts = observation if isinstance(observation, dict) else dict.fromkeys(("frame", "vector"), observation)
         digest = b""
         if self.frames is not None:
@@ -115,25 +108,14 @@ class SharedArrays:
         elif mask is not None:
             raise BrokenContract("gives an action_mask, but gave none with its first observations")
 
-    def copy_row(self, index: int, other: "SharedArrays") -> None:
-        """Take what another one says of an environment."""
-        for name in self.memory:
-            getattr(self, name)[index] = getattr(other, name)[index]
-
 
 @dataclass
 class Episode:
-    """The running episode of one environment: all that is needed to bring it back.
+    """The running episode of one environment: all that is needed to bring it back."""
 
-    Attributes:
-        number: how many episodes the environment finished before.
-        actions: of each step, a byte per branch where that suffices.
-        digest: of the current observation, empty before the first one.
-    """
-
-    number: int = 0
-    actions: bytearray = field(default_factory=bytearray)
-    digest: bytes = b""
+    number: int = 0  # how many the environment finished before
+    actions: bytearray = field(default_factory=bytearray)  # of each step, a byte per branch where that suffices
+    digest: bytes = b""  # of the current observation, empty before the first one
 
 
 def packed_type(task: Task) -> np.dtype:
@@ -148,7 +130,7 @@ def seed_generators(*numbers: int) -> None:
     """Seed the global generators, `random`'s, NumPy's and PyTorch's where it is imported, by all of the numbers.
 
     Before every step of an environment that the user brings, so that what it draws depends on its episode and its step
-    alone, not on who else is in its process. The other types draw from their own generators, and are spared the 8 µs.
+    alone. The other types draw from their own generators, and are spared the 8 µs.
     """
     seed = xxhash.xxh3_64_intdigest(repr(numbers).encode())
     random.seed(seed)
@@ -204,7 +186,8 @@ class EnvironmentRunner:
     def _replay(self, index: int, episode: Episode) -> bool:
         """Bring a running episode back; return False where that fails, for it is not deterministic, and begin anew."""
         arrays, task = self.arrays, self.task
-        self.final.copy_row(index, arrays)
+        for name in arrays.memory:  # what it has shown last is what its end shows, if it cannot be brought back
+            getattr(self.final, name)[index] = getattr(arrays, name)[index]
         self._reset(index, episode.number)
         actions = np.frombuffer(episode.actions, packed_type(task)).reshape(-1, task.action_size)
         for action in actions.astype(arrays.actions.dtype):
@@ -218,14 +201,8 @@ class EnvironmentRunner:
         self._reset(index, episode.number + 1)
         return False
 
-    def step(self, group: range) -> list[tuple[int, dict | None]]:
-        """Step this process's environments of a group; return (environment, report) of episodes that ended.
-
-        Of one that was lost there is no report.
-        """
-        return [ended for index in self.envs if index in group for ended in self._step(index)]
-
-    def _step(self, index: int) -> list[tuple[int, dict | None]]:
+    def step(self, index: int) -> list[tuple[int, dict | None]]:
+        """Step an environment; if that ends its episode, return it and the report, None where the episode was lost."""
         arrays, env = self.arrays, self.envs[index]
         if index in self.lost:
             self.lost.remove(index)
@@ -259,7 +236,7 @@ def stepped(make: Callable[[], EnvironmentRunner], groups: Iterator[range]) -> I
     """Let a runner step group after group; yield its answers."""
     with closing(make()) as runner:
         for group in groups:
-            yield runner.step(group)
+            yield [ended for index in runner.envs if index in group for ended in runner.step(index)]
 
 
 def inspected(section: Section, _: Iterator) -> Iterator[tuple[tuple, list[str]]]:
@@ -280,14 +257,10 @@ def inspected(section: Section, _: Iterator) -> Iterator[tuple[tuple, list[str]]
 
 
 def serve(connection: Any, work: Callable[[Iterator], Generator], folder: str) -> None:
-    """Run in a process of its own: answer until the trainer is gone, or something fails.
+    """Run in a process of its own: answer each message by ("done", answer), or at last ("refused" or "failed", why).
 
     What is sent has only Python's types: the user may have a module that is called as that of ours which has another.
-
-    Args:
-        connection: receives messages; sends ("done", answer), or ("refused" or "failed", the reason).
-        work: takes messages and yields an answer to each.
-        folder: that the trainer runs in.
+    The current folder is that of the trainer.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's
     # Environments may start processes of their own; those are found by their group and end with this one.
@@ -347,13 +320,7 @@ def kill_group(leader: int) -> None:
 
 
 class Process:
-    """One process, which starts at once.
-
-    Args:
-        work: what it does, see `serve`; picklable.
-        indices: of the environments that it steps.
-        pending: groups that it is to step; later ones are added.
-    """
+    """One process that does some work, see `serve`, for its environments; it begins with the pending groups at once."""
 
     def __init__(self, work: Callable[[Iterator], Iterator], indices: range, pending: Sequence[range] = ()) -> None:
         start_server()
@@ -394,10 +361,7 @@ class Process:
 
 @cache
 def start_server() -> None:
-    """Start what processes are forked from, where it finds our modules and not others of their names.
-
-    Once, before there are threads that might open a file in the current folder.
-    """
+    """Start what processes are forked from, where it finds our modules; once, before there are threads."""
     with chdir(ROOT):
         forkserver.ensure_running()
 
@@ -406,7 +370,7 @@ def inspect_environment(section: Section) -> tuple[Task, list[str]]:
     """Create an environment in a process of its own, play one step; return what it is like, and notices for its user.
 
     Raises:
-        UserError: if it cannot be created or breaks the contract, naming how.
+        UserError: if it cannot be created or breaks the contract.
         EnvironmentFailure: if it ends its process.
     """
     process = Process(partial(inspected, section), range(1))
@@ -427,30 +391,18 @@ class Workers:
     Results do not depend on the number of processes: every environment has episodes of its own, and groups are given.
 
     Args:
-        section: the `environment` section of a config.
-        task: what the environment is like.
         n_workers: number of environments.
         episode_seed: (environment, episode) → reset seed; picklable.
-        processes: number of processes, at most `n_workers`.
         groups: number of groups of neighbouring environments that are stepped independently.
         first: number of the run's environment that has index 0 here.
         max_steps: after how many steps an episode is cut, None where only its end ends it.
-        stop: says whether the run was asked to stop, so that environments have `STOP_SECONDS` left. It is asked only
-            while they are waited for, twice a second.
+        stop: says whether the run was asked to stop, so that environments have `STOP_SECONDS` left.
     """
 
     def __init__(
-        self,
-        section: Section,
-        task: Task,
-        n_workers: int,
-        episode_seed: Callable[[int, int], int],
-        processes: int,
-        groups: int = 1,
-        first: int = 0,
-        max_steps: int | None = None,
-        stop: Callable[[], bool] = lambda: False,
-    ) -> None:
+        self, section: Section, task: Task, n_workers: int, episode_seed: Callable[[int, int], int], processes: int,
+        groups: int = 1, first: int = 0, max_steps: int | None = None, stop: Callable[[], bool] = lambda: False,
+    ) -> None:  # fmt: skip
         self.arrays, self.final = SharedArrays(n_workers, task), SharedArrays(n_workers, task)
         edges = [n_workers * group // groups for group in range(groups + 1)]
         self.groups = [range(low, high) for low, high in zip(edges, edges[1:], strict=False) if low < high]
@@ -475,10 +427,9 @@ class Workers:
 
     def load_state_dict(self, state: dict[str, list]) -> None:
         """Take running episodes from what `state_dict` returned; `start` brings them back."""
-        entries = zip(state["number"], state["actions"], state["digest"], strict=True)
         self.episodes = [
             Episode(number, bytearray(actions.numpy().tobytes()), bytes.fromhex(digest))
-            for number, actions, digest in entries
+            for number, actions, digest in zip(state["number"], state["actions"], state["digest"], strict=True)
         ]
 
     def start(self) -> list[int]:
@@ -506,8 +457,7 @@ class Workers:
         """Wait for a group; return (environment, info) of ended episodes by environment; the rest is in `arrays`.
 
         Raises:
-            EnvironmentFailure: if an environment fails, or hangs when the run is to stop; the message says which, its
-                seed and its step.
+            EnvironmentFailure: if one fails, or hangs when the run is to stop; it says which, its seed and its step.
         """
         places = [place for place, process in enumerate(self.processes) if group in process.pending]
         ended = dict(sorted(pair for place in places for pair in self._answer(place, group)))

@@ -7,12 +7,6 @@ from typing import Any
 import numpy as np
 from gymnasium import Space, spaces
 
-# What Python says of environments that were written for gym.
-OLD_SIGNS = ("reset() got an unexpected keyword argument", "values to unpack")
-OLD_API = (
-    "that is the API of gym, which Gymnasium has replaced: https://gymnasium.farama.org/introduction/migration_guide"
-)
-
 
 class BrokenContract(ValueError):
     """An environment cannot be played, or has shown something else than it declares; one line says how."""
@@ -20,23 +14,14 @@ class BrokenContract(ValueError):
 
 @dataclass(frozen=True)
 class Task:
-    """What a model needs to know of an environment.
+    """What a model needs to know of an environment."""
 
-    Attributes:
-        frame: (C, H, W) of the uint8 frames that it shows, None without.
-        vector: number of float32 entries of the vectors that it shows, 0 without.
-        branches: number of actions of each discrete action branch; empty where actions are continuous.
-        continuous: number of entries of a continuous action, 0 where actions are discrete.
-        max_episode_steps: longest episode, None if endless.
-        masked: whether it says which actions are allowed.
-    """
-
-    frame: tuple[int, ...] | None
-    vector: int
-    branches: tuple[int, ...]
-    continuous: int
-    max_episode_steps: int | None
-    masked: bool = False
+    frame: tuple[int, ...] | None  # (C, H, W) of the uint8 frames that it shows
+    vector: int  # float32 entries of the vectors that it shows, 0 without
+    branches: tuple[int, ...]  # actions of each discrete branch; empty where actions are continuous
+    continuous: int  # entries of a continuous action, 0 where actions are discrete
+    max_episode_steps: int | None  # None if endless
+    masked: bool = False  # whether it says which actions are allowed
 
     @property
     def action_size(self) -> int:
@@ -67,16 +52,13 @@ def failure_of(error: BaseException) -> str:
     if isinstance(error, BrokenContract):
         return str(error)
     where, text = traceback.extract_tb(error.__traceback__)[-1], " ".join(str(error).split())[:500]
-    hint = f"; {OLD_API}" if any(sign in text for sign in OLD_SIGNS) else ""
-    return f"{type(error).__name__}: {text} ({where.filename}:{where.lineno}){hint}"
+    return f"{type(error).__name__}: {text} ({where.filename}:{where.lineno})"
 
 
 def try_out(env: Any, seed: int = 0) -> Task:
-    """Play one step of a `GymnasiumEnv`; return its task, of which only that shows whether actions are masked.
+    """Play one step of a `GymnasiumEnv`, which tells whether actions are masked, and return its task.
 
-    Args:
-        env: has just been made.
-        seed: of the episode, one that training may draw: some environments have few.
+    The seed has to be one that training may draw: some environments have few.
     """
     task, mask = env.task, env.reset(seed=seed)[1].get("action_mask")
     if task.continuous:

@@ -18,28 +18,20 @@ from environments.section import Flag, Nothing, Number, Section, Steps, Text, Wh
 from environments.spaces import Actor, Observer, entry_names, hidden_entries
 
 Info = dict[str, Any]
-# A frame or a vector, an array; both are a dict of two arrays, "frame" and "vector"
-Observation = Any
 
 
 class GymnasiumEnv(gymnasium.Wrapper):
-    """An environment as an agent plays it: it shows a frame, a vector or both; BrokenContract where it cannot.
+    """An environment as an agent plays it; BrokenContract where it cannot.
 
-    An action is int64 (branches,), or an int where there is one branch, or float32 (n,) where it is numbers. An episode
-    is determined by its seed and its actions. The info is empty before the end, but for an `action_mask`; at the end it
-    has reward and length of the episode, and the numbers in the environment's own info.
+    An observation is a frame (channels, height, width), a vector (n,), or a dict of both, "frame" and "vector". An
+    action is int64 (branches,), or an int where there is one branch, or float32 (n,) where it is numbers. The info is
+    empty before the end, but for an `action_mask`; at the end it has reward and length of the episode, and the numbers
+    in the environment's own info. `notices` are what someone who trains on it had better know, a line each.
 
     Args:
-        env: the environment itself.
         max_episode_steps: the longest episode, None where episodes have no limit.
         names: what each entry of the observed vector is, if its space does not say that well.
         observe, hide, previous_action, previous_reward, reward_scale: see `GymnasiumSection`.
-
-    Attributes:
-        task: what a model needs to know of it; `try_out` says whether actions are masked.
-        vector_names: what each entry of the observed vector is.
-        action_bounds: lowest and highest (n,) of what an action of n numbers is clipped to; None for other actions.
-        notices: what someone who trains on it had better know, a line each.
     """
 
     def __init__(
@@ -60,19 +52,14 @@ class GymnasiumEnv(gymnasium.Wrapper):
         self.vector_names = (*(names or self._observer.names), *acted, *["previous_reward"] * previous_reward)
         self.notices = statistics_inside(env)
         self._masks = env.get_wrapper_attr("action_masks") if env.has_wrapper_attr("action_masks") else None
-        self._begin()
 
-    def _begin(self) -> None:
-        self._reward, self._length = 0.0, 0  # of the episode, in the environment's own unit
-        self._last: tuple[Any, float] = (None, 0.0)  # action and reward, as the agent sees them
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, Info]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, Info]:
         """Start an episode; the info is empty or has the `action_mask`."""
         observation, info = self.env.reset(seed=seed, options=options)
-        self._begin()
-        return self._observe(observation), self._mask(info)
+        self._reward, self._length = 0.0, 0  # of the episode, in the environment's own unit
+        return self.observed(observation, None, None), self._mask(info)
 
-    def step(self, action: np.ndarray | int) -> tuple[Observation, float, bool, bool, Info]:
+    def step(self, action: np.ndarray | int) -> tuple[Any, float, bool, bool, Info]:
         """Take an action; return observation, reward, terminated, truncated, info."""
         observation, given, terminated, truncated, own_info = self.env.step(self._actor.action(action))
         reward = float(np.asarray(given).item())  # NumPy's arrays and PyTorch's tensors of one number, too
@@ -80,37 +67,30 @@ class GymnasiumEnv(gymnasium.Wrapper):
             raise BrokenContract(f"reward is not finite: {reward}")
         self._reward += reward
         self._length += 1
-        self._last = action, reward * self.reward_scale
         ended = bool(terminated or truncated)
         info = task_numbers(own_info) | self.numbers_so_far() if ended else self._mask(own_info)
-        return self._observe(observation), reward * self.reward_scale, bool(terminated), bool(truncated), info
+        seen = self.observed(observation, action, reward)
+        return seen, reward * self.reward_scale, bool(terminated), bool(truncated), info
 
     def numbers_so_far(self) -> dict[str, float]:
         """Return reward, in the environment's own unit, and length of the running episode."""
         return {"reward": self._reward, "length": self._length}
 
-    def observed(self, observation: Any, action: Any, reward: float | None) -> Observation:
-        """Return what the agent sees of an observation of an environment like `env`, by its last action and the reward.
-
-        Both are None at the beginning of an episode. BrokenContract where what the agent sees is missing, or wrong.
-        """
+    def observed(self, observation: Any, action: Any, reward: float | None) -> Any:
+        """Return what the agent sees of an observation, by the action and the reward before it, None at a beginning."""
         if action is not None and reward is None and self.previous_reward:
             raise BrokenContract("needs reward=…, the one of the last step: the agent sees it (previous_reward)")
-        self._last = action, float(reward or 0.0) * self.reward_scale
-        return self._observe(observation)
-
-    def _observe(self, observation: Any) -> Observation:
         frame, vector = self._observer.frame(observation), None
         if self.task.vector:
-            action, reward = self._last
             shown = self._observer.vector(observation)
             shown[self._hidden] = 0.0
             acted = [self._actor.features(action)] if self.previous_action else []
-            vector = np.concatenate([shown, *acted, [reward] * self.previous_reward]).astype(np.float32)
+            paid = [float(reward or 0.0) * self.reward_scale] * self.previous_reward
+            vector = np.concatenate([shown, *acted, paid]).astype(np.float32)
             if not np.isfinite(vector).all():
                 raise BrokenContract(f"observation is not finite: {vector}")
         both = {"frame": frame, "vector": vector}
-        self._observation: Observation = vector if frame is None else frame if vector is None else both
+        self._observation: Any = vector if frame is None else frame if vector is None else both
         return self._observation
 
     def _mask(self, info: Info | None) -> Info:
@@ -123,14 +103,8 @@ class GymnasiumEnv(gymnasium.Wrapper):
     def render(self) -> np.ndarray:  # type: ignore[override]
         """Return a copy of the picture that the environment draws; where it draws nothing, what the agent sees."""
         drawn = self.env.render() if "rgb_array" in self.env.metadata.get("render_modes", ()) else None
-        if drawn is None:
-            view = self.agent_view()
-            return vector_picture(self._observation) if view is None else view
-        picture = np.array(drawn)
-        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-            found = f"{picture.dtype} {picture.shape}"
-            raise BrokenContract(f"render returned {found}, should be uint8 (height, width, 3)")
-        return picture
+        view = self.agent_view() if drawn is None else np.array(drawn)
+        return vector_picture(self._observation) if view is None else view
 
     def agent_view(self) -> np.ndarray | None:
         """Return the frame that the agent sees as a picture (height, width, 3), None where it sees numbers only."""
@@ -144,21 +118,14 @@ def statistics_inside(env: gymnasium.Env) -> list[str]:
         if isinstance(env, NormalizeObservation | NormalizeReward):
             return [
                 f"{type(env).__name__} inside it keeps running statistics, which start anew in each process and in "
-                "evaluation, so that what is seen and paid there differs; normalize_observations: True in place of it "
-                "is saved with the model"
+                "evaluation; those of normalize_observations: True are saved with the model"
             ]
         env = env.env
     return []
 
 
 def make_registered(name: str, render_mode: str | None = None, **arguments: Any) -> gymnasium.Env:
-    """Make an environment that is registered with Gymnasium, without its checker and its warnings.
-
-    Args:
-        name: the id.
-        render_mode: is left out where the environment does not know it.
-        arguments: of the environment.
-    """
+    """Make an environment registered with Gymnasium, without its checker and warnings; it need not know the mode."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         env = gymnasium.make(name, disable_env_checker=True, **arguments)
@@ -193,8 +160,7 @@ class GymnasiumSection(Section):
 
     def create(self, render_mode: str | None = None) -> GymnasiumEnv:
         """Return a new environment."""
-        arguments = {"max_episode_steps": self.max_episode_steps, **self.arguments}
-        env = make_registered(self.name, render_mode, **arguments)
+        env = make_registered(self.name, render_mode, max_episode_steps=self.max_episode_steps, **self.arguments)
         limit = env.spec.max_episode_steps if env.spec else None
         return GymnasiumEnv(
             env, limit, observe=self.observe, hide=self.hide, previous_action=self.previous_action,
@@ -209,7 +175,7 @@ class CartPoleSection(Section):
     max_episode_steps: Steps = Field(200, description="Episodes are truncated there.")
 
     def create(self, render_mode: str | None = None) -> GymnasiumEnv:
-        """Return a new CartPole; a step's reward is 1/100 for learning, the return in the info is not divided."""
+        """Return a new CartPole; for learning, a step's reward is 1/100."""
         env = make_registered("CartPole-v1", render_mode, max_episode_steps=self.max_episode_steps)
         names = ("cart position", "cart velocity", "pole angle", "pole velocity")
         hidden = [1, 3] if self.type == "CartPoleMasked" else []

@@ -22,14 +22,12 @@ OBJECTS = ((230, 180, 40), (200, 50, 50), (130, 80, 40))  # key, apples, door
 class KeyToDoor(gymnasium.Env):
     """Three rooms of 3×3 cells in which the agent begins in the centre and takes what it steps on.
 
-    The key pays nothing when it is taken, and the agent is not shown whether it has it. Each of 0 to 8 apples pays .1:
-    what an episode pays for them says nothing of the key. The door ends the episode and pays 1 with the key, else
-    nothing. So the optimum is 1 + .1 per apple, `optimum` in the info, and all of it can be reached. The last step
-    terminates: there is no value beyond it.
+    The key pays nothing when it is taken, and the agent is not shown whether it has it. Each of 0 to 8 apples pays .1.
+    The door ends the episode and pays 1 with the key, else nothing. So the optimum is 1 + .1 per apple, `optimum` in
+    the info, and all of it can be reached. The last step terminates: there is no value beyond it.
 
     The observation is the room, one of three, and what lies around the agent within two cells, so that all of the room
-    is seen: 1 an object, −1 a wall. Seen from the agent, "an object to the left" is the same entry wherever it stands
-    and whatever the object is, so that one linear layer is enough to walk to it.
+    is seen: 1 an object, −1 a wall. So one linear layer is enough to walk to an object.
     """
 
     metadata = {"render_modes": ["rgb_array"]}
@@ -44,10 +42,8 @@ class KeyToDoor(gymnasium.Env):
         super().reset(seed=seed)
         cells = [cell for cell in np.ndindex(SIDE, SIDE) if cell != CENTRE]
         self._apples = int(self.np_random.integers(len(cells) + 1))
-        self._objects = [
-            {cells[number] for number in self.np_random.permutation(len(cells))[:count]}
-            for count in (1, self._apples, 1)
-        ]
+        drawn = [self.np_random.permutation(len(cells))[:count] for count in (1, self._apples, 1)]
+        self._objects = [{cells[number] for number in numbers} for numbers in drawn]
         self._step, self._room, self._cell, self._has_key = 0, KEY_ROOM, CENTRE, False
         return self._observe(), {}
 

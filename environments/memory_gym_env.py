@@ -32,8 +32,7 @@ def off_screen() -> Any:
     """Import Memory Gym, let its modules, and no others, draw off screen, and return what stands in for their display.
 
     All tasks of a process would draw to its one window, and closing one would end the others. Here each task gets a
-    surface of its own, and `surface` has to be set to that of the task about to be stepped. Only what the name `pygame`
-    means inside those modules changes. They need no `pygame.init` then, which would open the process's display.
+    surface of its own, and `surface` has to be set to that of the task about to be stepped.
     """
     import memory_gym
     import pygame
@@ -45,10 +44,7 @@ def off_screen() -> Any:
         return pixels.reshape(surface.get_height(), -1, 3).transpose(1, 0, 2)
 
     class RoundedRect(pygame.Rect):
-        """A rectangle whose center is rounded, halves away from zero, as by the pygame Memory Gym was made with.
-
-        Today's pygame-ce cuts fractions off: in Endless Mortar Mayhem the agent would drift to the upper left.
-        """
+        """Its center is rounded as by the pygame Memory Gym was made with: pygame-ce's cut fractions would add up."""
 
         def __setattr__(self, name: str, value: Any) -> None:
             if name == "center":
@@ -92,25 +88,19 @@ class MemoryGymTask(gymnasium.Wrapper):
 
     Time limits arrive as terminated, as Memory Gym reports them: they are part of the task (Mortar Mayhem has as many
     steps as its commands take, Searing Spotlights is to be solved in time), so that no value lies beyond them.
-
-    Args:
-        task_type: which one.
-        options: its own, for every reset.
-        watched: whether `render` is going to be called.
-
-    Attributes:
-        limit: the longest episode, None where episodes have no limit.
+    The longest episode is `limit`, None where there is none. `render` can be called where it is `watched`.
     """
 
     def __init__(self, task_type: str, options: dict[str, Any], watched: bool) -> None:
         self._task, self._display = make_task(task_type), off_screen()
         super().__init__(self._task)
-        check_options(options, self._task.default_reset_parameters)
+        for key, default in self._task.default_reset_parameters.items():
+            if isinstance(options.get(key, default), list) != isinstance(default, list):  # 5 would draw from 0 to 4
+                raise BrokenContract(f"reset_params: {key}: should be like its default, {default}")
         self._options, self._watched = options, watched
         self._is_mortar_mayhem = task_type in ("MortarMayhem", "MortarMayhem-Grid")
         self.reset()  # the limit is known only now; a seed would be that of later resets without one, too
-        limit = int(self._task.max_episode_steps)  # −1 where there is none
-        self.limit = limit if limit > 0 else None
+        self.limit = max(0, int(self._task.max_episode_steps)) or None  # Memory Gym says −1 where there is none
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
         """Start an episode with the task's options."""
@@ -147,10 +137,9 @@ class MemoryGymTask(gymnasium.Wrapper):
     def _mortar_mayhem_results(self) -> dict[str, float]:
         """Return success and completed commands of an episode of Mortar Mayhem that has just ended.
 
-        Memory Gym counts the last command as completed even if it fails, and does not count a command that was
-        completed (and rewarded) if the agent leaves the target while the other tiles are deadly. An episode ends when
-        all commands are completed, with the agent on its target, or else because the agent is not there: in the step
-        that verifies the command, where `_command_verify_step` is 1, or later.
+        Memory Gym counts the last command even if it fails, and does not count one that was completed (and rewarded) if
+        the agent then leaves the target while the other tiles are deadly. Only in the step that verifies a command,
+        where `_command_verify_step` is 1, does an agent off its target mean that it failed.
         """
         task = self._task
         success = task.normalized_agent_position == task._target_pos
@@ -167,22 +156,8 @@ class MemoryGymSection(Section):
         TaskOptions(), description=f"The task's own options, and {SEEDS}"
     )
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """Return the reset options of the task."""
-        return {key: value for key, value in self.reset_params.items() if key not in Seeds.__annotations__}
-
     def create(self, render_mode: str | None = None) -> GymnasiumEnv:
         """Return a new task."""
-        task = MemoryGymTask(self.type, self.options, render_mode is not None)
+        options = {key: value for key, value in self.reset_params.items() if key not in Seeds.__annotations__}
+        task = MemoryGymTask(self.type, options, render_mode is not None)
         return GymnasiumEnv(task, task.limit)
-
-
-def check_options(options: dict[str, Any], defaults: dict[str, Any]) -> None:
-    """Raise BrokenContract if a reset option is a number where its default is a list, or the other way round.
-
-    Memory Gym itself names those that it does not know.
-    """
-    for key, default in defaults.items():
-        if isinstance(options.get(key, default), list) != isinstance(default, list):
-            raise BrokenContract(f"reset_params: {key}: should be {type(default).__name__}, by default it is {default}")

@@ -12,27 +12,20 @@ from pydantic import Field
 from environments.gymnasium_env import GymnasiumEnv, make_registered
 from environments.section import Flag, Nothing, Section, Steps, Text, Whole
 
-# Grid worlds show the same few views over and over, and rendering one takes longer than the rest of a step. The
-# symbolic view determines its picture, so pictures are kept by (environment, tile size, bytes of the symbolic view)
-# for all environments of a process. 1,000 pictures of 84×84 are 21 MB; then all are forgotten.
+# Grid worlds show the same few views over and over, and rendering one takes longer than the rest of a step. So pictures
+# are kept for all environments of a process by (environment, tile size, bytes of the symbolic view). 1,000 are 21 MB.
 MAX_KEPT_PICTURES = 1000
 _kept_pictures: dict[tuple[str, int, bytes], np.ndarray] = {}
 
 # BabyAI's missions are sentences of one language, which its mission spaces do not tell.
 BABY_PHRASES = "go to, pick up, open, put a, next to the, object, and, then, after you, in front of you, on your"
-# Missions beyond so many of a task are not looked at for its vocabulary.
-MOST_MISSIONS = 100_000
 
 
 class Pictures(gymnasium.ObservationWrapper):
     """Shows a picture of the part of the grid before the agent, (height, width, 3); reports success.
 
-    Args:
-        env: of MiniGrid.
-        tile_size: pixels along a tile.
-        num_actions: how many of the first actions can be taken.
-        vocabulary: of missions; with it, observations are a dict of `frame`, the picture, and `vector`, how often each
-            of these words, and any other, is in the mission.
+    With a vocabulary, observations are a dict of `frame`, the picture, and `vector`, how often each of these words, and
+    any other, is in the mission. Only the first actions can be taken.
     """
 
     def __init__(self, env: gymnasium.Env, tile_size: int, num_actions: int, vocabulary: list[str] | None) -> None:
@@ -96,15 +89,12 @@ class MinigridSection(Section):
         # Gymnasium's time limit truncates episodes earlier than MiniGrid's own one, `max_steps`, which has to stay as
         # it is: the reward for success, 1 − 0.9·step/max_steps, depends on it.
         grid = make_registered(self.name, render_mode, agent_view_size=view_size, max_episode_steps=limit)
-        missions: Any = grid.observation_space["mission"]  # type: ignore[index]
-        vocabulary = vocabulary_of(missions) if self.mission else None
+        missions = missions_of(grid.observation_space["mission"])  # type: ignore[index]
+        vocabulary = sorted({word for mission in missions for word in words_of(mission)}) if self.mission else None
         names = [f"mission[{word}]" for word in (*(vocabulary or ()), "other words")] if self.mission else []
         env = GymnasiumEnv(Pictures(grid, tile_size, num_actions, vocabulary), limit, names=names)
-        if not self.mission and (is_babyai(missions) or missions.ordered_placeholders):
-            env.notices.append(
-                "the mission may change from episode to episode, and the agent is not told; environment.mission: True "
-                "shows it the mission's words"
-            )
+        if not self.mission and len(missions) > 1:
+            env.notices.append("missions differ, and the agent is not told them without environment.mission: True")
         return env
 
 
@@ -113,19 +103,12 @@ def words_of(mission: str) -> list[str]:
     return re.findall(r"\w+", mission.lower())
 
 
-def is_babyai(space: Any) -> bool:
-    """Return whether a mission space is one of BabyAI's, which says nothing of its missions."""
-    return type(space).__name__ == "BabyAIMissionSpace"
-
-
-def vocabulary_of(space: Any) -> list[str]:
-    """Return the words that a task's missions may have, by its mission space, in alphabetical order."""
+def missions_of(space: Any) -> list[str]:
+    """Return all missions of a mission space, or of BabyAI's what they consist of."""
     from minigrid.core.constants import COLOR_NAMES
+    from minigrid.envs.babyai.core.roomgrid_level import BabyAIMissionSpace
     from minigrid.envs.babyai.core.verifier import LOC_NAMES, OBJ_TYPES
 
-    if is_babyai(space):
-        missions: Any = [BABY_PHRASES, *COLOR_NAMES, *OBJ_TYPES, *LOC_NAMES]
-    else:
-        choices = itertools.product(*(space.ordered_placeholders or []))
-        missions = (space.mission_func(*each) for each in itertools.islice(choices, MOST_MISSIONS))
-    return sorted({word for each in missions for word in words_of(each)})
+    if isinstance(space, BabyAIMissionSpace):
+        return [BABY_PHRASES, *COLOR_NAMES, *OBJ_TYPES, *LOC_NAMES]
+    return [space.mission_func(*choices) for choices in itertools.product(*(space.ordered_placeholders or []))]

@@ -11,23 +11,19 @@ import numpy as np
 # What the program itself says of an episode; a task's own number of that name goes by another, `info_reward`.
 COUNTED = ("reward", "length")
 PLAYED = ("seed", "repetition", "cut")
-NAME_LENGTH = 64
 
 
 def task_numbers(info: Any) -> dict[str, float]:
-    """Return the numbers in a task's own info, a dictionary or None.
+    """Return the finite numbers in a task's own info, a dictionary or None; those in nested ones as `score/left`.
 
-    Numbers are bools, NumPy scalars, arrays and tensors of one element, too. Those in nested dictionaries are named by
-    their path, `score/left`. Whatever else there is, NaN and infinity included, is left out. Names keep letters,
-    digits, `_`, `-`, `.` and `/`, which TensorBoard and spreadsheets can take, and have 64 characters at most;
-    `is_success` is called `success`.
+    Names keep what TensorBoard and spreadsheets can take; `is_success` is called `success`.
     """
     numbers = {}
     for path, value in _leaves(info or {}):
         number = _number(value)
         if number is not None and path != "action_mask":  # that of one action looks like a number
             name = "success" if path == "is_success" else re.sub(r"[^\w./-]+", "_", path)
-            numbers[f"info_{name}" if name in COUNTED + PLAYED else name[:NAME_LENGTH]] = number
+            numbers[f"info_{name}" if name in COUNTED + PLAYED else name[:64]] = number
     return numbers
 
 
@@ -62,10 +58,7 @@ class EpisodeMean:
 
 
 def count_missing_success(episodes: Sequence[dict[str, float]]) -> None:
-    """Set `success` to 0 where an episode lacks it, if any of the task reports it: some tell only successes.
-
-    Whoever forgets episodes should call this before, so that what they knew of successes stays.
-    """
+    """Set `success` to 0 where an episode lacks it, if any of the task reports it: some tell only successes."""
     if any("success" in episode for episode in episodes):
         for episode in episodes:
             episode.setdefault("success", 0.0)
@@ -81,12 +74,11 @@ def episode_means(episodes: Sequence[dict[str, float]]) -> dict[str, EpisodeMean
     """Return the mean of every number that any of the episodes reports; success counts as 0 where it is missing."""
     means = {}
     for name in metrics_of(episodes):
-        found = [episode.get(name, 0.0 if name == "success" else math.nan) for episode in episodes]
-        values = [value for value in found if math.isfinite(value)]
-        if values:
-            with np.errstate(over="ignore", invalid="ignore"):  # a task may report 1e308
-                mean, std = float(np.mean(values)), float(np.std(values, ddof=min(1, len(values) - 1)))
-            means[name] = EpisodeMean(mean, std, len(values), len(episodes))
+        values = [episode[name] for episode in episodes if name in episode]
+        if name == "success":
+            values += [0.0] * (len(episodes) - len(values))
+        mean, std = float(np.mean(values)), float(np.std(values, ddof=min(1, len(values) - 1)))
+        means[name] = EpisodeMean(mean, std, len(values), len(episodes))
     return means
 
 

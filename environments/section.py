@@ -10,19 +10,10 @@ from pydantic.functional_serializers import SerializerFunctionWrapHandler
 from pydantic.json_schema import SkipJsonSchema
 from typing_extensions import TypedDict
 
-
-def as_number(value: Any) -> Any:
-    """Return whole numbers and texts that are numbers as floats, for YAML 1.1 reads 3e-4 as a text."""
-    if isinstance(value, int | str) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except (ValueError, OverflowError):
-            pass
-    return value
-
-
 Whole = Annotated[int, Field(strict=True)]
-Number = Annotated[float, Field(strict=True, allow_inf_nan=False), BeforeValidator(as_number)]
+# Texts of numbers, too, for YAML 1.1 reads 3e-4 as a text; but True is no 1.
+not_a_flag = BeforeValidator(lambda value: str(value) if isinstance(value, bool) else value)
+Number = Annotated[float, Field(allow_inf_nan=False), not_a_flag]
 Flag = Annotated[bool, Field(strict=True)]
 Text = Annotated[str, Field(strict=True)]
 Steps = Annotated[Whole, Field(ge=1, le=10**6)]
@@ -36,15 +27,11 @@ class Declared(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-def may_be_partial(schema: dict[str, Any]) -> None:
-    """Change a JSON schema: which keys a schedule has to give depends on whether it has a default."""
-    del schema["required"]
-
-
 class Schedule(Declared):
     """A value that changes with the updates: (initial − final)·(1 − update/max_decay_steps)^power + final."""
 
-    model_config = ConfigDict(json_schema_extra=may_be_partial)
+    # Which keys a config has to give depends on whether the schedule has a default.
+    model_config = ConfigDict(json_schema_extra=lambda schema: schema.pop("required"))
 
     initial: Number = Field(ge=0, le=1000, description="The value at the first update.")
     final: Number = Field(ge=0, le=1000, description="The value from update `max_decay_steps` on.")

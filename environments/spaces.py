@@ -6,7 +6,7 @@ order of the space, as `gymnasium.spaces.utils` does; whole numbers with bounds 
 
 import math
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from functools import reduce
 from operator import getitem
 from typing import Any
@@ -14,19 +14,17 @@ from typing import Any
 import gymnasium
 import numpy as np
 from gymnasium import spaces
-from gymnasium.spaces.utils import flatdim, flatten, flatten_space
+from gymnasium.spaces.utils import flatdim, flatten, flatten_space, unflatten
 
 from environments.contract import BrokenContract
 from environments.pictures import SMALLEST_PICTURE
 
-SMALLEST_GRID = 3
 # Whole numbers with bounds further apart have none that mean something: they are those of the data type.
 WIDEST_RANGE = 2**31 - 1
 # The largest observations and actions. A vector's entry or an action costs a row of weights; a frame of 2²⁰ values is
 # one of 590×590 in colour.
 MOST_ENTRIES, MOST_PIXELS = 2**16, 2**20
 
-Path = tuple[Any, ...]
 Choices = spaces.Discrete | spaces.MultiDiscrete
 
 
@@ -37,11 +35,8 @@ def check_size(space: gymnasium.Space, what: str, count: int, most: int = MOST_E
         raise BrokenContract(f"{shown} makes {what} of {count:,} values, more than {most:,}: see docs/environments.md")
 
 
-def leaves(space: gymnasium.Space, path: Path = (), name: str = "") -> Iterator[tuple[Path, Any, str]]:
-    """Yield what lies inside nested Dicts and Tuples: the keys that lead to it, its space, its name.
-
-    It is called `key`, `key.inner` or, in a Tuple, `observation[0]`.
-    """
+def leaves(space: gymnasium.Space, path: tuple = (), name: str = "") -> Iterator[tuple[tuple, Any, str]]:
+    """Yield the keys that lead to each space inside nested Dicts and Tuples, it, its name: `key.inner`, `key[0]`."""
     if isinstance(space, spaces.Dict):
         for key, part in space.spaces.items():
             yield from leaves(part, (*path, key), f"{name}.{key}" if name else str(key))
@@ -69,9 +64,7 @@ def pixel_scale(space: Any) -> float | None:
 def picture_axes(space: gymnasium.Space) -> tuple[int, ...] | None:
     """Return the axes of a picture's height, width and, if it has three, channels; None if a space holds no pictures.
 
-    Pictures are uint8, or bounded by 0..1 or 0..255, and at least 36×36. From 3×3 on, uint8 and bool of three
-    dimensions are pictures too. Where two neighbouring dimensions are equal and the third is not, that one is the
-    channels; else the smaller of the first and the last, and the last where these are equal.
+    What a picture is, and which dimension its channels are: the table in docs/environments.md.
     """
     if not isinstance(space, spaces.Box) or len(space.shape) not in (2, 3) or pixel_scale(space) is None:
         return None
@@ -82,8 +75,7 @@ def picture_axes(space: gymnasium.Space) -> tuple[int, ...] | None:
         axes = (1, 2, 0) if middle == last else (0, 1, 2)
     else:
         axes = (1, 2, 0) if first < last else (0, 1, 2)
-    is_grid = len(axes) == 3 and space.dtype in (np.uint8, np.bool_)
-    smallest = SMALLEST_GRID if is_grid else SMALLEST_PICTURE
+    smallest = 3 if len(axes) == 3 and space.dtype in (np.uint8, np.bool_) else SMALLEST_PICTURE
     return axes if min(space.shape[axes[0]], space.shape[axes[1]]) >= smallest else None
 
 
@@ -123,14 +115,7 @@ def entry_ranges(space: Any) -> np.ndarray:
 class Observer:
     """Turns what an environment shows into a frame, a vector or both; BrokenContract where that cannot be done.
 
-    Args:
-        space: the environment's observation space.
-        observe: the entries of a Dict to be seen, None for all of them.
-
-    Attributes:
-        frame_shape: (channels, height, width) of the frame, None if there is none.
-        size: number of entries of the vector, 0 if there is none.
-        names: what each entry of the vector is.
+    `frame_shape` is (channels, height, width), None without a frame; the vector has `size` entries, called `names`.
     """
 
     def __init__(self, space: gymnasium.Space, observe: list[str] | None = None) -> None:
@@ -182,12 +167,7 @@ class Observer:
 
 
 def hidden_entries(hide: Iterable[int | str], size: int) -> np.ndarray:
-    """Return which entries of a vector of that size are to be hidden, bool; BrokenContract if one is beyond it.
-
-    Args:
-        hide: indices and slices such as "2:4", "2:" or ":4", as Python understands them.
-        size: number of entries of the vector.
-    """
+    """Return which entries of a vector are hidden, bool (size,), by Python's indices and slices: "2:4", "2:", ":4"."""
     hidden = np.zeros(size, bool)
     for item in hide:
         ends = [int(end) if end else None for end in str(item).split(":")]
@@ -202,21 +182,17 @@ class Actor:
     """Turns branches of choices, or numbers, into the actions of an environment, of the type that its space samples.
 
     A space that mixes choices and numbers, or holds anything else, is a BrokenContract.
-
-    Attributes:
-        branches: how many actions each branch has; empty for numbers.
-        size: entries that `features` returns.
-        bounds: lowest and highest (n,) of numbers; None where there are branches.
     """
 
-    branches: tuple[int, ...] = ()
-    bounds: tuple[np.ndarray, np.ndarray] | None = None
+    branches: tuple[int, ...] = ()  # how many actions each has
+    bounds: tuple[np.ndarray, np.ndarray] | None = None  # lowest and highest (n,), where there are no branches
 
     def __init__(self, space: gymnasium.Space) -> None:
         self._own, parts = space, [part for _, part, _ in leaves(space)]
         if all(isinstance(part, spaces.Box) for part in parts):
             flat: Any = flatten_space(space)
             self.bounds = flat.low.astype(np.float64), flat.high.astype(np.float64)
+            self._whole = np.concatenate([np.full(flatdim(part), part.dtype.kind in "iu") for part in parts])
         elif all(isinstance(part, Choices | spaces.MultiBinary) for part in parts):
             self.branches = tuple(count for part in parts for count in choices_of(part))
         else:
@@ -227,6 +203,10 @@ class Actor:
         self.size = sum(self.branches) or flatdim(space)
         check_size(space, "actions", self.size)
         self._offsets = np.cumsum((0, *self.branches))[:-1]
+        # Which features Gymnasium's own flat form has: of the two of a MultiBinary's entry, that it is 1.
+        kept = [[False, True] * flatdim(part) if isinstance(part, spaces.MultiBinary) else [True] * flatdim(part)
+                for part in parts]  # fmt: skip
+        self._kept = np.concatenate(kept)
 
     def features(self, action: Any) -> np.ndarray:
         """Return an action as (size,): one-hot per branch, or numbers as passed on; zeros where it is None."""
@@ -234,38 +214,19 @@ class Actor:
         if action is not None and self.branches:
             features[self._offsets + np.ravel(action)] = 1.0
         elif action is not None:
-            features[:] = np.asarray(flatten(self._own, self.action(action)))
+            features = np.clip(np.asarray(action, np.float64), *self.bounds)
+            features[self._whole] = np.rint(features[self._whole])
         return features
 
     def action(self, action: Any) -> Any:
         """Return the environment's own action for one of shape (branches,), (n,), or an int for one branch."""
-        numbers = action if self.branches else np.clip(np.asarray(action, np.float64), *self.bounds)
-        return rebuilt(self._own, iter(np.ravel(numbers)))
+        return unflatten(self._own, self.features(action)[self._kept])
 
     def mask(self, mask: Any) -> np.ndarray:
-        """Return a mask of allowed actions as bool (sum of branches,), branch after branch.
-
-        It comes as an array over all of them, or nested as the action space is; BrokenContract if it fits neither.
-        """
-        is_nested = isinstance(mask, Mapping) or isinstance(self._own, spaces.Tuple) and len(mask) != self.size
-        parts = [reduce(getitem, path, mask) for path, *_ in leaves(self._own)] if is_nested else [mask]
-        arrays = [np.ravel(one) for part in parts for one in (part if isinstance(part, list | tuple) else [part])]
-        flat = np.concatenate(arrays).astype(bool)
+        """Return which actions are allowed, bool (sum of branches,), of such an array or a list of one per branch."""
+        flat = np.ravel(mask if isinstance(mask, np.ndarray) else np.hstack(mask)).astype(bool)
         if len(flat) != self.size:
             raise BrokenContract(f"action_mask has {len(flat)} entries, there are {self.size} actions: {self.branches}")
         if not np.logical_or.reduceat(flat, self._offsets).all():
             raise BrokenContract("action_mask allows no action of a branch")
         return flat
-
-
-def rebuilt(space: Any, flat: Iterator) -> Any:
-    """Return an action as its space has it, from choices that count from 0, or numbers, as many as the space takes."""
-    if isinstance(space, spaces.Dict):
-        return {key: rebuilt(part, flat) for key, part in space.spaces.items()}
-    if isinstance(space, spaces.Tuple):
-        return tuple(rebuilt(part, flat) for part in space.spaces)
-    if isinstance(space, spaces.Discrete):
-        return space.dtype.type(next(flat) + space.start)
-    values = np.array([next(flat) for _ in range(math.prod(space.shape))]).reshape(space.shape)
-    values = np.rint(values) if space.dtype.kind in "iu" else values
-    return np.asarray(values.astype(space.dtype) + getattr(space, "start", 0), dtype=space.dtype)

@@ -22,11 +22,8 @@ class TMaze(gymnasium.Env):
     In the corridor only `right` gets on, all else leaves the agent where it is and costs 1/corridor_length, so that the
     optimum is 1 and who does not know the cue gets 1/2. The horizon leaves time for the shortest way and one decision.
     Its last step terminates: there is no value beyond it. The observation says where the agent is, not how far, so
-    that the time cannot be read off.
-
-    `guided` keeps what is hard to what is to be remembered. A policy that has learned to walk is otherwise certain of
-    `right` long before it has decided once; with it, each episode has one decision, and walking teaches nothing about
-    up and down.
+    that the time cannot be read off. `guided`, each episode has one decision: otherwise a policy that has learned to
+    walk is certain of `right` long before it has decided once.
     """
 
     metadata = {"render_modes": ["rgb_array"]}
@@ -38,7 +35,7 @@ class TMaze(gymnasium.Env):
         self.horizon = corridor_length + (1 if passive else 3)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
-        """Start an episode with a random cue: 1 for up, −1 for down; the observation has the shape (4,)."""
+        """Start an episode with a random cue, 1 for up, −1 for down; the observation is (4,)."""
         super().reset(seed=seed)
         self._cue = int(self.np_random.choice((-1, 1)))
         self._step, self._position, self._was_left = 0, 0, False
@@ -64,14 +61,12 @@ class TMaze(gymnasium.Env):
 
     def _observe(self, shown: bool) -> np.ndarray:
         place = self._position
-        flags = (self._cue * shown, place == 0, 0 < place < self._junction, place == self._junction)
-        return np.array(flags, dtype=np.float32)
+        seen = (self._cue * shown, place == 0, 0 < place < self._junction, place == self._junction)
+        return np.array(seen, dtype=np.float32)
 
     def _mask(self) -> dict:
-        if not self._guided:
-            return {}
         sideways = self._position < self._junction
-        return {"action_mask": np.array([sideways, True, sideways, True])}
+        return {"action_mask": np.array([sideways, True, sideways, True])} if self._guided else {}
 
     def render(self) -> np.ndarray:  # type: ignore[override]
         """Draw the corridor, both goals and the agent: uint8 (H, W, 3); a long corridor is drawn shorter."""

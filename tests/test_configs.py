@@ -141,7 +141,7 @@ def test_overrides():
     assert config.learning_rate_schedule.initial == 3e-4 and config.learning_rate_schedule.final == 1e-5
     before = load_config(path)
     assert config.clip_range_schedule == before.clip_range_schedule.model_copy(update={"final": 0.05})
-    assert config.environment.options == before.environment.options | {"command_count": [5, 6]}
+    assert config.environment.reset_params == before.environment.reset_params | {"command_count": [5, 6]}
     assert load_config(path, ["environment={type: CartPole}"]).environment.max_episode_steps == 200
 
 

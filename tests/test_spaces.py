@@ -208,7 +208,6 @@ def test_environments_get_actions_as_their_space_samples_them(space, branches):
         (spaces.Discrete(3, start=5), np.array([0, 1, 1], np.int8), [0, 1, 1]),
         (spaces.MultiDiscrete([2, 3]), ([True, False], np.array([0, 0, 1])), [1, 0, 0, 0, 1]),
         (spaces.MultiDiscrete([2, 3]), [1, 0, 0, 0, 1], [1, 0, 0, 0, 1]),
-        (spaces.Dict(a=spaces.Discrete(3), b=spaces.Discrete(2)), {"b": [1, 0], "a": [0, 1, 0]}, [0, 1, 0, 1, 0]),
     ],
 )
 def test_masks_of_actions(acted, mask, expected):
@@ -257,7 +256,7 @@ NOT_POSSIBLE = [
     ({"type": "Minigrid", "name": "MiniGrid-MemoryS8-v0"}, ["MiniGrid-MemoryS8", "Did you mean"]),
     ({"type": "Minigrid", "name": "CartPole-v1"}, ["CartPole-v1", "agent_view_size"]),
     ({"type": "MortarMayhem", "reset_params": {"comand_count": [5]}}, ["comand_count", "not valid"]),
-    ({"type": "MortarMayhem", "reset_params": {"command_count": 5}}, ["command_count", "should be list"]),
+    ({"type": "MortarMayhem", "reset_params": {"command_count": 5}}, ["command_count", "default, [10]"]),
 ]
 
 
@@ -281,7 +280,7 @@ def test_rewards_and_ends_that_are_a_number(reward):
     ("arguments", "named"),
     [
         ({"bend": bent(1, None)}, "float"),
-        ({"bend": lambda result: result[:3] + result[4:]}, "API of gym"),
+        ({"bend": lambda result: result[:3] + result[4:]}, "expected 5, got 4"),
         ({"bend": bent(1, np.nan)}, "reward is not finite"),
         ({"info": lambda: {"action_mask": [1, 1]}}, "action_mask has 2 entries"),
         ({"info": lambda: {"action_mask": np.zeros(3)}}, "allows no action"),
@@ -319,7 +318,7 @@ def test_statistics_inside_an_environment_are_noticed(inside):
 
 
 def test_what_is_drawn(monkeypatch):
-    """What the environment draws, else what the agent sees; what is no picture is refused."""
+    """What the environment draws, else what the agent sees."""
     env = make(spaces.Discrete(20))
     env.reset(seed=0)
     assert env.render().dtype == np.uint8
@@ -328,9 +327,6 @@ def test_what_is_drawn(monkeypatch):
     monkeypatch.setattr(Shows, "render", lambda env: env.picture, raising=False)
     env.unwrapped.picture = picture
     assert np.array_equal(env.render(), picture) and not np.shares_memory(env.render(), picture)
-    for env.unwrapped.picture in (picture / 255, picture[:, :, 0]):
-        with pytest.raises(BrokenContract, match="^render returned [^\n]*$"):
-            env.render()
 
 
 def test_frames_are_looked_at():
