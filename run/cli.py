@@ -1,10 +1,11 @@
 """What the command lines share: arguments read and checked, errors as one line, exit codes, output, the device."""
 
+import difflib
 import os
 import sys
 import tempfile
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -56,8 +57,8 @@ def arguments_of(doc: str, kind: type[Given]) -> Given:
         raise UserError("\n".join(problems(error, given))) from error
 
 
-def problems(error: ValidationError, given: Any) -> list[str]:
-    """Return a line for each key that pydantic found wrong in what it was given."""
+def problems(error: ValidationError, given: Any, known: Iterable[str] = ()) -> list[str]:
+    """Return a line for each key that pydantic found wrong in what it was given, with the nearest known one."""
     lines: dict[str, str] = {}
     for found in error.errors(include_url=False, include_context=False):
         path, value = list[str](), given
@@ -69,7 +70,8 @@ def problems(error: ValidationError, given: Any) -> list[str]:
         if found["type"] == "missing":
             path, text = [*path, str(found["loc"][-1])], "has to be given"
         elif found["type"] == "extra_forbidden":
-            text = "is not known; all keys are in docs/configuration.md"
+            near = difflib.get_close_matches(path[-1], known, 1)
+            text = f"is not known here; {f'did you mean {near[0]}?' if near else 'see docs/configuration.md'}"
         elif path and not isinstance(value, dict):
             text = f"{text}, not {textwrap.shorten(repr(value), 60)}"
         lines.setdefault(".".join(path), text)  # of a value that fits none of several types, the first

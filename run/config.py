@@ -137,7 +137,9 @@ def check_config(given: object, source: str) -> Config:
     try:
         return Config.model_validate(given)
     except ValidationError as error:
-        raise UserError("\n".join(f"{source}: {line}" for line in problems(error, given))) from error
+        schema = Config.model_json_schema()
+        known = [key for part in (schema, *schema["$defs"].values()) for key in part["properties"]]
+        raise UserError("\n".join(f"{source}: {line}" for line in problems(error, given, known))) from error
 
 
 def _parse(text: str, source: str) -> Any:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed.nn
 from torch import Tensor
 
-from run.checkpoint import compact
+from run.checkpoint import compact, provenance
 from run.cli import Computing, choose_device
 from utils import EnvironmentFailure, UserError
 
@@ -111,6 +111,7 @@ def together(arguments: Computing) -> Iterator[tuple[Ranks, torch.device]]:
     )
     try:
         with ranks.agree_on(UserError, EnvironmentFailure, SystemExit):
+            check_alike(ranks, provenance(device) | arguments.model_dump())
             yield ranks, device
     except RuntimeError as error:
         if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
@@ -119,6 +120,14 @@ def together(arguments: Computing) -> Iterator[tuple[Ranks, torch.device]]:
         sys.exit(1)
     finally:
         torch.distributed.destroy_process_group()  # otherwise its threads may abort the process at its end
+
+
+def check_alike(ranks: Ranks, own: dict[str, Any]) -> None:
+    """Raise UserError on all ranks where one has another commit, package or flag than rank 0."""
+    first, *others = ranks.gather(own)
+    for name in first.keys() - {"processes", "device", "cpu"}:  # which change nothing of what is computed
+        if any(other[name] != first[name] for other in others):
+            raise UserError(f"the ranks differ in {name}: {', '.join(str(each[name]) for each in (first, *others))}")
 
 
 def describe(arguments: Computing) -> tuple[Ranks, torch.device]:

@@ -68,9 +68,8 @@ class Logger:
         writer.add_text("config", f"```\n{yaml.safe_dump(self.config.model_dump(), sort_keys=False)}```")
         writer.add_text("run", "\n".join(f"- {key}: {value}" for key, value in self.about.items()))
         # What is as by default is left out: TensorBoard orders columns by name, and there are many.
-        chosen = self.config.model_dump(exclude_defaults=True) | {"seed": self.about["seed"]}
-        plain = {key: value if isinstance(value, (int, float)) else str(value) for key, value in chosen.items()}
-        for summary in hparams(plain, {"episode/success_mean": 0, "episode/reward_mean": 0})[:2]:
+        chosen = flatten(self.config.model_dump(exclude_defaults=True)) | {"seed": self.about["seed"]}
+        for summary in hparams(chosen, {"episode/success_mean": 0, "episode/reward_mean": 0})[:2]:
             writer.file_writer.add_summary(summary)
         return writer
 
@@ -110,3 +109,12 @@ class Logger:
         with suppress(OSError, AttributeError):  # AttributeError: there is none
             self.writer.close()
         self.writer = None
+
+
+def flatten(section: dict, prefix: str = "") -> dict[str, float | str]:
+    """Return a nested config as one level of dotted keys."""
+    flat: dict[str, float | str] = {}
+    for key, value in section.items():
+        plain = value if isinstance(value, (int, float)) else str(value)
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: plain}
+    return flat

@@ -20,7 +20,7 @@ import evaluate
 import train
 from run.checkpoint import load
 from run.config import check_config
-from run.distributed import Ranks
+from run.distributed import Ranks, check_alike
 from run.start import chosen_run
 from tests.toy_environments import toy
 from tests.walk import constant, tiny
@@ -195,6 +195,16 @@ def test_all_end_with_one(tmp_path, victim):
     last = launch.lines("/7002")[-1].split()[1].split("/")[0]
     saved = sorted((tmp_path / "checkpoints" / "run-7002").glob("*.pt"))[-1]
     assert saved.name == f"checkpoint-{int(last):09d}.pt"
+
+
+def test_ranks_that_differ_do_not_start(monkeypatch):
+    own = {"commit": "one", "compile": False, "processes": 2}
+    for name, other in (("commit", "other"), ("compile", True)):
+        monkeypatch.setattr(Ranks, "gather", lambda self, own, change={name: other}: [own, own | change])
+        with pytest.raises(UserError, match=f"^the ranks differ in {name}: .*, {other}$"):
+            check_alike(Ranks(0, 2), own)
+    monkeypatch.setattr(Ranks, "gather", lambda self, own: [own, own | {"processes": 1}])
+    check_alike(Ranks(0, 2), own)
 
 
 def test_environments_that_cannot_be_divided(monkeypatch):

@@ -15,8 +15,8 @@ INTRODUCTION = """# Configuration
 <!-- Written by `python -m tools.write_docs` from what is declared in the code. -->
 
 A config is a YAML file such as those in `configs/`. It says what is played, what has to be given (**bold**), and what
-differs from the defaults. All mistakes are named before anything starts. Editors that read the first line of a config
-(`# yaml-language-server: …`) complete and check keys while one types. On the command line:
+differs from the defaults. All mistakes are named before anything starts, with the nearest known key. Editors that read
+the first line of a config (`# yaml-language-server: …`) complete and check keys while one types. On the command line:
 
     python train.py --config=configs/minigrid.yaml --set updates=200 --set transformer.num_blocks=2
 
