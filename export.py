@@ -37,21 +37,16 @@ def main() -> None:
     try:
         from evaluation.graph import describe, play_beside, to_graph
     except ModuleNotFoundError as error:
-        how = "pip install -r requirements-export.txt"
-        raise UserError(f"export.py: needs a package that is not installed, {error.name}: {how}") from error
+        raise UserError(f"export.py: needs {error.name}: pip install -r requirements-export.txt") from error
     import torch
 
     from run.checkpoint import load_model, write_file
 
     model, config, task, run = load_model(arguments.model, torch.device("cpu"))
-    output = arguments.output or Path(arguments.model.name).with_suffix(".onnx")
+    name, output = arguments.model.name, arguments.output or Path(arguments.model.with_suffix(".onnx").name)
     graph = to_graph(model.eval())
-    try:
-        largest = play_beside(graph, model, config, step_limit(arguments.max_steps, task))
-    except UserError as error:
-        raise UserError(f"{output}: not written: {error}") from error
-    environment, name = config.environment.model_dump(), arguments.model.name
-    describe(graph, model=name, environment=environment, run=run, largest_difference=largest)
+    largest = play_beside(graph, model, config, step_limit(arguments.max_steps, task))
+    describe(graph, model=name, environment=config.environment.model_dump(), run=run, largest_difference=largest)
     content = graph.SerializeToString()
     write_file(output, content)
     differences = ", ".join(f"{name} {difference:.1e}" for name, difference in largest.items())

@@ -13,7 +13,7 @@ import onnxscript  # noqa: F401  (PyTorch needs it to write graphs: it is missed
 import torch
 from torch import Tensor, nn
 
-from evaluation.agent import Agent, first_unseen_seed
+from evaluation.agent import first_unseen_seed
 from evaluation.watch import Player
 from memory import Timeline
 from model import ActorCriticModel, Normal, Output
@@ -21,9 +21,8 @@ from recurrence import Fragments
 from run.config import Config
 from transformer import MemoryView, Transformer
 from utils import UserError
-from worker import SharedArrays
 
-# Type and shape of tensors by name.
+# Type and shape of tensors by name; before the shape comes the batch.
 Kinds = dict[str, tuple[str, tuple[int, ...]]]
 # How far results may lie apart, and in how many episodes that is looked at.
 TOLERANCE, EPISODES = 1e-4, 3
@@ -34,15 +33,7 @@ ABOUT_MEMORY = (
 
 
 class Step(nn.Module):
-    """One step of a model as a function of tensors.
-
-    Args:
-        model: the actor-critic.
-
-    Attributes:
-        inputs: type and shape of each, by name; before the shape comes the batch.
-        outputs: likewise.
-    """
+    """One step of a model as a function of the tensors `inputs`, which returns `outputs`."""
 
     def __init__(self, model: ActorCriticModel) -> None:
         super().__init__()
@@ -52,7 +43,7 @@ class Step(nn.Module):
         else:
             shape = (self.core.state_size,)
         memory, remembers = ("float32", shape), shape != (0,)
-        known: dict[str, tuple[Any, str, tuple[int, ...]]] = {
+        known: dict[str, tuple[Any, str, tuple]] = {
             "frame": (task.frame, "uint8", task.frame),
             "vector": (task.vector, "float32", (task.vector,)),
             "memory": (remembers, *memory),
@@ -109,13 +100,11 @@ def to_graph(model: ActorCriticModel) -> onnx.ModelProto:
     step, batch = Step(model).eval(), torch.export.Dim("batch")
     given = tuple(torch.zeros(2, *shape, dtype=getattr(torch, kind)) for kind, shape in step.inputs.values())
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses a package that has nothing to do with this
-    with warnings.catch_warnings(), model.core.constant_weights():
-        warnings.simplefilter("ignore")  # what PyTorch says to itself
+    with warnings.catch_warnings(action="ignore"), model.core.constant_weights():  # what PyTorch says to itself
         program = torch.export.export(step, given, dynamic_shapes={"given": tuple({0: batch} for _ in given)})
-        names = [*step.inputs], [*step.outputs]
-        graph = torch.onnx.export(
-            program, dynamo=True, verbose=False, input_names=names[0], output_names=names[1]
-        ).model_proto
+        names, results = list(step.inputs), list(step.outputs)
+        written = torch.onnx.export(program, dynamo=True, verbose=False, input_names=names, output_names=results)
+    graph = written.model_proto
     for node in graph.graph.node:
         node.ClearField("metadata_props")  # which line of which file it comes from
     about = ABOUT_MEMORY if "memory" in step.inputs else "There is none."
@@ -133,16 +122,10 @@ def play_beside(graph: onnx.ModelProto, model: ActorCriticModel, config: Config,
     """Let onnxruntime and PyTorch see the same episodes, which training has not, each with its own memory.
 
     Args:
-        graph: of `to_graph`.
-        model: what it was made of, with its `config`.
         cut: after how many steps an episode is cut, if at all.
 
     Returns:
-        The largest difference of each output.
-
-    Raises:
-        UserError: if one is larger than `TOLERANCE`, saying where.
-        EnvironmentFailure: if the environment fails.
+        The largest difference of each output; UserError says where one is larger than `TOLERANCE`.
     """
     step, session = Step(model), onnxruntime.InferenceSession(graph.SerializeToString())
     largest, first = dict.fromkeys(step.outputs, 0.0), first_unseen_seed(config.environment)
@@ -152,27 +135,21 @@ def play_beside(graph: onnx.ModelProto, model: ActorCriticModel, config: Config,
             for moment in player.play(seed):
                 if moment.result is not None:
                     break
-                known = seen(player.agent.arrays) | {"step": np.array([moment.step]), "memory": memory}
+                agent, after = player.agent, player.agent.t + 1
+                expected = results_of(agent.outputs[0])
+                if isinstance(agent.memory, Timeline):
+                    expected.append(agent.memory.items[:, :, after : after + agent.length].transpose(0, 1))
+                elif "memory" in step.inputs:
+                    expected.append(agent.memory.states[:, after])
+                known = {"vector": agent.arrays.vectors, "mask": agent.arrays.masks, "memory": memory}
+                known["step"] = np.array([moment.step])
+                if "frame" in step.inputs:
+                    known["frame"] = np.ascontiguousarray(agent.arrays.frames.transpose(0, 3, 1, 2))
                 *_, memory = found = session.run(None, {name: known[name] for name in step.inputs})
-                expected = [*results_of(player.agent.outputs[0]), *remembered(player.agent)]
                 for name, ours, theirs in zip(largest, found, expected, strict=True):
                     difference = float(np.abs(ours - theirs.numpy()).max())
                     largest[name] = max(largest[name], difference)
                     if not difference <= TOLERANCE:  # nor is what is not a number
                         where = f"reset seed {seed}, step {moment.step}; allowed: {TOLERANCE}"
-                        raise UserError(f"{name} is {difference:.1e} from PyTorch's, {where}")
+                        raise UserError(f"nothing was written: {name} is {difference:.1e} from PyTorch's, {where}")
     return largest
-
-
-def seen(arrays: SharedArrays) -> dict[str, np.ndarray | None]:
-    """Return what an environment shows as the graph takes it."""
-    frames = None if arrays.frames is None else np.ascontiguousarray(arrays.frames.transpose(0, 3, 1, 2))
-    return {"frame": frames, "vector": arrays.vectors, "mask": arrays.masks}
-
-
-def remembered(agent: Agent) -> list[Tensor]:
-    """Return what memory holds after an agent's last step as the graph returns it; nothing without memory."""
-    memory, t = agent.memory, agent.t
-    if isinstance(memory, Timeline):
-        return [memory.items[:, :, t + 1 : t + 1 + memory.length].transpose(0, 1)]
-    return [memory.states[:, t + 1]] if memory.core.state_size else []

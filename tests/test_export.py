@@ -100,7 +100,7 @@ def test_a_graph_that_acts_otherwise_is_not_written(written, small, change):
     graph.CopyFrom(small[1])
     (bias,) = (entry for entry in graph.graph.initializer if entry.name.endswith("value.bias"))
     bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + np.float32(change), bias.name))
-    assert re.search(r"agent.onnx: not written: value is .* reset seed \d+, step 0", written(graph, code=2))
+    assert re.search(r"nothing was written: value is .* reset seed \d+, step 0", written(graph, code=2))
 
 
 def test_missing_packages_are_one_line(written, monkeypatch):

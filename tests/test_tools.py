@@ -117,8 +117,8 @@ def test_names_of_tasks():
 def test_a_longer_run_has_longer_schedules():
     """Twice the updates: at twice the update, schedules are where they were."""
     config = load_config(POPGYM)
-    assert make_trial(("a", "1"), "s", POPGYM, [], None).changes == ()
-    trial = make_trial(("a", "1"), "s", POPGYM, [], 2 * config.updates)
+    assert make_trial(("a", "1"), POPGYM, [], None).changes == ()
+    trial = make_trial(("a", "1"), POPGYM, [], 2 * config.updates)
     longer = load_config(POPGYM, trial.changes)
     assert longer.updates == 2 * config.updates and trial.steps == longer.updates * longer.samples
     for update in range(0, 250, 50):

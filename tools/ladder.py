@@ -3,32 +3,25 @@
 Usage:
     ladder [options]
 
-What there is already is not done again, so it may be interrupted at any time. Of each run
-<output>.csv has a row; <output>.png shows success against the length of what is remembered.
+<output>.png shows success against the length of what is remembered.
+Example: python -m tools.ladder --tasks=tmaze --lengths=20,50 --seeds=1
 
 Options:
-    --seeds=<n>         Runs of each length and memory, with the seeds 1 to n; 0 draws only [default: 3].
-    --tasks=<names>     Only these, with commas between: tmaze, key_to_door.
     --lengths=<n>       Only these, with commas between.
     --memories=<names>  Only these: trxl, segments, gru, lstm, none.
-    --updates=<n>       Updates of each run, schedules in proportion; by default the config's.
-    --parallel=<n>      Runs at a time, a core each; by default one per core.
-    --output=<file>     [default: docs/results/ladder].
-    -h --help           Show this.
+    --output=<file>     [default: docs/results/ladder]."""
 
-Example: python -m tools.ladder --tasks=tmaze --lengths=20,50 --seeds=1
-"""
-
+import itertools
 import math
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from run.cli import arguments_of, command_line
 from run.config import load_config
-from tools import compare
-from tools.compare import COLUMNS, CONFIGS, MEMORIES, colour, grouped, measure, new_figure, save
-from tools.runs import Row, Trial, chosen, digest, fill, make_trial
+from tools.compare import COLOURS, COLUMNS, CONFIGS, MEMORIES, grouped, measure, save
+from tools.runs import OPTIONS, Given, Row, Trial, chosen, fill, make_trial
 
 # Task → what its length is called, how much longer an episode is at most, the lengths.
 LADDERS = {
@@ -38,21 +31,15 @@ LADDERS = {
 RUNGS = ("trxl", "segments", "gru", "lstm", "none")
 
 
-class Arguments(compare.Arguments):
-    """What the docstring says."""
-
-    lengths: str | None
-
-
 def main() -> None:
     """Parse the command line, carry out the runs that are missing, shortest first, and draw."""
-    arguments = arguments_of(__doc__, Arguments)
+    arguments = arguments_of(__doc__ + OPTIONS, Given)
+    memories, seeds = chosen(arguments.memories, RUNGS, "--memories"), range(1, arguments.seeds + 1)
     trials = []
     for task in chosen(arguments.tasks, LADDERS, "--tasks"):
-        for length in map(int, chosen(arguments.lengths, map(str, LADDERS[task][2]), "--lengths")):
-            for seed in range(1, arguments.seeds + 1):
-                for memory in chosen(arguments.memories, RUNGS, "--memories"):
-                    trials.append(trial(task, length, memory, seed, arguments.updates))
+        lengths = map(int, chosen(arguments.lengths, map(str, LADDERS[task][2]), "--lengths"))
+        for length, seed, memory in itertools.product(lengths, seeds, memories):
+            trials.append(trial(task, length, memory, seed, arguments.updates))
     fill(sorted(trials, key=lambda trial: int(trial.key[1])), COLUMNS, measure, draw, arguments)
 
 
@@ -71,21 +58,19 @@ def trial(task: str, length: int, memory: str, seed: int, updates: int | None = 
         changes += ["transformer=null", f"recurrence={cell}"]
     if memory in ("segments", "gru", "lstm"):  # gradients through as much of a rollout as a minibatch holds
         changes.append(f"segment_length={math.gcd(config.worker_steps, config.samples // config.n_mini_batch)}")
-    return make_trial((task, str(length), memory, str(seed)), digest(path, changes), path, changes, updates)
+    return make_trial((task, str(length), memory, str(seed)), path, changes, updates)
 
 
 def draw(rows: list[Row], output: Path) -> None:
     """Write a panel for each task: success against length, a line of means and the single runs of each memory."""
-    panels, by_task = new_figure(len(LADDERS)), grouped(rows, "task")
+    panels = Figure(figsize=(6 * len(LADDERS), 4), layout="constrained").subplots(1, len(LADDERS))
     for axes, task in zip(panels, LADDERS, strict=True):
-        for memory, own in grouped(by_task.get(task, []), "memory").items():
-            found: dict[int, list[float]] = {}
-            for row in sorted(own, key=lambda row: int(row["length"])):
-                found.setdefault(int(row["length"]), []).append(float(row["success"]))
-            means = [np.mean(values) for values in found.values()]
-            axes.plot([*found], means, label=MEMORIES[memory], color=colour(memory))
-            singles = [(length, value) for length, values in found.items() for value in values]
-            axes.scatter(*zip(*singles, strict=True), s=12, color=colour(memory))
+        for memory, own in grouped([row for row in rows if row["task"] == task], "memory").items():
+            lengths = np.array([int(row["length"]) for row in own])
+            success, rungs = np.array([float(row["success"]) for row in own]), np.unique(lengths)
+            means = [success[lengths == rung].mean() for rung in rungs]
+            axes.plot(rungs, means, label=MEMORIES[memory], color=COLOURS[memory])
+            axes.scatter(lengths, success, s=12, color=COLOURS[memory])
         ticks = LADDERS[task][2]
         axes.set(title=task, xlabel=LADDERS[task][0].replace("_", " "), ylabel="success", ylim=(0, 1.05), xscale="log")
         axes.set_xlim(0.9 * ticks[0], 1.1 * ticks[-1])

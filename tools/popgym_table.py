@@ -3,23 +3,14 @@
 Usage:
     popgym_table [options]
 
-What is there already is not done again, so it may be interrupted at any time:
-finished runs are skipped, others resumed from their newest checkpoint. A run that is to be
-longer than what is there, or is there with another setting, is done anew. Several of these
-may write to the same files, as long as their tasks are others.
+<output>.md has a line for each task, means over runs.
+Example: python -m tools.popgym_table --seeds=1 --tasks=Easy
 
 Options:
-    --seeds=<n>      Runs of each task, with the seeds 1 to n; 0 writes the table only [default: 3].
-    --tasks=<names>  Only these, or those whose names contain one of these, such as Easy,CountRecallHard.
-    --parallel=<n>   Runs at a time, a core each; by default one per core.
-    --config=<file>  Setting of all runs [default: configs/popgym.yaml].
-    --updates=<n>    Updates of each run and, in proportion, of its schedules; by default the config's.
-    --output=<file>  Write <file>.csv and <file>.md [default: docs/results/popgym].
-    -h --help        Show this.
+    --config=<file>     Setting of all runs [default: configs/popgym.yaml].
+    --output=<file>     [default: docs/results/popgym]."""
 
-Example: python -m tools.popgym_table --seeds=1 --tasks=Easy
-"""
-
+import itertools
 from functools import partial
 from pathlib import Path
 
@@ -27,12 +18,12 @@ import numpy as np
 
 from run.checkpoint import write_file
 from run.cli import arguments_of, command_line
-from tools.runs import EPISODES, Failed, Given, Row, Trial, chosen, digest, fill, make_trial, read_rows, scalars
+from tools.runs import EPISODES, OPTIONS, Given, Row, Trial, chosen, digest, fill, make_trial, read_rows, scalars
+from utils import UserError
 
 PUBLISHED = Path(__file__).resolve().parent.parent / "docs" / "published" / "popgym.csv"
-COLUMNS = (
-    "task", "seed", "steps", "mmer", "mmer_65536", "reward_mean", "reward_low", "reward_high", "seconds", "setting",
-)  # fmt: skip
+COLUMNS = ("task", "seed", "steps", "mmer", "mmer_65536", "reward_mean", "reward_low", "reward_high", "seconds",
+           "setting")  # fmt: skip
 # What is set beside published figures, and by what of it a task is counted.
 FIGURES = {"mmer_65536": "mean over 65,536 steps", "reward_mean": "final evaluation", "mmer": "MMER"}
 COUNTED, TOLERANCE = ("mmer_65536", "reward_mean"), 0.005
@@ -40,33 +31,25 @@ COUNTED, TOLERANCE = ("mmer_65536", "reward_mean"), 0.005
 PUBLISHED_UPDATE = 65_536
 
 
-class Arguments(Given):
-    """What the docstring says."""
-
-    config: Path
-
-
 def main() -> None:
     """Parse the command line, carry out the runs that are missing, and write the table."""
-    arguments = arguments_of(__doc__, Arguments)
+    arguments = arguments_of(__doc__ + OPTIONS, Given)
     published = {row["task"]: row for row in read_rows(PUBLISHED)}
+    tasks, seeds = chosen(arguments.tasks, published, "--tasks"), range(1, arguments.seeds + 1)
     config, setting, trials = arguments.config, f"{arguments.config.stem}-{digest(arguments.config)}", []
-    for seed in range(1, arguments.seeds + 1):
-        for task in chosen(arguments.tasks, published, "--tasks"):
-            changes = [f"environment.name=popgym:popgym-{task}-v0"]
-            trials.append(make_trial((task, str(seed)), setting, config, changes, arguments.updates))
+    for seed, task in itertools.product(seeds, tasks):
+        changes = [f"environment.name=popgym:popgym-{task}-v0"]
+        trials.append(make_trial((task, str(seed)), config, changes, arguments.updates, setting))
     fill(trials, COLUMNS, measure, partial(write_table, published), arguments)
 
 
 def measure(trial: Trial, found: Row) -> dict:
     """Return steps, seconds, the best mean episodic return of a run by its summaries, and what it was evaluated at."""
-    speed, rewards, lengths = (
-        scalars(trial.run_id, tag)
-        for tag in ("performance/update_steps_per_second", "episode/reward_mean", "episode/length_mean")
-    )
-    means = np.array([rewards[step] for step in sorted(rewards) if step >= EPISODES * lengths[step]])
+    tags = "performance/update_steps_per_second", "episode/reward_mean", "episode/length_mean"
+    speed, rewards, lengths = (scalars(trial.run_id, tag) for tag in tags)
+    means = np.array([reward for step, reward in rewards.items() if step >= EPISODES * lengths[step]])
     if len(means) == 0:
-        raise Failed(f"fewer than {EPISODES} episodes have ended")
+        raise UserError(f"fewer than {EPISODES} episodes have ended")
     size = min(speed)  # steps of an update
     width = min(max(1, PUBLISHED_UPDATE // size), len(means))
     wide = np.convolve(means, np.full(width, 1 / width), mode="valid")
@@ -77,41 +60,30 @@ def measure(trial: Trial, found: Row) -> dict:
 
 
 def write_table(published: dict[str, Row], rows: list[Row], output: Path) -> None:
-    """Write a Markdown table with a line for each task and setting, and how many tasks come to the best.
-
-    Args:
-        published: figures of each task.
-        rows: of runs, by `COLUMNS`.
-        output: of --output.
-    """
-    lines = [
-        f"| task | runs | steps | {' | '.join(FIGURES.values())} | published GRU | published best |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    """Write a Markdown table with a line for each task and setting, and how many tasks come to the best published."""
+    headings = ["task", "runs", "steps", *FIGURES.values(), "published GRU", "published best"]
+    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
     reached = dict.fromkeys(COUNTED, 0)
     for task, known in published.items():
         own = [row for row in rows if row["task"] == task]
         for setting in sorted({row["setting"] for row in own}):
             found = [row for row in own if row["setting"] == setting]
             steps = "–".join(f"{steps:,}" for steps in sorted({int(row["steps"]) for row in found}))
-            cells = [task, str(len(found)), steps, *(mean_and_deviation(figures_of(found, name)) for name in FIGURES)]
-            cells += [known["gru_2023"] or "–", f"{known['best']} {known['method']}"]
+            figures = [mean_and_deviation([float(row[name]) for row in found]) for name in FIGURES]
+            best = f"{known['best']} {known['method']}"
+            cells = [task, str(len(found)), steps, *figures, known["gru_2023"] or "–", best]
             lines.append(f"| {' | '.join(cells)} |")
         for name in COUNTED if own else ():
-            reached[name] += round(figures_of(own, name).mean(), 3) >= round(float(known["best"]) - TOLERANCE, 3)
+            mean = float(np.mean([float(row[name]) for row in own]))
+            reached[name] += round(mean, 3) >= round(float(known["best"]) - TOLERANCE, 3)
     counts = " and ".join(f"{count} by the {FIGURES[name]}" for name, count in reached.items())
     lines += ["", f"Not more than {TOLERANCE} below the best published figure, of {len(published)} tasks: {counts}.\n"]
     write_file(output.with_name(f"{output.name}.md"), "\n".join(lines).encode())
 
 
-def figures_of(rows: list[Row], name: str) -> np.ndarray:
-    """Return a figure of each run (runs,)."""
-    return np.array([float(row[name]) for row in rows])
-
-
-def mean_and_deviation(figures: np.ndarray) -> str:
+def mean_and_deviation(figures: list[float]) -> str:
     """Return mean and standard deviation over runs, as text."""
-    return f"{figures.mean():.3f}" + (f" ± {figures.std(ddof=1):.3f}" if len(figures) > 1 else "")
+    return f"{np.mean(figures):.3f}" + (f" ± {np.std(figures, ddof=1):.3f}" if len(figures) > 1 else "")
 
 
 if __name__ == "__main__":

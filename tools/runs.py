@@ -11,9 +11,7 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Annotated, Any
 
 import yaml
@@ -21,44 +19,46 @@ from pydantic import Field
 from tqdm import tqdm
 
 from run.checkpoint import list_checkpoints, write_file
-from run.cli import Arguments, Count, Processes, to_file
-from run.config import Config, Schedule, load_config
+from run.cli import Arguments, Count, Processes, cores, to_file
+from run.config import Schedule, load_config
 from utils import UserError
 
 EPISODES = 100  # that a trained run plays
 Row = dict[str, str]
+# What the docstrings of all tables end with.
+OPTIONS = """
+    --seeds=<n>         Runs of each, with the seeds 1 to n; 0 trains nothing [default: 3].
+    --tasks=<names>     Only these, or whose names contain one of these, with commas between.
+    --updates=<n>       Updates of each run, schedules in proportion; by default the config's.
+    --parallel=<n>      Runs at a time, a core each; by default one per core.
+    -h --help           Show this.
 
-
-class Failed(Exception):
-    """A run came to nothing; says why."""
+What there is already is not done again, so it may be interrupted at any time. A run whose
+config has changed, or that is to be longer, is done anew. Of each run <output>.csv has a row.
+"""
 
 
 class Given(Arguments):
-    """What the docstrings of all tables say."""
+    """What the docstrings of all tables say; some lack the last ones."""
 
     seeds: Annotated[int, Field(ge=0, le=1000)]
     tasks: str | None
     updates: Count | None
     parallel: Processes | None
     output: Annotated[Path, to_file("")]
+    memories: str | None = None
+    lengths: str | None = None
+    config: Path = Path()
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One training.
+    """One training."""
 
-    Attributes:
-        key: what tells it from the others of its table; the last part is the seed.
-        setting: a digest of all that it depends on but its seed and its length.
-        config: its file.
-        changes: what is changed in it, key=value.
-        steps: how long it is.
-    """
-
-    key: tuple[str, ...]
-    setting: str
+    key: tuple[str, ...]  # what tells it from the others of its table; the last part is the seed
+    setting: str  # a digest of all that it depends on but its seed and its length
     config: Path
-    changes: tuple[str, ...]
+    changes: tuple[str, ...]  # in the config, key=value
     steps: int
 
     @property
@@ -67,23 +67,19 @@ class Trial:
         return "-".join(part for part in (*self.key, self.setting, str(self.steps)) if part)
 
 
-def make_trial(key: tuple[str, ...], setting: str, path: Path, changes: Sequence[str], updates: int | None) -> Trial:
+def make_trial(
+    key: tuple[str, ...], path: Path, changes: Sequence[str], updates: int | None, setting: str = ""
+) -> Trial:
     """Return a training of so many updates and schedules in proportion, by default as many as the config says."""
-    config = load_config(path, changes)
-    lengths = changes_of_length(config, updates or config.updates)
-    return Trial(key, setting, path, (*changes, *lengths), (updates or config.updates) * config.samples)
-
-
-def changes_of_length(config: Config, updates: int) -> list[str]:
-    """Return the changes with which a run has so many updates and schedules in proportion, none where it has anyway."""
-    if updates == config.updates:
-        return []
-    lengths = {
-        f"{name}.max_decay_steps": max(1, round(schedule.max_decay_steps * updates / config.updates))
-        for name, schedule in config
-        if isinstance(schedule, Schedule)
-    }
-    return [f"{name}={value}" for name, value in {"updates": updates, **lengths}.items()]
+    config, lengths = load_config(path, changes), {}
+    if updates and updates != config.updates:
+        lengths = {"updates": updates} | {
+            f"{name}.max_decay_steps": max(1, round(schedule.max_decay_steps * updates / config.updates))
+            for name, schedule in config
+            if isinstance(schedule, Schedule)
+        }
+    changed = (*changes, *(f"{name}={value}" for name, value in lengths.items()))
+    return Trial(key, setting or digest(path, changes), path, changed, (updates or config.updates) * config.samples)
 
 
 def digest(config: Path, *more: Any) -> str:
@@ -93,11 +89,7 @@ def digest(config: Path, *more: Any) -> str:
 
 
 def chosen(text: str | None, known: Iterable[str], flag: str) -> list[str]:
-    """Return the names that are given, in whole or in part, in a text with commas, all where there is none.
-
-    Raises:
-        UserError: if one of them fits none.
-    """
+    """Return the names that are given, in whole or in part, in a text with commas; all where there is none."""
     names, found = list(known), set()
     for part in names if text is None else text.split(","):
         fitting = {part} if part in names else {name for name in names if part and part in name}
@@ -114,82 +106,61 @@ def fill(
     show: Callable[[list[Row], Path], None],
     arguments: Given,
 ) -> None:
-    """Carry out the trials that a table lacks, each on a core of its own, and show it; exit code 1 where one failed.
+    """Carry out the trials that a table lacks, each on a core of its own, then show it; exit code 1 where one failed.
 
-    Of each run <output>.csv gets a row at once. Several processes may add to it, as long as their runs are others.
+    Each run's row is added at once. Several processes may add to a table, as long as their runs are others.
 
     Args:
-        trials: all that are wanted.
-        columns: of the table; the first ones are those of `Trial.key`, up to the seed.
-        measure: returns what else a trained run's row holds, given the row of evaluate.py; may raise `Failed`.
+        columns: the first ones are those of `Trial.key`, up to the seed.
+        measure: returns what else a trained run's row holds, given the row of evaluate.py; may raise UserError.
         show: writes what the rows come to into files whose names begin with a path.
-        arguments: of the command line.
     """
     path, lock = arguments.output.with_name(f"{arguments.output.name}.csv"), threading.Lock()
-    there = read_table(path, columns)
-    missing = [trial for trial in trials if not is_done(trial, there.get(trial.key))]
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [-1] * (os.cpu_count() or 1)
-    free: SimpleQueue = SimpleQueue()
-    for core in cores[: arguments.parallel]:
-        free.put(core)
+    free = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
-    def carry_out(trial: Trial) -> bool:
-        """Do a trial on a core that is free; return whether it came to something."""
-        core = free.get()
+    def take_a_core() -> None:
+        if free:  # a thread keeps it, and so does what it starts
+            os.sched_setaffinity(0, {free.pop(0)})
+
+    def came_to_something(trial: Trial) -> bool:
         try:
-            known = dict(zip(columns, trial.key, strict=False)) | {"setting": trial.setting}
-            row = known | measure(trial, trained(trial, core))
-            with lock:
-                add_row(path, columns, {name: str(row[name]) for name in columns})
-                show([*read_table(path, columns).values()], arguments.output)
-            return True
-        except Failed as failure:
-            tqdm.write(f"{trial.run_id}: {failure}", file=sys.stderr)
+            row = dict(zip(columns, trial.key, strict=False)) | measure(trial, trained(trial))
+        except UserError as error:
+            tqdm.write(f"{trial.run_id}: {error}", file=sys.stderr)
             return False
-        finally:
-            free.put(core)
+        with lock:
+            add_row(path, columns, row | {"setting": trial.setting})
+        return True
 
-    with ThreadPoolExecutor(free.qsize()) as pool:
-        done = list(tqdm(pool.map(carry_out, missing), total=len(missing), unit="run", disable=not missing))
+    done = {(*key, row["setting"]): int(row["steps"]) for key, row in read_table(path, columns).items()}
+    missing = [trial for trial in trials if done.get((*trial.key, trial.setting), 0) < trial.steps]
+    with ThreadPoolExecutor(min(arguments.parallel or cores(), cores()), initializer=take_a_core) as pool:
+        came = list(tqdm(pool.map(came_to_something, missing), total=len(missing), unit="run", disable=not missing))
     show([*read_table(path, columns).values()], arguments.output)
-    sys.exit(0 if all(done) else 1)
+    sys.exit(0 if all(came) else 1)
 
 
-def is_done(trial: Trial, row: Row | None) -> bool:
-    """Return whether a row is that of a trial: of its setting, and not shorter."""
-    return row is not None and row["setting"] == trial.setting and int(row["steps"]) >= trial.steps
+def trained(trial: Trial) -> Row:
+    """Train a run to its end, from its newest checkpoint if it has one; return the row of evaluate.py.
 
-
-def trained(trial: Trial, core: int) -> Row:
-    """Train a run to its end, from its newest checkpoint if it has one; return the row of evaluate.py."""
-    options = [f"--resume={trial.run_id}"]
-    if not list_checkpoints(Path("checkpoints") / trial.run_id):
-        options = [f"--run-id={trial.run_id}", "--overwrite", f"--config={trial.config}", f"--seed={trial.key[-1]}"]
-        options += [f"--set={change}" for change in trial.changes]
-    command("train.py", *options, core=core, log=trial.run_id)
-    output = Path("summaries") / f"{trial.run_id}-evaluation"
-    options = [f"models/{trial.run_id}.nn", f"--output={output}", f"--seeds={EPISODES}", "--repetitions=1"]
-    command("evaluate.py", *options, core=core, log=trial.run_id)
-    return read_rows(output.with_name(f"{output.name}.csv"))[0]
-
-
-def command(script: str, *options: str, core: int, log: str) -> None:
-    """Run one of the project's command lines on one core; its output goes to a file beside the summaries.
-
-    Raises:
-        Failed: if it did; says what it said last.
+    What is said goes to a file beside the summaries; UserError has its last line where anything failed.
     """
-    arguments = [sys.executable, script, *options, "--cpu", "--processes=1"]
-    # Without a limit PyTorch would start a thread for every core of the machine.
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    bind = partial(os.sched_setaffinity, 0, {core}) if core >= 0 else None
-    path = Path("summaries") / f"{log}.log"
-    path.parent.mkdir(exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        code = subprocess.run(arguments, env=environment, stdout=file, stderr=file, preexec_fn=bind).returncode
-    if code:
-        last = path.read_text(encoding="utf-8").splitlines()[-1:]
-        raise Failed(f"{script} ended with code {code}: {''.join(last)} (see {path})")
+    run_id, output = trial.run_id, Path("summaries", f"{trial.run_id}-evaluation.csv")
+    training = [f"--resume={run_id}"]
+    if not list_checkpoints(Path("checkpoints", run_id)):
+        training = [f"--run-id={run_id}", "--overwrite", f"--config={trial.config}", f"--seed={trial.key[-1]}"]
+        training += [f"--set={change}" for change in trial.changes]
+    evaluation = [f"models/{run_id}.nn", f"--output={output.with_suffix('')}", f"--seeds={EPISODES}", "--repetitions=1"]
+    log, environment = output.with_name(f"{run_id}.log"), os.environ | {"OMP_NUM_THREADS": "1"}
+    log.parent.mkdir(exist_ok=True)
+    for script, options in {"train.py": training, "evaluate.py": evaluation}.items():
+        command = [sys.executable, script, *options, "--cpu", "--processes=1"]
+        with log.open("a", encoding="utf-8") as file:
+            code = subprocess.run(command, env=environment, stdout=file, stderr=file).returncode
+        if code:
+            last = log.read_text(encoding="utf-8").splitlines()[-1:]
+            raise UserError(f"{script} ended with code {code}: {''.join(last)} (see {log})")
+    return read_rows(output)[0]
 
 
 def scalars(run_id: str, tag: str) -> dict[int, float]:
@@ -201,7 +172,7 @@ def scalars(run_id: str, tag: str) -> dict[int, float]:
         events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
         if tag in events.Tags()["scalars"]:
             found |= {event.step: event.value for event in events.Scalars(tag)}
-    return found
+    return dict(sorted(found.items()))
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -213,17 +184,16 @@ def read_rows(path: Path) -> list[Row]:
 def read_table(path: Path, columns: tuple[str, ...]) -> dict[tuple[str, ...], Row]:
     """Return the rows of a table, which may not be there yet, by what its columns say up to the seed."""
     rows = read_rows(path) if path.exists() else []
-    if any(tuple(row) != columns or None in row.values() for row in rows):
+    if any(tuple(row) != columns for row in rows):
         raise UserError(f"{path}: should have the columns {', '.join(columns)}")
     return {tuple(row[name] for name in columns[: columns.index("seed") + 1]): row for row in rows}
 
 
-def add_row(path: Path, columns: tuple[str, ...], row: Row) -> None:
+def add_row(path: Path, columns: tuple[str, ...], row: dict[str, Any]) -> None:
     """Put a run's row into a table, in place of an earlier one."""
-    rows = read_table(path, columns)
-    rows[tuple(row[name] for name in columns[: columns.index("seed") + 1])] = row
+    key = tuple(row[name] for name in columns[: columns.index("seed") + 1])
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(row for _, row in sorted(rows.items()))
+    writer.writerows(row for _, row in sorted((read_table(path, columns) | {key: row}).items()))
     write_file(path, text.getvalue().encode())

@@ -3,177 +3,104 @@
 Usage:
     soak [options]
 
-Trains a run that nothing disturbs. Then, until the time is over, trains it again and
-disturbs it: kills it, stops it, copies its folder, renames it, fills its disk, makes its
-environments hang. After each, the run is resumed to its end and its weights are compared,
-bit for bit; no process and no shared memory may be left. Linux only.
+Trains a run that nothing disturbs. Then, until the time is over, trains it again, disturbs it
+once and resumes it to its end. The weights have to be the same, bit for bit, and no process
+and no shared memory may be left. Prints a row of a CSV file for each time. Linux only.
 
 Options:
     --minutes=<n>  How long [default: 60].
     --seed=<n>     What is done, and when, derives from it [default: 1].
-    --output=<file>  A .csv with a row for each disturbance [default: docs/results/soak.csv].
     -h --help      Show this.
-
-Example: python -m tools.soak --minutes=5 --seed=2
 """
 
-import csv
 import os
 import random
-import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
 
 import psutil
 import torch
-from pydantic import Field
 
 from run.checkpoint import list_checkpoints, load
-from run.cli import Arguments, Seed, arguments_of, command_line, to_file
-from utils import UserError
+from run.cli import Arguments, Count, Seed, arguments_of, command_line
 
 ROOT = Path(__file__).resolve().parent.parent
-COLUMNS = ("number", "disturbance", "after_update", "exit_code", "resumed_from", "same_weights", "left")
-DISTURBANCES = (
-    "killed", "stopped by SIGTERM", "stopped by SIGHUP", "stopped by SIGUSR1", "a child killed", "environments hang",
-    "disk full", "folder copied", "folder renamed",
-)  # fmt: skip
-UPDATES = 40
-CHANGES = (
-    f"updates={UPDATES}", "epochs=2", "n_workers=8", "worker_steps=64", "n_mini_batch=4", "checkpoint_interval=4",
-    "hidden_layer_size=32", "prediction_coefficient=0.1", "transformer.num_blocks=1", "transformer.embed_dim=32",
-)  # fmt: skip
-START = (f"--config={ROOT}/configs/poc_memory_env.yaml", "--seed=1", *(f"--set={change}" for change in CHANGES))
-# A run that was asked to stop waits 10 s for its environments; the rest is for a busy machine.
-PATIENCE = 120
-MARK = "SOAK"  # the variable by which processes of the soak are known; it holds the folder
-
-
-class Soak:
-    """A folder in which runs are trained and disturbed.
-
-    Args:
-        folder: where everything lies; empty.
-        random: what is done, and when, is drawn from it.
-    """
-
-    def __init__(self, folder: Path, random: random.Random) -> None:
-        self.folder, self.random, self.said = folder, random, folder / "output.txt"
-        started = time.monotonic()
-        self.finish("undisturbed")
-        self.seconds, self.weights = time.monotonic() - started, self.weights_of("undisturbed")
-
-    def train(self, *options: str) -> psutil.Popen:
-        """Start train.py in the folder, with its output in a file."""
-        command = [sys.executable, str(ROOT / "train.py"), *options, "--cpu", "--processes=2"]
-        own = {MARK: str(self.folder), "OMP_NUM_THREADS": "1", "TMPDIR": str(self.folder)}
-        with open(self.said, "ab") as output:
-            return psutil.Popen(command, cwd=self.folder, env=os.environ | own, stdout=output, stderr=subprocess.STDOUT)
-
-    def finish(self, run_id: str) -> str:
-        """Train a run to its end; return the checkpoint that it went on from."""
-        found = list_checkpoints(self.folder / "checkpoints" / run_id)
-        # Where it was hit before its first checkpoint, there is nothing to lose.
-        options = [f"--resume={run_id}"] if found else [*START, f"--run-id={run_id}", "--overwrite"]
-        code = self.train(*options).wait(10 * PATIENCE)
-        if code:
-            raise UserError(f"{run_id} ended with exit code {code}: {self.said.read_text().splitlines()[-1]}")
-        return found[-1].stem if found else "nothing"
-
-    def weights_of(self, run_id: str) -> dict[str, torch.Tensor]:
-        """Return the weights of the model of a run."""
-        return load(self.folder / "models" / f"{run_id}.nn", "model")["weights"]
-
-    def left(self, before: set[Path]) -> str:
-        """Return which processes of the soak are still there, and what shared memory that was not there before."""
-        found = [path.name for path in set(Path("/dev/shm").iterdir()) - before]
-        for process in psutil.process_iter(["pid", "environ"]):
-            if (process.info["environ"] or {}).get(MARK) == str(self.folder):
-                found.append(f"process {process.pid}")
-        return " ".join(found)
-
-    def round(self, number: int) -> tuple:
-        """Start a run, disturb it once, resume it to its end, and return a row of `COLUMNS`."""
-        before, run_id, name = set(Path("/dev/shm").iterdir()), f"run-{number}", self.random.choice(DISTURBANCES)
-        update = self.random.randint(0, UPDATES - 1)
-        self.said.unlink()
-        training = self.train(*START, f"--run-id={run_id}")
-        while training.poll() is None and f"update {update}/" not in self.said.read_text() and update:
-            time.sleep(0.01)
-        time.sleep(self.random.uniform(0, 2 * self.seconds / UPDATES))
-        goes_on = [run_id]
-        with suppress(psutil.NoSuchProcess):  # it has ended meanwhile
-            goes_on = self.disturb(training, run_id, name)
-        code = training.wait(PATIENCE)
-        resumed = [self.finish(run) for run in goes_on][-1]
-        found = [self.weights_of(run) for run in goes_on]
-        same = all(torch.equal(tensor, weights[key]) for weights in found for key, tensor in self.weights.items())
-        time.sleep(1)  # until a resource tracker has gone, too
-        for place in ("checkpoints", "models", "summaries"):
-            shutil.rmtree(self.folder / place)
-        return number, name, update, code, resumed, same, self.left(before)
-
-    def disturb(self, training: psutil.Popen, run_id: str, name: str) -> list[str]:
-        """Do something to a run that trains, and return the ids of those that have to go on."""
-        place = self.folder / "checkpoints" / run_id
-        children = training.children(recursive=True)
-        match name.split():
-            case ["killed"]:
-                training.kill()
-            case ["stopped", "by", number]:
-                training.send_signal(signal.Signals[number])
-            case ["a", "child", "killed"] if children:
-                self.random.choice(children).kill()
-            case ["environments", "hang"]:
-                for worker in [worker for server in training.children() for worker in server.children()]:
-                    worker.suspend()
-                time.sleep(1)
-                training.terminate()
-            case ["disk", "full"]:  # which is what this looks like from within
-                training.rlimit(resource.RLIMIT_FSIZE, (1024, 1024))
-            case ["folder", "copied"] if place.exists():
-                shutil.copytree(place, f"{place}-copy", ignore=shutil.ignore_patterns(".*"))
-                return [run_id, f"{run_id}-copy"]
-            case ["folder", "renamed"] if place.exists():
-                place.rename(f"{place}-renamed")
-                time.sleep(0.1 * self.seconds)
-                training.kill()
-                return [f"{run_id}-renamed"]
-        return [run_id]
+KEYS = ("updates=40", "n_workers=8", "worker_steps=64", "n_mini_batch=4", "checkpoint_interval=4",
+        "hidden_layer_size=32", "prediction_coefficient=0.1", "transformer.embed_dim=32")  # fmt: skip
+START = (f"--config={ROOT}/configs/poc_memory_env.yaml", "--seed=1", "--overwrite", *(f"--set={key}" for key in KEYS))
 
 
 class Given(Arguments):
     """What the docstring says."""
 
-    minutes: Annotated[float, Field(gt=0)]
+    minutes: Count
     seed: Seed
-    output: Annotated[Path, to_file(".csv")]
 
 
 def main() -> None:
-    """Disturb runs until the time is over; exit code 1 where anything was lost or left."""
+    """Disturb runs in a folder of their own until the time is over, or one has lost or left anything: exit code 1."""
     arguments = arguments_of(__doc__, Given)
-    end, rows = time.monotonic() + 60 * arguments.minutes, list[tuple]()
-    place = tempfile.TemporaryDirectory(prefix="soak-")
-    with place as folder, arguments.output.open("w", newline="", encoding="utf-8", buffering=1) as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        soak = Soak(Path(folder), random.Random(arguments.seed))
-        print(f"undisturbed: {soak.seconds:.0f} s")
-        while time.monotonic() < end:
-            rows.append(soak.round(len(rows) + 1))
-            writer.writerow(rows[-1])
-            print(*rows[-1], sep="  ", flush=True)
-    lost = sum(not same or left != "" for *_, same, left in rows)
-    print(f"{len(rows)} disturbances, {lost} of them with a loss")
-    sys.exit(1 if lost else 0)
+    random.seed(arguments.seed)
+    began, number = time.monotonic(), 0
+    with tempfile.TemporaryDirectory() as place:
+        os.chdir(place)
+        os.environ |= {"OMP_NUM_THREADS": "1", "TMPDIR": place}
+        train("undisturbed")[0].wait()
+        duration = time.monotonic() - began
+        print("run,disturbance,after_seconds,exit_code,resumed_from,same_weights,left")
+        while time.monotonic() < began + 60 * arguments.minutes:
+            number += 1
+            *row, same, left = disturb(f"run-{number}", random.uniform(0, duration))
+            print(*row, same, left, sep=",", flush=True)
+            if not same or left:
+                sys.exit(1)
+
+
+def disturb(run_id: str, seconds: float) -> tuple:
+    """Start a run, disturb it once and resume it to its end; return its row of the table."""
+    shared, (training, _), folder = set(os.listdir("/dev/shm")), train(run_id), Path("checkpoints", run_id)
+    time.sleep(seconds)
+    started = training.children(recursive=True)
+    workers = [process for process in started if process.ppid() != training.pid]
+    disturbances = {
+        "killed": training.kill,
+        "stopped by SIGTERM": training.terminate,
+        "stopped by SIGHUP": lambda: training.send_signal(signal.SIGHUP),
+        "stopped by SIGUSR1": lambda: training.send_signal(signal.SIGUSR1),
+        "a child killed": lambda: random.choice(started).kill(),
+        "environments hang": lambda: [*(worker.suspend() for worker in workers), training.terminate()],
+        "disk full": lambda: training.rlimit(psutil.RLIMIT_FSIZE, (1024, 1024)),
+        "folder copied": lambda: shutil.copytree(folder, f"{folder}-copy"),
+        "folder renamed": lambda: folder.rename(f"{folder}-renamed"),
+    }
+    name = random.choice([*disturbances])
+    with suppress(psutil.NoSuchProcess, OSError, IndexError):  # it has ended, or has nothing yet
+        disturbances[name]()
+    code = training.wait()
+    expected, same = load(Path("models", "undisturbed.nn"), "model")["weights"], True
+    for run in sorted({run_id, *(path.name for path in Path("checkpoints").glob(f"{run_id}*"))}):
+        again, checkpoint = train(run)
+        if again.wait():
+            sys.exit(Path(f"{run}.txt").read_text())
+        weights = load(Path("models", f"{run}.nn"), "model")["weights"]
+        same &= all(torch.equal(tensor, weights[key]) for key, tensor in expected.items())
+    _, alive = psutil.wait_procs(started, timeout=10)
+    left = [*(set(os.listdir("/dev/shm")) - shared), *(f"process {process.pid}" for process in alive)]
+    return run_id, name, round(seconds, 2), code, checkpoint, same, " ".join(left)
+
+
+def train(run_id: str) -> tuple[psutil.Popen, str]:
+    """Start a run, or go on from its newest checkpoint, which is returned, too; what it says goes to a file."""
+    found = list_checkpoints(Path("checkpoints", run_id))
+    options = [f"--resume={run_id}"] if found else [f"--run-id={run_id}", *START]
+    command = [sys.executable, f"{ROOT}/train.py", *options, "--cpu", "--processes=2"]
+    with open(f"{run_id}.txt", "a") as said:
+        return psutil.Popen(command, stdout=said, stderr=said), found[-1].stem if found else "nothing"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What is declared of configs as texts: docs/configuration.md to read, configs/schema.json for editors."""
+"""What is declared of configs as texts: the tables of docs/configuration.md, and configs/schema.json for editors."""
 
 import json
 from collections.abc import Iterator
@@ -10,29 +10,18 @@ from environments.memory_gym_env import make_task
 from run.config import Config
 
 ROOT = Path(__file__).parents[1]
-INTRODUCTION = """# Configuration
-
-<!-- Written by `python -m tools.write_docs` from what is declared in the code. -->
-
-A config is a YAML file such as those in `configs/`. It says what is played, what has to be given (**bold**), and what
-differs from the defaults. All mistakes are named before anything starts, with the nearest known key. Editors that read
-the first line of a config (`# yaml-language-server: …`) complete and check keys while one types. On the command line:
-
-    python train.py --config=configs/minigrid.yaml --set updates=200 --set transformer.num_blocks=2
-
-Exactly one of `transformer`, `recurrence` and `memoryless` has to be there. A schedule is (initial − final)·(1 −
-update/max_decay_steps)^power + final; one that has a default may be given in part.
-"""
 HEAD = "\n| key | value | default | meaning |\n|---|---|---|---|"
-CORES = {"transformer": "TransformerConfig", "recurrence": "RecurrenceConfig", "memoryless": "MemorylessConfig"}
+PAGE = ROOT / "docs" / "configuration.md"
+PARTS = {"transformer": "TransformerConfig", "recurrence": "RecurrenceConfig", "memoryless": "MemorylessConfig",
+         "…_schedule": "Schedule"}  # fmt: skip
 
 
 def documentation() -> str:
-    """Return docs/configuration.md."""
+    """Return docs/configuration.md, which stays as it is above its first table."""
     schema = Config.model_json_schema()
     parts = schema["$defs"]
-    lines = [INTRODUCTION + HEAD, *rows(schema)]
-    for name, part in (CORES | {"…_schedule": "Schedule"}).items():
+    lines = [PAGE.read_text(encoding="utf-8").partition(HEAD)[0] + HEAD, *rows(schema)]
+    for name, part in PARTS.items():
         lines += rows(parts[part], f"{name}.")
     lines += ["\n## `environment`", HEAD]
     for section in dict.fromkeys(SECTIONS.values()):
@@ -69,7 +58,7 @@ def json_schema() -> str:
     return json.dumps(Config.model_json_schema(), indent=2, ensure_ascii=False) + "\n"
 
 
-FILES = {ROOT / "docs" / "configuration.md": documentation, ROOT / "configs" / "schema.json": json_schema}
+FILES = {PAGE: documentation, ROOT / "configs" / "schema.json": json_schema}
 
 if __name__ == "__main__":
     for path, text in FILES.items():
