@@ -5,7 +5,7 @@ import os
 import sys
 import tempfile
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -57,7 +57,7 @@ def arguments_of(doc: str, kind: type[Given]) -> Given:
         raise UserError("\n".join(problems(error, given))) from error
 
 
-def problems(error: ValidationError, given: Any, known: Iterable[str] = ()) -> list[str]:
+def problems(error: ValidationError, given: Any, known: Sequence[str] = ()) -> list[str]:
     """Return a line for each key that pydantic found wrong in what it was given, with the nearest known one."""
     lines: dict[str, str] = {}
     for found in error.errors(include_url=False, include_context=False):
@@ -70,8 +70,8 @@ def problems(error: ValidationError, given: Any, known: Iterable[str] = ()) -> l
         if found["type"] == "missing":
             path, text = [*path, str(found["loc"][-1])], "has to be given"
         elif found["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(path[-1], known, 1)
-            text = f"is not known here; {f'did you mean {near[0]}?' if near else 'see docs/configuration.md'}"
+            near = "" if path[-1] in known else "".join(difflib.get_close_matches(path[-1], known, 1))
+            text = f"is not known here; {f'did you mean {near}?' if near else 'see docs/configuration.md'}"
         elif path and not isinstance(value, dict):
             text = f"{text}, not {textwrap.shorten(repr(value), 60)}"
         lines.setdefault(".".join(path), text)  # of a value that fits none of several types, the first

@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from environments import Environment
-from environments.section import Flag, Number, Schedule, Whole, as_number
+from environments.section import Flag, Number, Schedule, Whole, not_a_flag
 from model import ModelConfig
 from run.cli import problems
 from utils import UserError, polynomial_decay
 
 Count = Annotated[Whole, Field(ge=1, le=10**9)]
 Interval = Annotated[Whole, Field(ge=0, le=10**9)]
-Coefficient = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, le=1000), BeforeValidator(as_number)]
+Coefficient = Annotated[float, Field(allow_inf_nan=False, ge=0, le=1000), not_a_flag]
 
 
 class Config(ModelConfig):
@@ -138,7 +138,7 @@ def check_config(given: object, source: str) -> Config:
         return Config.model_validate(given)
     except ValidationError as error:
         schema = Config.model_json_schema()
-        known = [key for part in (schema, *schema["$defs"].values()) for key in part["properties"]]
+        known = [key for part in (schema, *schema["$defs"].values()) for key in part.get("properties", ())]
         raise UserError("\n".join(f"{source}: {line}" for line in problems(error, given, known))) from error
 
 
