@@ -89,16 +89,6 @@ class GymnasiumEnv(gymnasium.Wrapper):
         """Return reward, in the environment's own unit, and length of the running episode."""
         return {"reward": self._reward, "length": self._length}
 
-    def observed(self, observation: Any, action: Any, reward: float | None) -> Observation:
-        """Return what the agent sees of an observation of an environment like `env`, by its last action and the reward.
-
-        Both are None at the beginning of an episode. BrokenContract where what the agent sees is missing, or wrong.
-        """
-        if action is not None and reward is None and self.previous_reward:
-            raise BrokenContract("needs reward=…, the one of the last step: the agent sees it (previous_reward)")
-        self._last = action, float(reward or 0.0) * self.reward_scale
-        return self._observe(observation)
-
     def _observe(self, observation: Any) -> Observation:
         frame, vector = self._observer.frame(observation), None
         if self.task.vector:
