@@ -62,14 +62,13 @@ def main() -> None:
 
     device, path, video = choose_device(arguments), arguments.given or arguments.model, arguments.video
     use_cores(device)
-    to_files, window = bool(video or arguments.html), None
+    to_files, window, stopped = bool(video or arguments.html), None, False
     with nullcontext() if arguments.window else suppress(UserError):
         window = Window() if arguments.window or not to_files else None
     model, config, task, _ = load_for_play(path, device)
     seeds, note = chosen_seeds(arguments.seeds or str(arguments.episodes), arguments.seed, [config.environment])
-    limit, results, stopped = step_limit(arguments.max_steps, task), list[dict[str, float]](), False
-    player = Player(model, config, task, arguments.deterministic, to_files or window is not None, limit)
-    with closing(player):
+    limit, results = step_limit(arguments.max_steps, task), list[dict[str, float]]()
+    with closing(Player(model, config, task, arguments.deterministic, to_files or window is not None, limit)) as player:
         pictures = play(player, seeds, arguments, path.name, window, results)
         if video:
             stopped = film(video, pictures, arguments.fps)
@@ -86,23 +85,15 @@ def main() -> None:
 
 
 def play(player, seeds: list[int], arguments: Arguments, model: str, window, results: list[dict]) -> Iterator:
-    """Play episodes with a `watch.Player`, print and collect their results, write pages, and yield pictures.
-
-    Args:
-        player: a `watch.Player`.
-        seeds: of the episodes.
-        arguments: of the command line.
-        model: its name.
-        window: a `Window` to show the pictures in, or None.
-        results: takes what the environment reports of each episode.
-    """
+    """Play episodes with a `watch.Player`; print and collect results, write pages, show and yield pictures."""
     from evaluation.page import Page
     from evaluation.watch import describe, draw_episode
     from run.checkpoint import write_file
 
+    fps = arguments.fps if arguments.video or window else 0
     for number, seed in enumerate(seeds, start=1):
-        page, draws = Page(player, seed, model), bool(arguments.video or window)
-        for moment, pictures in draw_episode(player, seed, arguments.fps if draws else 0):
+        page = Page(player, seed, model)
+        for moment, pictures in draw_episode(player, seed, fps):
             if arguments.html:
                 page.add(moment)
             if moment.result is not None:
@@ -110,7 +101,7 @@ def play(player, seeds: list[int], arguments: Arguments, model: str, window, res
                 print(f"episode {number}, seed {seed}: {', '.join(describe(moment.result))}", flush=True)
             for picture in pictures:
                 yield picture
-                if window is not None and not window.show(picture, arguments.fps):
+                if window is not None and not window.show(picture, fps):
                     return
         if arguments.html:
             file = arguments.html.with_stem(arguments.html.stem + f"-{seed}" * (len(seeds) > 1))

@@ -24,6 +24,7 @@ Options:
 Example: python evaluate.py models/*.nn --output=results --plot=curves.pdf
 """
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -134,12 +135,13 @@ def report(evaluated: list, protocol: dict, arguments: Arguments, references: di
     from evaluation import statistics
     from run.checkpoint import write_file
 
-    groups = statistics.group_runs(evaluated, arguments.aggregate)
-    output, figure, metric, files = arguments.output, arguments.plot, arguments.metric, {}
+    groups, files = statistics.group_runs(evaluated, arguments.aggregate), {}
+    output, figure, metric = arguments.output, arguments.plot, arguments.metric
     known = dict.fromkeys(name for points in groups.values() for point in points for name in point.statistics)
     if output is not None:
-        files[output.with_name(output.name + ".json")] = statistics.to_json(groups, protocol)
-        files[output.with_name(output.name + ".csv")] = statistics.to_csv(groups)
+        content = statistics.contents(groups, protocol)
+        files[output.with_name(output.name + ".json")] = (json.dumps(content, indent=1) + "\n").encode()
+        files[output.with_name(output.name + ".csv")] = statistics.to_csv(content)
     if figure is not None and metric in known:
         files[figure] = statistics.plot(groups, metric, figure.suffix, references)
     for path, data in files.items():

@@ -13,7 +13,7 @@ from gymnasium.vector.utils import batch_space, iterate
 
 from environments.contract import Task
 from environments.section import Section
-from memory import ObservationStore, States, make_memory, policy_step
+from memory import ObservationStore, make_memory, policy_step
 from model import ActorCriticModel, Output, action_noise
 from run.checkpoint import load_model
 from run.config import Config
@@ -117,14 +117,6 @@ class Agent:
         return self._unbatched(np.concatenate([output.value.cpu().numpy() for output in self.outputs]))
 
     @property
-    def probabilities(self) -> list[np.ndarray]:
-        """Of each branch's actions at the last step (actions,), or (n, actions); empty where actions are numbers."""
-        if self.task.continuous:
-            return []
-        logs = torch.cat([output.policy.parameters() for output in self.outputs])
-        return np.split(self._unbatched(logs.exp().cpu().numpy()), np.cumsum(self.task.branches)[:-1], axis=-1)
-
-    @property
     def attention(self) -> Any:
         """(blocks, heads, m) weights of the m steps before the last one, oldest first, or n of these; None without."""
         if not self.length:
@@ -133,14 +125,6 @@ class Agent:
                 for output in self.outputs for row in range(len(output.value))]  # fmt: skip
         seen = np.minimum(self.looked, self.length)
         return self._unbatched([row[:, :, row.shape[2] - most :] for row, most in zip(rows, seen, strict=True)])
-
-    @property
-    def change(self) -> Any:
-        """How much the last step changed a recurrent state, the mean over its entries, or n of them; None without."""
-        if not isinstance(self.memory, States) or not self.memory.core.state_size:
-            return None
-        before, after = self.memory.states[:, self.t].cpu().numpy(), self.memory.states[:, self.t + 1].cpu().numpy()
-        return self._unbatched(np.abs(after - before * (self.looked > 0)[:, None]).mean(axis=1))
 
     def _unbatched(self, rows: Any) -> Any:
         """Return n rows, or the only one where observations come singly."""

@@ -36,8 +36,8 @@ def main() -> None:
     if "eval" in wanted:
         first = first_unseen_seed(config.environment) + DISTANCE
         seeds = list(range(first, first + EPISODES))
-        means = episode_means(play_episodes(model.eval(), config, task, seeds, max_steps=step_limit(None, task)))
-        found = {name: mean.mean for name, mean in means.items()}
+        episodes = play_episodes(model.eval(), config, task, seeds, max_steps=step_limit(None, task))
+        found = {name: mean.mean for name, mean in episode_means(episodes).items()}
         for name, mean in found.items():
             writer.add_scalar(f"evaluation/{name}_mean", mean, run["steps"])
         if not best.exists() or ranking(found) > ranking(load(best, "model")["run"]["evaluation"]):
