@@ -64,8 +64,6 @@ def main() -> None:
     with together(arguments) as (ranks, device):
         check_alike(ranks, arguments.model_dump(by_alias=True))
         with ranks.agree_on(UserError):
-            if arguments.reference and arguments.plot is None:
-                raise UserError("--reference: is for a figure; name one with --plot=<file>")
             stored, agents = load(arguments, device)
             models = [*stored, *(evaluated for evaluated, *_ in agents)]
             references = read_references(arguments.reference, arguments.metric, [m.environment for m in models])
@@ -114,19 +112,17 @@ def play(agents: list[tuple], seeds: list[int], arguments: Arguments, ranks) -> 
 
     from evaluation.agent import play_episodes
 
-    mine = max(1, cores() // ranks.local_size)
-    # The environments need the other cores. Must not depend on --processes: it decides how sums are rounded.
-    torch.set_num_threads(max(1, mine // 2))
-    processes = arguments.processes or mine - max(1, mine // 2) or 1
+    # The environments have the other half. Must not depend on --processes: it decides how sums are rounded.
+    half = max(1, cores() // ranks.local_size // 2)
+    torch.set_num_threads(half)
     total = len(seeds) * arguments.repetitions // ranks.size
     for number, (evaluated, model, config, task) in enumerate(agents, start=1):
         name = f"{number}/{len(agents)} {Path(evaluated.path).name}"[-30:]
         with tqdm(desc=name, total=total, unit="episode", mininterval=1, disable=not ranks.first) as bar:
             evaluated.episodes = play_episodes(
                 model, config, task, seeds, arguments.repetitions, action_seed=arguments.seed,
-                deterministic=arguments.deterministic, processes=processes,
-                progress=bar.update,  # type: ignore[arg-type]
-                max_steps=evaluated.max_steps, ranks=ranks,
+                deterministic=arguments.deterministic, processes=arguments.processes or half, ranks=ranks,
+                max_steps=evaluated.max_steps, progress=bar.update,  # type: ignore[arg-type]
             )  # fmt: skip
 
 

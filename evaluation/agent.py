@@ -18,7 +18,7 @@ from model import ActorCriticModel, Output, action_noise
 from run.checkpoint import load_model
 from run.config import Config
 from run.distributed import Ranks
-from utils import EnvironmentFailure, UserError, planned_seed, seed_range
+from utils import EnvironmentFailure, UserError, planned_seed
 from worker import SharedArrays, Workers, inspect_environment
 
 # How many environments are played at once: enough for matrix products of a good size, and few enough that most of them
@@ -154,12 +154,6 @@ class Agent:
 def task_name(section: Section) -> str:
     """Return what a person calls the task of a config's `environment` section."""
     return getattr(section, "name", None) or section.type
-
-
-def first_unseen_seed(environment: Section) -> int:
-    """Return the first episode seed that training cannot have drawn."""
-    start, count = seed_range(environment)
-    return start + count
 
 
 def load_for_play(path: Path, device: torch.device) -> tuple[ActorCriticModel, Config, Task, dict]:

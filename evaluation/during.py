@@ -10,11 +10,11 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from environments.numbers import episode_means
-from evaluation.agent import first_unseen_seed, play_episodes
+from evaluation.agent import play_episodes
 from evaluation.watch import episode_summary
 from run.checkpoint import load, load_model, model_file, write_file
 from run.cli import command_line, step_limit
-from utils import reason_of
+from utils import reason_of, training_seeds
 
 EPISODES = 100
 # So far from the first unseen seed they begin: a best model is evaluated on others than it was chosen on.
@@ -34,7 +34,7 @@ def main() -> None:
     model, config, task, run = load_model(path, torch.device("cpu"))
     writer: Any = SummaryWriter(summaries)
     if "eval" in wanted:
-        first = first_unseen_seed(config.environment) + DISTANCE
+        first = training_seeds(config.environment).stop + DISTANCE
         seeds = list(range(first, first + EPISODES))
         episodes = play_episodes(model.eval(), config, task, seeds, max_steps=step_limit(None, task))
         found = {name: mean.mean for name, mean in episode_means(episodes).items()}

@@ -17,7 +17,7 @@ import numpy as np
 from scipy.stats import binomtest, t, trim_mean
 
 from environments.numbers import count_missing_success, metrics_of
-from utils import UserError, seed_range
+from utils import UserError, training_seeds
 
 # Of fewer runs nothing can be said but what they are: they are shown themselves.
 FEWEST = 3
@@ -151,12 +151,10 @@ def pulls_on_iqm(rows: np.ma.MaskedArray, iqm: float) -> np.ndarray:
 def chosen_seeds(text: str, skip: int, sections: Iterable[Any]) -> tuple[list[int], str]:
     """Return the environment seeds that --seeds asks for, and what is to be said of them, "" if nothing is.
 
-    Args:
-        text: "50" for so many that training has not seen; "0:10" for 0 to 9, whether it has or not; else UserError.
-        skip: how many unseen ones are left out first.
-        sections: the `environment` sections of the configs.
+    "50" are so many that training has not seen in any of the `environment` sections, of which `skip` are left out
+    first; "0:10" are 0 to 9, whether it has or not; all else is a UserError.
     """
-    trained = [range(start, start + count) for start, count in map(seed_range, sections)]
+    trained = [training_seeds(section) for section in sections]
     match = re.fullmatch(r"(?:([0-9]{1,10}):)?([0-9]{1,10})", text)
     first, end = (int(part or 0) for part in match.groups()) if match else (0, 0)
     if not first < end < 2**31 or end - first > 10**6:
@@ -220,9 +218,6 @@ def table(groups: Groups) -> Iterator[str]:
 def _rows(title: str, point: Point) -> Iterator[str]:
     runs, episodes, task = len(point.models), len(point.episodes), point.models[0].environment
     yield f"{title}: {runs} {'run' if runs == 1 else 'runs'} ({task}), {point.steps:,} steps, {episodes:,} episodes"
-    commits = {short_commit(model.run) for model in point.models}
-    if dirty := sorted(commit for commit in commits if commit.endswith("-dirty")):
-        yield f"    trained by {', '.join(dirty)}"
     if point.cut:
         limit = max(model.max_steps or 0 for model in point.models)
         yield f"    {point.cut:,} of {episodes:,} episodes cut after {limit:,} steps"
@@ -292,13 +287,9 @@ def from_json(path: Path, label: str = "") -> list[Evaluated]:
 def plot(groups: Groups, metric: str, suffix: str, references: dict[str, np.ndarray]) -> bytes:
     """Return a figure of the learning curves over environment steps.
 
-    Lines are means over runs with their confidence band, or with a dot for each run where these are fewer than
-    `FEWEST`; under --aggregate=episodes, interquartile means. Published curves are dashed, their band is ± std.
-
-    Args:
-        groups: one line each; those that do not report the metric are left out.
-        suffix: .png, .pdf or .svg.
-        references: published curves of the same metric, of `read_references`.
+    Groups are lines, unless they do not report the metric: means over runs with their confidence band, or with a dot
+    for each run where these are fewer than `FEWEST`; under --aggregate=episodes, interquartile means. Published curves,
+    of `read_references`, are dashed, their band is ± std. The suffix is .png, .pdf or .svg.
     """
     import matplotlib.style
     from matplotlib.figure import Figure

@@ -1,5 +1,6 @@
 """Watching an agent: an episode at a time, drawn with what the agent remembers, as a video or for TensorBoard."""
 
+import itertools
 import math
 import sys
 from collections import deque
@@ -21,11 +22,11 @@ from torch.utils.tensorboard.summary import Summary
 
 from environments.contract import Task, failure_of
 from environments.numbers import episode_means
-from evaluation.agent import Agent, first_unseen_seed, task_name
+from evaluation.agent import Agent, task_name
 from evaluation.video import film
 from model import ActorCriticModel
 from run.config import Config
-from utils import EnvironmentFailure, create_env
+from utils import EnvironmentFailure, create_env, training_seeds
 
 # TensorBoard's episode: how many steps at most, pixels per inch, how fast.
 SUMMARY_STEPS, SUMMARY_DPI, SUMMARY_FPS = 200, 80, 6
@@ -35,7 +36,7 @@ HOLD_SECONDS = 1.5
 WIDTH, DPI = 7.2, 100
 # So many past steps are shown; the fewest that fill a strip, and the most of an agent whose memory has no length.
 THUMBNAILS, SHORTEST_STRIP, LONGEST_STRIP = 5, 16, 512
-# Numbers side by side and on top of each other, and the characters of each; what is beyond is counted.
+# Numbers side by side and on top of each other, at most, and the characters of each.
 PANEL_COLUMNS, PANEL_ROWS, CELL_LENGTH = 3, 5, 27
 INK, FAINT, EMPTY, MARK = "#1e1e28", "#6e6e7d", "#e8e8ee", "#d55e00"
 
@@ -141,17 +142,14 @@ class Player:
         return np.split(together, np.cumsum(self.task.branches)[:-1])
 
     def _numbers(self) -> dict[str, str]:
-        """Return `Moment.numbers`, actions as the environment takes them, clipped; what has no room is counted."""
+        """Return `Moment.numbers`, actions as the environment takes them, clipped; as many as there is room for."""
         found, agent, bounds = {}, self.agent, self.env.action_bounds
         if self.task.continuous:
             entries = zip(np.clip(agent.actions[0], *bounds), *bounds, strict=True)
             found = {f"action[{k}]": f"{entry:.2f} in {low:g}…{high:g}" for k, (entry, low, high) in enumerate(entries)}
         if agent.arrays.vectors is not None:
             found |= named(agent.arrays.vectors[0], self.env.vector_names)
-        most = PANEL_COLUMNS * PANEL_ROWS
-        if len(found) <= most:
-            return found
-        return dict(list(found.items())[: most - 1]) | {f"and {len(found) - most + 1:,} more": ""}
+        return dict(itertools.islice(found.items(), PANEL_COLUMNS * PANEL_ROWS))
 
 
 def named(vector: np.ndarray, names: Sequence[str]) -> dict[str, str]:
@@ -305,7 +303,7 @@ def draw_episode(player: Player, seed: int, fps: int, dpi: int = DPI) -> Iterato
 def episode_summary(model: ActorCriticModel, config: Config, task: Task, tag: str) -> Summary:
     """Play an episode, the same unseen one at each call, and return it as an animated picture for TensorBoard."""
     with closing(Player(model, config, task, max_steps=SUMMARY_STEPS)) as player, TemporaryDirectory() as folder:
-        drawn = draw_episode(player, first_unseen_seed(config.environment), SUMMARY_FPS, SUMMARY_DPI)
+        drawn = draw_episode(player, training_seeds(config.environment).stop, SUMMARY_FPS, SUMMARY_DPI)
         film(path := Path(folder) / "episode.gif", (picture for _, some in drawn for picture in some), SUMMARY_FPS)
         encoded = path.read_bytes()
     image = Summary.Image(colorspace=3, encoded_image_string=encoded)
