@@ -57,7 +57,7 @@ def main() -> None:
     from evaluation.agent import load_for_play
     from evaluation.statistics import chosen_seeds
     from evaluation.video import film
-    from evaluation.watch import Player, describe_means
+    from evaluation.watch import Player
     from evaluation.window import Window
 
     device, path, video = choose_device(arguments), arguments.given or arguments.model, arguments.video
@@ -67,15 +67,13 @@ def main() -> None:
         window = Window() if arguments.window or not to_files else None
     model, config, task, _ = load_for_play(path, device)
     seeds, note = chosen_seeds(arguments.seeds or str(arguments.episodes), arguments.seed, [config.environment])
-    limit, results = step_limit(arguments.max_steps, task), list[dict[str, float]]()
+    limit = step_limit(arguments.max_steps, task)
     with closing(Player(model, config, task, arguments.deterministic, to_files or window is not None, limit)) as player:
-        pictures = play(player, seeds, arguments, path.name, window, results)
+        pictures = play(player, seeds, arguments, path.name, window)
         if video:
             stopped = film(video, pictures, arguments.fps)
         else:
             deque(pictures, maxlen=0)
-    if len(results) > 1:
-        print(f"mean of {len(results)} episodes: {', '.join(describe_means(results))}")
     where = f"stopped at step {player.steps:,} of an episode; " if stopped else ""
     help_ = "There is no display here; to watch: --video=episode.mp4 or --html=episode.html"
     for line in (note, f"{where}the video is {video}" if video else "", "" if window or to_files else help_):
@@ -84,8 +82,8 @@ def main() -> None:
         sys.exit(130)
 
 
-def play(player, seeds: list[int], arguments: Arguments, model: str, window, results: list[dict]) -> Iterator:
-    """Play episodes with a `watch.Player`; print and collect results, write pages, show and yield pictures."""
+def play(player, seeds: list[int], arguments: Arguments, model: str, window) -> Iterator:
+    """Play episodes with a `watch.Player`; print their results, write pages, show and yield pictures."""
     from evaluation.page import Page
     from evaluation.watch import describe, draw_episode
     from run.checkpoint import write_file
@@ -97,7 +95,6 @@ def play(player, seeds: list[int], arguments: Arguments, model: str, window, res
             if arguments.html:
                 page.add(moment)
             if moment.result is not None:
-                results.append(moment.result)
                 print(f"episode {number}, seed {seed}: {', '.join(describe(moment.result))}", flush=True)
             for picture in pictures:
                 yield picture

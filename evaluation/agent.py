@@ -75,23 +75,17 @@ class Agent:
     def reset(self, which: int | Sequence[int] | Sequence[bool] | np.ndarray | None = None) -> None:
         """Begin new episodes in all environments, or in those that `which` names by number or by True.
 
-        Due before the first observation of each episode. A vector environment has to be made with
-        AutoresetMode.SAME_STEP; then it is `agent.reset(terminated | truncated)` after each step. By Gymnasium's
-        default, NEXT_STEP, an agent would have to act once more after the end.
+        Due before the first observation of each episode. After each step of a vector environment, which has to be made
+        with AutoresetMode.SAME_STEP, it is `agent.reset(terminated | truncated)`.
         """
         self.arrays.steps[... if which is None else np.asarray(which)] = 0
 
     def act(self, observation: Any, mask: np.ndarray | None = None) -> Any:
-        """Return an action, or n of them as a vector environment takes them.
+        """Return an action for what the environment shows, or n of them as a vector environment takes them.
 
-        Args:
-            observation: what the environment shows, or n of them as a vector environment returns them.
-            mask: `info["action_mask"]` where the environment says which actions are allowed, (sum of branches,) or
-                (n, sum of branches).
-
-        Raises:
-            UserError: if one is missing or not as declared, or an episode gets longer than it can be, for `reset` was
-                forgotten. Nothing is remembered of it, and what is right can follow.
+        The mask, (sum of branches,) or (n, sum of branches), is `info["action_mask"]` where the environment says which
+        actions are allowed. UserError if one is missing or not as declared, or an episode gets longer than it can be,
+        for `reset` was forgotten; nothing is remembered of it, and what is right can follow.
         """
         if not self.observation_space.contains(observation):
             raise UserError(f"agent.act: observation is none of create_env(agent.section), {self.observation_space}")
@@ -157,11 +151,7 @@ def task_name(section: Section) -> str:
 
 
 def load_for_play(path: Path, device: torch.device) -> tuple[ActorCriticModel, Config, Task, dict]:
-    """Read a model as `load_model` does and check that its environment is still what it was trained on.
-
-    Raises:
-        UserError: if the file is not a model, or the environment cannot be created or has changed.
-    """
+    """Read a model as `load_model` does; UserError where its environment is not here, or no longer what it was."""
     model, config, task, run = load_model(path, device)
     found, kind = inspect_environment(config.environment)[0], config.environment.type
     if found != task:
@@ -179,12 +169,11 @@ def play_episodes(
     Every environment has a fixed list of episodes, so that processes do not matter; it plays on until all are done.
 
     Args:
-        model: on the device where it is to compute.
         action_seed: all actions are drawn from it; unless `deterministic`: then they are the most probable ones.
         processes: how many step the environments.
         max_steps: after how many steps an episode is cut, if at all.
         progress: called with the number of episodes that have just ended.
-        ranks: all of them, which share the episodes out; by default there are no others.
+        ranks: all of them, which share the environments out; by default there are no others.
 
     Returns:
         Per episode, ordered as given, its `seed`, its `repetition` (from 0) and what the environment reports of it

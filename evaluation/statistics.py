@@ -351,8 +351,5 @@ def find_models(names: Sequence[str]) -> list[Path]:
     paths: list[Path] = []
     for name in names:
         folder = Path(name)
-        found = sorted(folder.glob("*.nn")) if folder.is_dir() else sorted(map(Path, glob.glob(name))) or [folder]
-        if not found:
-            raise UserError(f"{name}: there is no model (.nn) in this folder, perhaps in one of those in it")
-        paths += found
+        paths += sorted(folder.glob("*.nn") if folder.is_dir() else map(Path, glob.glob(name))) or [folder]
     return list(dict.fromkeys(paths))

@@ -21,7 +21,6 @@ from PIL import Image
 from torch.utils.tensorboard.summary import Summary
 
 from environments.contract import Task, failure_of
-from environments.numbers import episode_means
 from evaluation.agent import Agent, task_name
 from evaluation.video import film
 from model import ActorCriticModel
@@ -212,7 +211,7 @@ class Painter:
             step = f"over: {', '.join(describe(moment.result))}"
         elif not self.player.task.continuous:
             step += f"action {' '.join(map(str, moment.action))}"
-        cells = [cell(*number) for number in moment.numbers.items()]
+        cells = [f"{name} {text}"[-CELL_LENGTH:].ljust(CELL_LENGTH) for name, text in moment.numbers.items()]
         rows = ["   ".join(cells[first : first + PANEL_COLUMNS]) for first in range(0, len(cells), PANEL_COLUMNS)]
         return "\n".join([self.title, step, *rows])
 
@@ -267,12 +266,6 @@ def height_of(pictures: list[np.ndarray], most: float) -> float:
     return min(most, WIDTH / sum(picture.shape[1] / picture.shape[0] for picture in pictures))
 
 
-def cell(name: str, text: str) -> str:
-    """Return a number in words of `CELL_LENGTH` characters; the start of its name gives way."""
-    room = max(4, CELL_LENGTH - len(text))
-    return f"{name if len(name) < room else f'…{name[2 - room :]}':<{room}}{text}"
-
-
 def describe(result: dict[str, float]) -> list[str]:
     """Return what an episode came to in words: reward and length, success as yes or no, then the task's own numbers."""
     words = [f"reward {result['reward']:.2f}", f"length {result['length']:.0f}"]
@@ -280,14 +273,6 @@ def describe(result: dict[str, float]) -> list[str]:
     others = [name for name in result if name not in ("reward", "length", "success", "cut")]
     words += [f"{name.replace('_', ' ')} {result[name]:.2f}" for name in others]
     return words + ([f"cut after {result['length']:,.0f} steps"] if "cut" in result else [])
-
-
-def describe_means(results: list[dict[str, float]]) -> list[str]:
-    """Return the mean of each number in words, with how many episodes report it where some do not."""
-    return [
-        f"{name.replace('_', ' ')} {found.mean:.2f}{f' (in {found.reported:,})' * (found.reported < found.episodes)}"
-        for name, found in episode_means(results).items()
-    ]
 
 
 def draw_episode(player: Player, seed: int, fps: int, dpi: int = DPI) -> Iterator[tuple[Moment, list[np.ndarray]]]:
