@@ -62,24 +62,23 @@ def main() -> None:
 
     device, path, video = choose_device(arguments), arguments.given or arguments.model, arguments.video
     use_cores(device)
-    to_files, window, stopped = bool(video or arguments.html), None, False
+    to_files, window = bool(video or arguments.html), None
     with nullcontext() if arguments.window else suppress(UserError):
         window = Window() if arguments.window or not to_files else None
     model, config, task, _ = load_for_play(path, device)
-    seeds, note = chosen_seeds(arguments.seeds or str(arguments.episodes), arguments.seed, [config.environment])
+    seeds = chosen_seeds(arguments.seeds or str(arguments.episodes), arguments.seed, [config.environment])
     limit = step_limit(arguments.max_steps, task)
     with closing(Player(model, config, task, arguments.deterministic, to_files or window is not None, limit)) as player:
         pictures = play(player, seeds, arguments, path.name, window)
-        if video:
-            stopped = film(video, pictures, arguments.fps)
-        else:
+        if not video:
             deque(pictures, maxlen=0)
-    where = f"stopped at step {player.steps:,} of an episode; " if stopped else ""
-    help_ = "There is no display here; to watch: --video=episode.mp4 or --html=episode.html"
-    for line in (note, f"{where}the video is {video}" if video else "", "" if window or to_files else help_):
-        print(line, file=sys.stderr, end="\n" * bool(line))
-    if stopped:
-        sys.exit(130)
+        elif film(video, pictures, arguments.fps):
+            print(f"stopped at step {player.steps:,} of an episode; the video is {video}", file=sys.stderr)
+            sys.exit(130)
+        else:
+            print(f"the video is {video}", file=sys.stderr)
+    if not (window or to_files):
+        print("There is no display here; to watch: --video=episode.mp4 or --html=episode.html", file=sys.stderr)
 
 
 def play(player, seeds: list[int], arguments: Arguments, model: str, window) -> Iterator:

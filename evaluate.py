@@ -67,12 +67,10 @@ def main() -> None:
             stored, agents = load(arguments, device)
             models = [*stored, *(evaluated for evaluated, *_ in agents)]
             references = read_references(arguments.reference, arguments.metric, [m.environment for m in models])
-            seeds, note = sorted({episode["seed"] for model in stored for episode in model.episodes}), ""
+            seeds = sorted({episode["seed"] for model in stored for episode in model.episodes})
             if agents:
                 sections = [config.environment for _, _, config, _ in agents]
-                seeds, note = chosen_seeds(arguments.seeds, arguments.seed, sections)
-        if ranks.first and note:
-            print(note, file=sys.stderr)
+                seeds = chosen_seeds(arguments.seeds, arguments.seed, sections)
         play(agents, seeds, arguments, ranks)
         with ranks.agree_on(UserError, OSError):
             if ranks.first:

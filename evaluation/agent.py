@@ -37,8 +37,7 @@ class Agent:
 
     Args:
         environments: n; None for one whose observations and actions come singly.
-        deterministic: whether it takes the most probable actions instead of drawing them.
-        seed: what actions are drawn from.
+        seed: what actions are drawn from; unless `deterministic`: then they are the most probable ones.
         own: which of how many environments of all ranks these are; by default there are no others.
     """
 
@@ -48,8 +47,8 @@ class Agent:
     ) -> None:  # fmt: skip
         device, self.count, self.single = next(model.parameters()).device, environments or 1, environments is None
         self.model, self.task, self.section, self.deterministic = model, task, config.environment, deterministic
-        shown = task.observation_space
-        self.observation_space = shown if self.single else batch_space(shown, self.count)
+        space = task.observation_space
+        self.observation_space = space if self.single else batch_space(space, self.count)
         self.own, self.everyone = own or (range(self.count), self.count)
         self.length = config.transformer.memory_length if config.transformer else 0
         self.rollout = max(self.length, SHORTEST_ROLLOUT)
@@ -205,8 +204,7 @@ def _play(
     """
     own, stepping = agent.own, set()
     seed = partial(planned_seed, [[seed for seed, _ in episodes] for episodes in plan])
-    groups = min(2, len(own))
-    workers = Workers(agent.section, agent.task, len(own), seed, processes, groups, own.start, max_steps)
+    workers = Workers(agent.section, agent.task, len(own), seed, processes, 2, own.start, max_steps)
     plan = [plan[index] for index in own]
     with closing(workers):
         workers.start()

@@ -4,7 +4,6 @@ import os
 import sys
 import threading
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
@@ -32,7 +31,7 @@ def main() -> None:
     os.nice(10)
     torch.set_num_threads(1)
     model, config, task, run = load_model(path, torch.device("cpu"))
-    writer: Any = SummaryWriter(summaries)
+    writer = SummaryWriter(summaries)
     if "eval" in wanted:
         first = training_seeds(config.environment).stop + DISTANCE
         seeds = list(range(first, first + EPISODES))
@@ -49,7 +48,7 @@ def main() -> None:
         except Exception as error:  # whatever an environment's own drawing does
             print(f"video_interval: drawing an episode failed ({reason_of(error)})", file=sys.stderr)
         else:
-            writer.file_writer.add_summary(summary, run["steps"])
+            writer.file_writer.add_summary(summary, run["steps"])  # type: ignore[attr-defined]
     writer.close()
 
 

@@ -8,13 +8,9 @@ COLUMNS = ("environment", "task", "run", "metric", "steps", "mean", "std_over_ru
 
 
 def read_references(texts: list[str], metric: str, tasks: list[str]) -> dict[str, np.ndarray]:
-    """Return the published curves of a metric that --reference names; UserError where there is none of these tasks.
+    """Return the curves of a metric that --reference names, each text `<file>:<task>/<run>,<task>/<run>…`.
 
-    Args:
-        texts: each `<file>:<task>/<run>,<task>/<run>…`.
-
-    Returns:
-        By task/run, rows (n,) of `COLUMNS`, in order of steps.
+    They are by task/run, rows (n,) of `COLUMNS` in order of steps; UserError where there is none of these tasks.
     """
     curves = {}
     for text in texts:

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -51,13 +52,8 @@ class Evaluated:
 class Point:
     """One place on a learning curve: models of several runs after the same number of steps, or one model.
 
-    Attributes:
-        aggregate: "runs", which are averaged first, or "episodes", which are pooled.
-        singles: each model on its own.
-        cut: how many of the episodes of all runs were cut.
-        over: what the statistics are over, in words.
-        statistics: of each metric, `summarise`, the mean of each of the `runs`, and in how many `episodes`, `of` all,
-            it is.
+    Its `statistics` have of each metric `summarise`, the mean of each of the `runs`, and in how many `episodes`, `of`
+    all, it is. They aggregate "runs", which are averaged first, or "episodes", which are pooled.
     """
 
     def __init__(self, models: list[Evaluated], aggregate: str) -> None:
@@ -148,8 +144,8 @@ def pulls_on_iqm(rows: np.ma.MaskedArray, iqm: float) -> np.ndarray:
     return iqm + pulls.compressed()
 
 
-def chosen_seeds(text: str, skip: int, sections: Iterable[Any]) -> tuple[list[int], str]:
-    """Return the environment seeds that --seeds asks for, and what is to be said of them, "" if nothing is.
+def chosen_seeds(text: str, skip: int, sections: Iterable[Any]) -> list[int]:
+    """Return the environment seeds that --seeds asks for, and say so where training may have drawn them.
 
     "50" are so many that training has not seen in any of the `environment` sections, of which `skip` are left out
     first; "0:10" are 0 to 9, whether it has or not; all else is a UserError.
@@ -161,8 +157,9 @@ def chosen_seeds(text: str, skip: int, sections: Iterable[Any]) -> tuple[list[in
         raise UserError(f"--seeds: {text!r} should be how many unseen ones, such as 50, or which ones, such as 0:10")
     unseen = 0 if ":" in text else skip + max(seeds.stop for seeds in trained)
     seeds = list(range(first + unseen, end + unseen))
-    seen = sum(any(seed in range_ for range_ in trained) for seed in seeds)
-    return seeds, f"--seeds: training may have drawn {seen:,} of these {len(seeds):,}" if seen else ""
+    if seen := sum(any(seed in range_ for range_ in trained) for seed in seeds):
+        print(f"--seeds: training may have drawn {seen:,} of these {len(seeds):,}", file=sys.stderr)
+    return seeds
 
 
 def group_runs(models: list[Evaluated], aggregate: str = "runs") -> Groups:
@@ -295,23 +292,18 @@ def plot(groups: Groups, metric: str, suffix: str, references: dict[str, np.ndar
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
-    curves = {name: [p for p in points if metric in p.statistics] for name, points in groups.items()}
     statistic = INTERVAL_OF[next(iter(groups.values()))[0].aggregate]
     style: dict[str, Any] = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
     with matplotlib.style.context(["petroff10", style]):  # colours that colour-blind eyes tell apart
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
         axes = figure.subplots()
-        for name, points in curves.items():
-            if points:
-                _plot_group(axes, name, points, metric, statistic)
+        for name, points in groups.items():
+            if reported := [point for point in points if metric in point.statistics]:
+                _plot_group(axes, name, reported, metric, statistic)
         for name, rows in references.items():
             _plot_reference(axes, name, rows, statistic)
-        own = [point.steps for points in curves.values() for point in points if point.steps > 0]
-        longest = max((rows["steps"].max() for rows in references.values()), default=0)
-        if own and longest > 4 * max(own):  # our own would be squeezed: logarithmic, but linear around 0
-            axes.set_xscale("symlog", linthresh=min(own), linscale=0.5)
-            axes.set_xlim(left=0)
-            axes.set_xticks([0, *10 ** np.arange(math.ceil(math.log10(min(own))), math.log10(longest))])
+        if references:  # which tend to be longer by far, so that our own would be squeezed
+            axes.set_xscale("log")
         axes.set_xlabel("environment steps")
         axes.set_ylabel(f"{metric.replace('_', ' ')} ({statistic.replace('iqm', 'IQM')}, 95 % interval)")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))

@@ -60,12 +60,7 @@ class Moment:
 
 
 class Player:
-    """One environment in this process, played by a model, on the device where that is to compute.
-
-    Args:
-        deterministic: whether the most probable actions are taken instead of drawn ones.
-        render: whether moments have pictures.
-        max_steps: after how many steps an episode is cut, None where only its end ends it.
+    """One environment in this process, played by a model, its episodes cut after `max_steps`; `render` draws pictures.
 
     Attributes:
         agent: acts in the running episode, which has had so many `steps`.
@@ -93,8 +88,7 @@ class Player:
     def play(self, seed: int) -> Iterator[Moment]:
         """Play one episode by the seed of environment and actions; yield its steps before they are taken, and its end.
 
-        Raises:
-            EnvironmentFailure: if the environment fails, breaks its contract or cannot be drawn; one line.
+        EnvironmentFailure, in one line, if the environment fails, breaks its contract or cannot be drawn.
         """
         self.steps = 0
         try:
@@ -105,26 +99,25 @@ class Player:
 
     def _play(self, seed: int) -> Iterator[Moment]:
         self.agent = agent = Agent(self.model, self.config, self.task, None, self.deterministic, seed)
-        # Rewards are shown as they are reported, not as they are learned from.
-        scale, changes = self.env.reward_scale, deque[float](maxlen=LONGEST_STRIP)
-        observation, info = self.env.reset(seed=seed)
-        total, ended = 0.0, False
+        (observation, info), ended = self.env.reset(seed=seed), False
+        changes = deque[float](maxlen=LONGEST_STRIP)
         while not ended and self.steps < self.max_steps:
             everything = np.ones(sum(self.task.branches), bool) if self.task.masked else None
             agent.act(observation, info.get("action_mask", everything))
             past = np.array(changes)[None, None] if agent.attention is None else agent.attention
             changes.append(self._change() if self.config.recurrence else 0.0)
+            # Rewards are shown as they are reported, not as they are learned from.
+            value, reward = float(agent.value) / self.env.reward_scale, self.env.numbers_so_far()["reward"]
             moment = Moment(
-                self.steps, *self._pictures(), agent.actions[0], float(agent.value) / scale, total, past, changes[-1],
+                self.steps, *self._pictures(), agent.actions[0], value, reward, past, changes[-1],
                 self._probabilities(), self._numbers(),
             )  # fmt: skip
             yield moment
             self.steps += 1
-            observation, reward, terminated, truncated, info = self.env.step(agent.actions[0])
-            total, ended = total + reward / scale, terminated or truncated
-        result = info if ended else self.env.numbers_so_far() | {"cut": 1.0}
-        frame, view = self._pictures()
-        yield replace(moment, step=self.steps, frame=frame, view=view, reward=total, result=result)
+            observation, _, terminated, truncated, info = self.env.step(agent.actions[0])
+            ended = terminated or truncated
+        result, (frame, view) = self.env.numbers_so_far() | (info if ended else {"cut": 1.0}), self._pictures()
+        yield replace(moment, step=self.steps, frame=frame, view=view, reward=result["reward"], result=result)
 
     def _pictures(self) -> tuple[np.ndarray | None, np.ndarray | None]:
         return (self.env.render(), self.env.agent_view()) if self.render else (None, None)

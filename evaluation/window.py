@@ -1,6 +1,7 @@
 """A window to watch episodes in, where there is a screen."""
 
 import numpy as np
+import pygame
 
 from utils import UserError
 
@@ -9,9 +10,7 @@ class Window:
     """A window of the size of what it shows; UserError where there is no screen for it."""
 
     def __init__(self) -> None:
-        import pygame
-
-        self.pygame, self.clock, self.paused = pygame, pygame.time.Clock(), False
+        self.clock, self.paused = pygame.time.Clock(), False
         try:
             pygame.display.init()
             if pygame.display.get_driver() in ("dummy", "offscreen"):  # which SDL takes where it finds no screen
@@ -22,7 +21,7 @@ class Window:
 
     def show(self, picture: np.ndarray, fps: int) -> bool:
         """Show a picture (H, W, 3) for 1/fps seconds, or while paused; return False once somebody closed the window."""
-        pygame, size, surface = self.pygame, picture.shape[1::-1], self.pygame.display.get_surface()
+        size, surface = picture.shape[1::-1], pygame.display.get_surface()
         if surface is None or surface.get_size() != size:
             surface = pygame.display.set_mode(size)
         pygame.surfarray.blit_array(surface, picture.swapaxes(0, 1))
