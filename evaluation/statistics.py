@@ -215,6 +215,9 @@ def table(groups: Groups) -> Iterator[str]:
 def _rows(title: str, point: Point) -> Iterator[str]:
     runs, episodes, task = len(point.models), len(point.episodes), point.models[0].environment
     yield f"{title}: {runs} {'run' if runs == 1 else 'runs'} ({task}), {point.steps:,} steps, {episodes:,} episodes"
+    commits = {short_commit(model.run) for model in point.models}
+    if dirty := sorted(commit for commit in commits if commit.endswith("-dirty")):
+        yield f"    trained by {', '.join(dirty)}"
     if point.cut:
         limit = max(model.max_steps or 0 for model in point.models)
         yield f"    {point.cut:,} of {episodes:,} episodes cut after {limit:,} steps"
