@@ -57,7 +57,7 @@ def main() -> None:
     from evaluation.agent import load_for_play
     from evaluation.statistics import chosen_seeds
     from evaluation.video import film
-    from evaluation.watch import Player, describe_means
+    from evaluation.watch import Player
     from evaluation.window import Window
 
     device, path, video = choose_device(arguments), arguments.given or arguments.model, arguments.video
@@ -66,51 +66,38 @@ def main() -> None:
     with nullcontext() if arguments.window else suppress(UserError):
         window = Window() if arguments.window or not to_files else None
     model, config, task, _ = load_for_play(path, device)
-    seeds, note = chosen_seeds(arguments.seeds or str(arguments.episodes), arguments.seed, [config.environment])
-    limit, results, stopped = step_limit(arguments.max_steps, task), list[dict[str, float]](), False
-    player = Player(model, config, task, arguments.deterministic, to_files or window is not None, limit)
-    with closing(player):
-        pictures = play(player, seeds, arguments, path.name, window, results)
-        if video:
-            stopped = film(video, pictures, arguments.fps)
-        else:
+    seeds = chosen_seeds(arguments.seeds or str(arguments.episodes), arguments.seed, [config.environment])
+    limit = step_limit(arguments.max_steps, task)
+    with closing(Player(model, config, task, arguments.deterministic, to_files or window is not None, limit)) as player:
+        pictures = play(player, seeds, arguments, path.name, window)
+        if not video:
             deque(pictures, maxlen=0)
-    if len(results) > 1:
-        print(f"mean of {len(results)} episodes: {', '.join(describe_means(results))}")
-    where = f"stopped at step {player.steps:,} of an episode; " if stopped else ""
-    help_ = "There is no display here; to watch: --video=episode.mp4 or --html=episode.html"
-    for line in (note, f"{where}the video is {video}" if video else "", "" if window or to_files else help_):
-        print(line, file=sys.stderr, end="\n" * bool(line))
-    if stopped:
-        sys.exit(130)
+        elif film(video, pictures, arguments.fps):
+            print(f"stopped at step {player.steps:,} of an episode; the video is {video}", file=sys.stderr)
+            sys.exit(130)
+        else:
+            print(f"the video is {video}", file=sys.stderr)
+    if not (window or to_files):
+        print("There is no display here; to watch: --video=episode.mp4 or --html=episode.html", file=sys.stderr)
 
 
-def play(player, seeds: list[int], arguments: Arguments, model: str, window, results: list[dict]) -> Iterator:
-    """Play episodes with a `watch.Player`, print and collect their results, write pages, and yield pictures.
-
-    Args:
-        player: a `watch.Player`.
-        seeds: of the episodes.
-        arguments: of the command line.
-        model: its name.
-        window: a `Window` to show the pictures in, or None.
-        results: takes what the environment reports of each episode.
-    """
+def play(player, seeds: list[int], arguments: Arguments, model: str, window) -> Iterator:
+    """Play episodes with a `watch.Player`; print their results, write pages, show and yield pictures."""
     from evaluation.page import Page
     from evaluation.watch import describe, draw_episode
     from run.checkpoint import write_file
 
+    fps = arguments.fps if arguments.video or window else 0
     for number, seed in enumerate(seeds, start=1):
-        page, draws = Page(player, seed, model), bool(arguments.video or window)
-        for moment, pictures in draw_episode(player, seed, arguments.fps if draws else 0):
+        page = Page(player, seed, model)
+        for moment, pictures in draw_episode(player, seed, fps):
             if arguments.html:
                 page.add(moment)
             if moment.result is not None:
-                results.append(moment.result)
                 print(f"episode {number}, seed {seed}: {', '.join(describe(moment.result))}", flush=True)
             for picture in pictures:
                 yield picture
-                if window is not None and not window.show(picture, arguments.fps):
+                if window is not None and not window.show(picture, fps):
                     return
         if arguments.html:
             file = arguments.html.with_stem(arguments.html.stem + f"-{seed}" * (len(seeds) > 1))

@@ -24,6 +24,7 @@ Options:
 Example: python evaluate.py models/*.nn --output=results --plot=curves.pdf
 """
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -67,12 +68,10 @@ def main() -> None:
             stored, agents = load(arguments, device)
             models = [*stored, *(evaluated for evaluated, *_ in agents)]
             references = read_references(arguments.reference, arguments.metric, [m.environment for m in models])
-            seeds, note = sorted({episode["seed"] for model in stored for episode in model.episodes}), ""
+            seeds = sorted({episode["seed"] for model in stored for episode in model.episodes})
             if agents:
                 sections = [config.environment for _, _, config, _ in agents]
-                seeds, note = chosen_seeds(arguments.seeds, arguments.seed, sections)
-        if ranks.first and note:
-            print(note, file=sys.stderr)
+                seeds = chosen_seeds(arguments.seeds, arguments.seed, sections)
         play(agents, seeds, arguments, ranks)
         with ranks.agree_on(UserError, OSError):
             if ranks.first:
@@ -112,19 +111,17 @@ def play(agents: list[tuple], seeds: list[int], arguments: Arguments, ranks) -> 
 
     from evaluation.agent import play_episodes
 
-    mine = max(1, cores() // ranks.local_size)
-    # The environments need the other cores. Must not depend on --processes: it decides how sums are rounded.
-    torch.set_num_threads(max(1, mine // 2))
-    processes = arguments.processes or mine - max(1, mine // 2) or 1
+    # The environments have the other half. Must not depend on --processes: it decides how sums are rounded.
+    half = max(1, cores() // ranks.local_size // 2)
+    torch.set_num_threads(half)
     total = len(seeds) * arguments.repetitions // ranks.size
     for number, (evaluated, model, config, task) in enumerate(agents, start=1):
         name = f"{number}/{len(agents)} {Path(evaluated.path).name}"[-30:]
         with tqdm(desc=name, total=total, unit="episode", mininterval=1, disable=not ranks.first) as bar:
             evaluated.episodes = play_episodes(
                 model, config, task, seeds, arguments.repetitions, action_seed=arguments.seed,
-                deterministic=arguments.deterministic, processes=processes,
-                progress=bar.update,  # type: ignore[arg-type]
-                max_steps=evaluated.max_steps, ranks=ranks,
+                deterministic=arguments.deterministic, processes=arguments.processes or half, ranks=ranks,
+                max_steps=evaluated.max_steps, progress=bar.update,  # type: ignore[arg-type]
             )  # fmt: skip
 
 
@@ -133,12 +130,13 @@ def report(evaluated: list, protocol: dict, arguments: Arguments, references: di
     from evaluation import statistics
     from run.checkpoint import write_file
 
-    groups = statistics.group_runs(evaluated, arguments.aggregate)
-    output, figure, metric, files = arguments.output, arguments.plot, arguments.metric, {}
+    groups, files = statistics.group_runs(evaluated, arguments.aggregate), {}
+    output, figure, metric = arguments.output, arguments.plot, arguments.metric
     known = dict.fromkeys(name for points in groups.values() for point in points for name in point.statistics)
     if output is not None:
-        files[output.with_name(output.name + ".json")] = statistics.to_json(groups, protocol)
-        files[output.with_name(output.name + ".csv")] = statistics.to_csv(groups)
+        content = statistics.contents(groups, protocol)
+        files[output.with_name(output.name + ".json")] = (json.dumps(content, indent=1) + "\n").encode()
+        files[output.with_name(output.name + ".csv")] = statistics.to_csv(content)
     if figure is not None and metric in known:
         files[figure] = statistics.plot(groups, metric, figure.suffix, references)
     for path, data in files.items():

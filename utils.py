@@ -39,15 +39,16 @@ def create_env(section: Section, render_mode: str | None = None) -> Any:
         raise UserError(f"environment: {failure_of(error)}{hint}") from error
 
 
-def seed_range(section: Section) -> tuple[int, int]:
-    """Return the first and the number of the episode seeds that training draws from, by default 0 and 100,000."""
-    return section.reset_params.get("start-seed", 0), section.reset_params.get("num-seeds", 100_000)
+def training_seeds(section: Section) -> range:
+    """Return the episode seeds that training draws from, by default the first 100,000; `stop` is the first unseen."""
+    start = section.reset_params.get("start-seed", 0)
+    return range(start, start + section.reset_params.get("num-seeds", 100_000))
 
 
 def training_seed(seed: int, section: Section, index: int, episode: int) -> int:
     """Return the reset seed of an environment's episode, by the run's `seed` and the seeds that the section allows."""
-    start, count = seed_range(section)
-    return start + int(np.random.SeedSequence((seed, index, episode)).generate_state(1)[0]) % count
+    seeds = training_seeds(section)
+    return seeds[int(np.random.SeedSequence((seed, index, episode)).generate_state(1)[0]) % len(seeds)]
 
 
 def planned_seed(seeds: Sequence[Sequence[int]], index: int, episode: int) -> int:

@@ -1,5 +1,6 @@
 """Acting with a trained model: in a loop of one's own, and in many unseen episodes at once."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -9,21 +10,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from gymnasium import Space
 from gymnasium.vector.utils import batch_space, concatenate, create_empty_array, iterate
-from torch import Tensor
 
 from environments import BrokenContract
 from environments.contract import Task
 from environments.gymnasium_env import CartPoleSection, GymnasiumEnv, GymnasiumSection
 from environments.section import Section
 from environments.spaces import Actor
-from memory import ObservationStore, States, make_memory, policy_step
+from memory import ObservationStore, make_memory, policy_step
 from model import ActorCriticModel, Output, action_noise
 from run.checkpoint import load_model
 from run.config import Config
 from run.distributed import Ranks
-from utils import EnvironmentFailure, UserError, create_env, planned_seed, seed_range
+from utils import EnvironmentFailure, UserError, create_env, planned_seed
 from worker import SharedArrays, Workers, inspect_environment
 
 # How many environments are played at once: enough for matrix products of a good size, and few enough that most of them
@@ -41,59 +40,45 @@ class Agent:
     The memory, and all that the model is told, is that of training: `policy_step`.
 
     Args:
-        model: the actor-critic, with its `config` and `task`.
         environments: n; None for one whose observations and actions come singly.
-        deterministic: whether it takes the most probable actions instead of drawing them.
-        seed: what actions are drawn from.
+        seed: what actions are drawn from; unless `deterministic`: then they are the most probable ones.
         own: which of how many environments of all ranks these are; by default there are no others.
         registered: one such environment, if observations and actions are those of what is registered with Gymnasium;
             by default they are those of `create_env(agent.section)`.
     """
 
     def __init__(
-        self,
-        model: ActorCriticModel,
-        config: Config,
-        task: Task,
-        environments: int | None = None,
-        deterministic: bool = False,
-        seed: int = 0,
-        own: tuple[range, int] | None = None,
+        self, model: ActorCriticModel, config: Config, task: Task, environments: int | None = None,
+        deterministic: bool = False, seed: int = 0, own: tuple[range, int] | None = None,
         registered: GymnasiumEnv | None = None,
-    ) -> None:
-        device, count = next(model.parameters()).device, environments or 1
+    ) -> None:  # fmt: skip
+        device, self.count, self.single = next(model.parameters()).device, environments or 1, environments is None
         self.model, self.task, self.section, self.deterministic = model, task, config.environment, deterministic
-        self.single, self.registered = environments is None, registered
-        shown = registered.env if registered else task
+        self.registered, shown = registered, registered.env if registered else task
         self.observation_space, self.action_space = shown.observation_space, shown.action_space
         self.actor = Actor(self.action_space)
-        self.own, self.everyone = own or (range(count), count)
+        self.own, self.everyone = own or (range(self.count), self.count)
         self.length = config.transformer.memory_length if config.transformer else 0
         self.rollout = max(self.length, SHORTEST_ROLLOUT)
-        self.memory = make_memory(model, count, self.rollout, device)
-        self.capacity = max(OBSERVATIONS_KEPT, count)
+        self.memory = make_memory(model, self.count, self.rollout, device)
+        self.capacity = max(OBSERVATIONS_KEPT, self.count)
         self.store = ObservationStore(task, config.core.embed_dim, self.capacity, device)
-        self.generator = torch.Generator(device).manual_seed(seed)
-        self.count, self.t = count, -1
+        self.generator, self.t = torch.Generator(device).manual_seed(seed), -1
         # What `act` was shown, and how many steps each environment's episode has had.
-        self.arrays = SharedArrays(count, task)
-        # Of the last call of `act`: the episode steps, the outputs and the actions.
-        self.looked, self.outputs = np.zeros(count, dtype=np.int64), list[Output]()
-        self.actions = np.zeros((count, task.action_size))
+        self.arrays = SharedArrays(self.count, task)
+        # Of the last call of `act`: the episode steps, the outputs and the actions (n, branches).
+        self.looked, self.outputs = np.zeros(self.count, dtype=np.int64), list[Output]()
+        self.actions = np.zeros((self.count, task.action_size))
 
     @classmethod
     def load(
         cls, path: str | Path, device: str = "cpu", environments: int | None = None, deterministic: bool = False,
         seed: int = 0, wrapped: bool = False,
     ) -> "Agent":  # fmt: skip
-        """Return the agent of a model's file; arguments as for the class.
+        """Return the agent of a model's file; UserError as `load_for_play` raises it.
 
-        Args:
-            wrapped: whether observations and actions are those of `create_env(agent.section)` even if the task is one
-                that is registered with Gymnasium. No environment is made then.
-
-        Raises:
-            UserError: if the file is no model, or the environment cannot be created or is not what it was.
+        If `wrapped`, observations and actions are those of `create_env(agent.section)` even where the task is one that
+        is registered with Gymnasium. No environment is made then.
         """
         model, config, task, _ = load_model(Path(path), torch.device(device))
         env = None if wrapped else create_env(config.environment)
@@ -105,104 +90,80 @@ class Agent:
     def reset(self, which: int | Sequence[int] | Sequence[bool] | np.ndarray | None = None) -> None:
         """Begin new episodes in all environments, or in those that `which` names by number or by True.
 
-        Due before the first observation of each episode. A vector environment has to be made with
-        AutoresetMode.SAME_STEP; then it is `agent.reset(terminated | truncated)` after each step. By Gymnasium's
-        default, NEXT_STEP, an agent would have to act once more after the end.
+        Due before the first observation of each episode. After each step of a vector environment, which has to be made
+        with AutoresetMode.SAME_STEP, it is `agent.reset(terminated | truncated)`.
         """
         self.arrays.steps[... if which is None else np.asarray(which)] = 0
 
-    def act(self, observation: Any, mask: Any = None, reward: Any = None, ended: Any = None) -> Any:
+    def act(self, observation: Any, mask: Any = None, reward: Any = None, ended: Any = False) -> Any:
         """Return an action of `action_space`, or n of them as a vector environment takes them.
 
+        UserError if something is missing or not as declared, or an episode has ended without `reset`; nothing is
+        remembered of it, and what is right can follow.
+
         Args:
-            observation: of `observation_space`; n of them as a vector environment returns them, or as a list.
+            observation: of `observation_space`, or n of them as a vector environment returns them.
             mask: `info["action_mask"]` where the environment says which actions are allowed, or n of them.
             reward: of the last step, or n of them, for models that see it (`previous_reward`); ignored at an episode's
                 first observation.
             ended: whether the last step ended its episode (`terminated or truncated`), or n of these. Without it, a
                 `reset` that was forgotten is noticed only where an episode gets longer than it can be.
-
-        Raises:
-            UserError: if one is missing or not as declared, or an episode has ended without `reset`. Nothing has
-                happened then, and what is right can follow.
         """
-        observations = self._each(observation, self.observation_space)
-        parts = zip(observations, *map(self._each, (mask, reward, ended)), strict=True)
-        for index, part in enumerate(parts):
+        steps = self.arrays.steps
+        over = (steps > 0) & ended | (steps >= (self.task.max_episode_steps or math.inf))
+        if over.any():
+            raise UserError(f"agent.act: an episode has ended, after {steps[over][0]} steps: agent.reset is due")
+        given = [[observation], [mask], [reward]]
+        if not self.single:
+            observations = [*iterate(batch_space(self.observation_space, self.count), observation)]
+            given = [observations, *([None] * self.count if part is None else part for part in (mask, reward))]
+            if {len(part) for part in given} != {self.count}:
+                raise UserError(f"agent.act: observations, masks and rewards should be of {self.count} environments")
+        for index, shown in enumerate(zip(*given, strict=True)):
             try:
-                self._show(index, *part)
+                self._show(index, *shown)
             except BrokenContract as error:
                 raise UserError(f"agent.act: environment {index}: {error}") from error
         self.advance()
         # In groups as evaluation has them, so that numbers are rounded alike.
-        half, self.looked = self.count // 2, self.arrays.steps.copy()
+        half, self.looked = self.count // 2, steps.copy()
         found = [self.observe(self.arrays, rows) for rows in (slice(0, half), slice(half, self.count)) if rows.stop]
         self.outputs, self.actions = [output for output, _ in found], np.concatenate([actions for _, actions in found])
-        self.arrays.steps += 1
+        steps += 1
         actions = [self.actor.action(action) for action in self.actions]
         if self.single:
             return actions[0]
         return concatenate(self.action_space, actions, create_empty_array(self.action_space, self.count))
 
-    @property
-    def value(self) -> Any:
-        """The discounted return, of rewards as they are learned from, expected at the last step, or n of them."""
-        return self._joined(lambda output: output.value)
-
-    @property
-    def probabilities(self) -> list[np.ndarray]:
-        """Of each branch's actions at the last step (actions,), or (n, actions); empty where actions are numbers."""
-        if self.task.continuous:
-            return []
-        together = self._joined(lambda output: output.policy.parameters().exp())
-        return np.split(together, np.cumsum(self.task.branches)[:-1], axis=-1)
-
-    @property
-    def attention(self) -> Any:
-        """(blocks, heads, m) weights of the m steps before the last one, oldest first, or n of these; None without."""
-        found = [np.stack([block[row].float().cpu().numpy() for block in output.attention])
-                 for output in self.outputs if output.attention for row in range(len(output.value))]  # fmt: skip
-        seen = np.minimum(self.looked, self.length)
-        found = [weights[:, :, weights.shape[2] - most :] for weights, most in zip(found, seen, strict=False)]
-        return (found[0] if self.single else found) if found else None
-
-    @property
-    def change(self) -> Any:
-        """How much the last step changed a recurrent state, the mean over its entries, or n of them; None without."""
-        if not isinstance(self.memory, States) or not self.memory.core.state_size:
-            return None
-        before, after = self.memory.states[:, self.t].cpu().numpy(), self.memory.states[:, self.t + 1].cpu().numpy()
-        change = np.abs(after - before * (self.looked > 0)[:, None]).mean(axis=1)
-        return change[0] if self.single else change
-
-    def _joined(self, part: Callable[[Output], Tensor]) -> Any:
-        rows = torch.cat([part(output) for output in self.outputs]).cpu().numpy()
-        return rows[0] if self.single else rows
-
-    def _each(self, given: Any, space: Space | None = None) -> list:
-        """Return what is given of each environment; of a space's values, arrays of n count as n of them."""
-        if self.single or given is None:
-            return [given] * self.count
-        is_batch = space is not None and not isinstance(given, list)
-        found = list(iterate(batch_space(space, self.count), given) if is_batch else given)
-        if len(found) != self.count:
-            raise UserError(f"agent.act: has something of {len(found)} environments, there are {self.count}")
-        return found
-
-    def _show(self, index: int, observation: Any, mask: Any, reward: Any, ended: Any) -> None:
-        """Show the model what it is to see of an environment; BrokenContract, saying how, where that is wrong."""
-        limit, step = self.task.max_episode_steps, self.arrays.steps[index]
-        if (ended and step) or (limit is not None and step >= limit):
-            raise BrokenContract(f"its episode has ended, after {step} steps: agent.reset is due")
-        if (mask is not None) != self.task.masked:
-            raise BrokenContract("has an action_mask as none in training had" if mask is not None
-                                 else "needs mask=info['action_mask'], as in training")  # fmt: skip
+    def _show(self, index: int, observation: Any, mask: Any, reward: Any) -> None:
+        """Show the model what it is to see of an environment; BrokenContract where that is not as declared."""
+        if mask is None and self.task.masked:
+            raise BrokenContract("needs mask=info['action_mask'], as in training")
         if self.registered is not None:
-            last = (self.actions[index], reward) if step else (None, None)
+            last = (self.actions[index], reward) if self.arrays.steps[index] else (None, None)
             observation = self.registered.observed(observation, *last)
         elif not self.observation_space.contains(observation):
             raise BrokenContract(f"observation is not one of {self.observation_space}")
         self.arrays.show(index, observation, None if mask is None else self.actor.mask(mask))
+
+    @property
+    def value(self) -> Any:
+        """The discounted return, of rewards as they are learned from, expected at the last step, or n of them."""
+        return self._unbatched(np.concatenate([output.value.cpu().numpy() for output in self.outputs]))
+
+    @property
+    def attention(self) -> Any:
+        """(blocks, heads, m) weights of the m steps before the last one, oldest first, or n of these; None without."""
+        if not self.length:
+            return None
+        rows = [np.stack([block[row].float().cpu().numpy() for block in output.attention])
+                for output in self.outputs for row in range(len(output.value))]  # fmt: skip
+        seen = np.minimum(self.looked, self.length)
+        return self._unbatched([row[:, :, row.shape[2] - most :] for row, most in zip(rows, seen, strict=True)])
+
+    def _unbatched(self, rows: Any) -> Any:
+        """Return n rows, or the only one where observations come singly."""
+        return rows[0] if self.single else rows
 
     # ------------------------------------------------------------------------------------ one step, whoever asks for it
 
@@ -221,8 +182,7 @@ class Agent:
             self.store.clear()
         step = arrays.steps[rows].copy()
         output, *_ = policy_step(self.model, self.model, self.memory, self.store, arrays, rows, self.t, step)
-        policy = output.policy
-        actions = policy.mode() if self.deterministic else policy.sample(self.noise[rows])
+        actions = output.policy.mode() if self.deterministic else output.policy.sample(self.noise[rows])
         return output, actions.cpu().numpy()
 
 
@@ -231,18 +191,8 @@ def task_name(section: Section) -> str:
     return getattr(section, "name", None) or section.type
 
 
-def first_unseen_seed(environment: Section) -> int:
-    """Return the first episode seed that training cannot have drawn."""
-    start, count = seed_range(environment)
-    return start + count
-
-
 def load_for_play(path: Path, device: torch.device) -> tuple[ActorCriticModel, Config, Task, dict]:
-    """Read a model as `load_model` does and check that its environment is still what it was trained on.
-
-    Raises:
-        UserError: if the file is not a model, or the environment cannot be created or has changed.
-    """
+    """Read a model as `load_model` does; UserError where its environment is not here, or no longer what it was."""
     model, config, task, run = load_model(path, device)
     check_unchanged(path, config, task, inspect_environment(config.environment)[0])
     return model.eval(), config, task, run
@@ -256,40 +206,24 @@ def check_unchanged(path: str | Path, config: Config, task: Task, found: Task) -
 
 
 def play_episodes(
-    model: ActorCriticModel,
-    config: Config,
-    task: Task,
-    seeds: list[int],
-    repetitions: int = 1,
-    *,
-    action_seed: int = 0,
-    deterministic: bool = False,
-    processes: int = 1,
-    max_steps: int | None = None,
-    progress: Callable[[int], None] = lambda count: None,
-    ranks: Ranks | None = None,
-) -> list[dict[str, float]]:
-    """Play an episode per seed and repetition, many at once.
+    model: ActorCriticModel, config: Config, task: Task, seeds: list[int], repetitions: int = 1, *,
+    action_seed: int = 0, deterministic: bool = False, processes: int = 1, max_steps: int | None = None,
+    progress: Callable[[int], None] = lambda count: None, ranks: Ranks | None = None,
+) -> list[dict[str, float]]:  # fmt: skip
+    """Play an episode per reset seed and repetition, many at once; EnvironmentFailure, in one line, where one fails.
 
     Every environment has a fixed list of episodes, so that processes do not matter; it plays on until all are done.
 
     Args:
-        model: on the device where it is to compute, with its `config` and `task`.
-        seeds: reset seeds of the episodes.
-        repetitions: how often each seed is played.
-        action_seed: all actions are drawn from it.
-        deterministic: whether the most probable actions are taken instead.
-        processes: number of processes that step the environments.
+        action_seed: all actions are drawn from it; unless `deterministic`: then they are the most probable ones.
+        processes: how many step the environments.
         max_steps: after how many steps an episode is cut, if at all.
         progress: called with the number of episodes that have just ended.
-        ranks: all of them, which share the episodes out; by default there are no others.
+        ranks: all of them, which share the environments out; by default there are no others.
 
     Returns:
         Per episode, ordered as given, its `seed`, its `repetition` (from 0) and what the environment reports of it
         (reward, length, …); `cut` is 1 where it was cut.
-
-    Raises:
-        EnvironmentFailure: in one line, if an environment breaks its contract or fails.
     """
     planned = [(seed, repetition) for repetition in range(repetitions) for seed in seeds]
     count, ranks = min(ENVIRONMENTS, len(planned)), ranks or Ranks()
@@ -308,20 +242,16 @@ def play_episodes(
 
 
 def _play(
-    agent: Agent,
-    plan: list[list[tuple[int, int]]],
-    processes: int,
-    max_steps: int | None,
+    agent: Agent, plan: list[list[tuple[int, int]]], processes: int, max_steps: int | None,
     progress: Callable[[int], None],
-) -> Iterator[tuple[tuple[int, int], dict[str, float]]]:
+) -> Iterator[tuple[tuple[int, int], dict[str, float]]]:  # fmt: skip
     """Play until each of an agent's environments has ended its planned episodes; yield these with what they report.
 
     The environments of one group step while the model looks at the other group.
     """
     own, stepping = agent.own, set()
     seed = partial(planned_seed, [[seed for seed, _ in episodes] for episodes in plan])
-    groups = min(2, len(own))
-    workers = Workers(agent.section, agent.task, len(own), seed, processes, groups, own.start, max_steps)
+    workers = Workers(agent.section, agent.task, len(own), seed, processes, 2, own.start, max_steps)
     plan = [plan[index] for index in own]
     with closing(workers):
         workers.start()

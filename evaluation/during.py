@@ -4,17 +4,16 @@ import os
 import sys
 import threading
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from environments.numbers import episode_means
-from evaluation.agent import first_unseen_seed, play_episodes
+from evaluation.agent import play_episodes
 from evaluation.watch import episode_summary
 from run.checkpoint import load, load_model, model_file, write_file
 from run.cli import command_line, step_limit
-from utils import reason_of
+from utils import reason_of, training_seeds
 
 EPISODES = 100
 # So far from the first unseen seed they begin: a best model is evaluated on others than it was chosen on.
@@ -32,12 +31,12 @@ def main() -> None:
     os.nice(10)
     torch.set_num_threads(1)
     model, config, task, run = load_model(path, torch.device("cpu"))
-    writer: Any = SummaryWriter(summaries)
+    writer = SummaryWriter(summaries)
     if "eval" in wanted:
-        first = first_unseen_seed(config.environment) + DISTANCE
+        first = training_seeds(config.environment).stop + DISTANCE
         seeds = list(range(first, first + EPISODES))
-        means = episode_means(play_episodes(model.eval(), config, task, seeds, max_steps=step_limit(None, task)))
-        found = {name: mean.mean for name, mean in means.items()}
+        episodes = play_episodes(model.eval(), config, task, seeds, max_steps=step_limit(None, task))
+        found = {name: mean.mean for name, mean in episode_means(episodes).items()}
         for name, mean in found.items():
             writer.add_scalar(f"evaluation/{name}_mean", mean, run["steps"])
         if not best.exists() or ranking(found) > ranking(load(best, "model")["run"]["evaluation"]):
@@ -49,7 +48,7 @@ def main() -> None:
         except Exception as error:  # whatever an environment's own drawing does
             print(f"video_interval: drawing an episode failed ({reason_of(error)})", file=sys.stderr)
         else:
-            writer.file_writer.add_summary(summary, run["steps"])
+            writer.file_writer.add_summary(summary, run["steps"])  # type: ignore[attr-defined]
     writer.close()
 
 

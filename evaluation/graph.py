@@ -13,14 +13,13 @@ import onnxscript  # noqa: F401  (PyTorch needs it to write graphs: it is missed
 import torch
 from torch import Tensor, nn
 
-from evaluation.agent import first_unseen_seed
 from evaluation.watch import Player
 from memory import Timeline
 from model import ActorCriticModel, Normal, Output
 from recurrence import Fragments
 from run.config import Config
 from transformer import MemoryView, Transformer
-from utils import UserError
+from utils import UserError, training_seeds
 
 # Type and shape of tensors by name; before the shape comes the batch.
 Kinds = dict[str, tuple[str, tuple[int, ...]]]
@@ -128,7 +127,7 @@ def play_beside(graph: onnx.ModelProto, model: ActorCriticModel, config: Config,
         The largest difference of each output; UserError says where one is larger than `TOLERANCE`.
     """
     step, session = Step(model), onnxruntime.InferenceSession(graph.SerializeToString())
-    largest, first = dict.fromkeys(step.outputs, 0.0), first_unseen_seed(config.environment)
+    largest, first = dict.fromkeys(step.outputs, 0.0), training_seeds(config.environment).stop
     with closing(Player(model, config, model.task, render=False, max_steps=cut)) as player:
         for seed in range(first, first + EPISODES):
             memory = np.zeros((1, *step.inputs.get("memory", ("", ()))[1]), np.float32)

@@ -19,13 +19,7 @@ TEMPLATE = Path(__file__).with_suffix(".html")
 
 
 class Page:
-    """Takes the moments of an episode, in order, and writes them as a page.
-
-    Args:
-        player: who plays.
-        seed: of the episode.
-        model: its name.
-    """
+    """Takes the moments of an episode, in order, and writes them as a page, which names the model."""
 
     def __init__(self, player: Player, seed: int, model: str) -> None:
         self.player = player
@@ -46,14 +40,13 @@ class Page:
         if moment.result is not None:
             self.data["outcome"] = describe(moment.result)
         else:
-            numbers = self.player.numbers(moment)
-            self.data |= {"names": [*numbers], "heads": moment.past.shape[1]}
+            self.data |= {"names": [*moment.numbers], "heads": moment.past.shape[1]}
             now |= {
                 "action": [round(float(number), 3) for number in moment.action],
                 "probabilities": [branch.astype(float).round(3).tolist() for branch in moment.probabilities],
                 "value": round(moment.value, 4),
-                "change": round(float(moment.change or 0.0), 5),
-                "entries": [*numbers.values()],
+                "change": round(moment.change, 5),
+                "entries": [*moment.numbers.values()],
             }
             if self.player.unit == "attention":
                 past = np.concatenate(moment.past)  # (strips · heads, n)

@@ -7,9 +7,10 @@ import itertools
 import json
 import math
 import re
+import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 from scipy.stats import binomtest, t, trim_mean
 
 from environments.numbers import count_missing_success, metrics_of
-from utils import UserError, seed_range
+from utils import UserError, training_seeds
 
 # Of fewer runs nothing can be said but what they are: they are shown themselves.
 FEWEST = 3
@@ -26,10 +27,10 @@ BOOKKEEPING = (
     "updates", "checkpoint_interval", "model_interval", "video_interval", "histogram_interval", "eval_interval",
 )  # fmt: skip
 STATISTICS = ("mean", "low", "high", "iqm", "std")
-# Which of them the confidence interval belongs to, by what is aggregated.
-INTERVAL_OF = {"runs": "mean", "episodes": "iqm"}
 # With references this many times as long as our own curves, steps are drawn on a logarithmic scale.
 LOGARITHMIC = 4
+# Which of them the confidence interval belongs to, by what is aggregated.
+INTERVAL_OF = {"runs": "mean", "episodes": "iqm"}
 
 
 @dataclass
@@ -44,64 +45,36 @@ class Evaluated:
     max_steps: int | None = None  # after how many steps episodes were cut, None where they were not
     label: str = ""  # name of the group that --group puts it into, "" where its config and commit decide
 
-    @property
-    def commit(self) -> str:
-        """The code that it was trained by, short; it ends in -dirty where that code was never committed."""
-        commit, _, dirty = self.run.get("commit", "unknown").partition("-")
-        return commit[:7] + ("-dirty" if dirty else "")
-
     def scores(self, metric: str) -> np.ndarray:
         """Return (seeds, repetitions) of a metric: NaN where an episode lacks it."""
-        repetitions = 1 + int(max(episode["repetition"] for episode in self.episodes))
-        return np.array([episode.get(metric, math.nan) for episode in self.episodes]).reshape(-1, repetitions)
+        found = [episode.get(metric, math.nan) for episode in self.episodes]
+        return np.reshape(found, (-1, 1 + int(max(episode["repetition"] for episode in self.episodes))))
 
 
-@dataclass
 class Point:
-    """One place on a learning curve: models of several runs after the same number of steps, or one model."""
+    """One place on a learning curve: models of several runs after the same number of steps, or one model.
 
-    models: list[Evaluated]  # one per run
-    aggregate: str = "runs"  # which are averaged first, or "episodes", which are pooled
+    Its `statistics` have of each metric `summarise`, the mean of each of the `runs`, and in how many `episodes`, `of`
+    all, it is. They aggregate "runs", which are averaged first, or "episodes", which are pooled.
+    """
 
-    @property
-    def steps(self) -> int:
-        """Environment steps of training."""
-        return self.models[0].run["steps"]
+    def __init__(self, models: list[Evaluated], aggregate: str) -> None:
+        self.models, self.aggregate, self.steps = models, aggregate, models[0].run["steps"]
+        self.singles = [Point([model], aggregate) for model in models] if len(models) > 1 else [self]
+        self.episodes = [episode for model in models for episode in model.episodes]
+        self.cut = sum(episode.get("cut", 0) > 0 for episode in self.episodes)
+        self.over = f"over {len({episode['seed'] for episode in self.episodes}):,} seeds"
+        if aggregate == "episodes":
+            self.over = f"over {len(self.episodes):,} episodes"
+        elif len(models) > 1:
+            self.over = f"over {len(models)} runs"
+        self.statistics = {metric: self._statistics(metric) for metric in metrics_of(self.episodes)}
 
-    @cached_property
-    def singles(self) -> list["Point"]:
-        """Each model on its own."""
-        return [Point([model], self.aggregate) for model in self.models]
-
-    @property
-    def episodes(self) -> list[dict[str, float]]:
-        """Those of all runs."""
-        return [episode for model in self.models for episode in model.episodes]
-
-    @property
-    def cut(self) -> int:
-        """How many episodes were cut."""
-        return sum(episode.get("cut", 0) > 0 for episode in self.episodes)
-
-    @property
-    def over(self) -> str:
-        """What the statistics are over, in words."""
-        if self.aggregate == "episodes":
-            return f"over {len(self.episodes):,} episodes"
-        if len(self.models) > 1:
-            return f"over {len(self.models)} runs"
-        return f"over {len({episode['seed'] for episode in self.episodes}):,} seeds"
-
-    @cached_property
-    def statistics(self) -> dict[str, dict[str, Any]]:
-        """Of each metric: `summarise`, the mean of each of the `runs`, and in how many `episodes`, `of` all, it is."""
-        found = {}
-        for metric in metrics_of(self.episodes):
-            scores = np.stack([model.scores(metric) for model in self.models])
-            runs = np.ma.masked_invalid(scores).mean(axis=2).mean(axis=1).filled(math.nan).tolist()
-            counts = {"runs": runs, "episodes": int((~np.isnan(scores)).sum()), "of": scores.size}
-            found[metric] = summarise(scores, self.aggregate) | counts
-        return found
+    def _statistics(self, metric: str) -> dict[str, Any]:
+        scores = np.stack([model.scores(metric) for model in self.models])
+        runs = np.ma.masked_invalid(scores).mean(axis=2).mean(axis=1).filled(math.nan).tolist()
+        counts = {"runs": runs, "episodes": int((~np.isnan(scores)).sum()), "of": scores.size}
+        return summarise(scores, self.aggregate) | counts
 
 
 # By name, groups of runs that differ in nothing but their seed: the learning curve of each, by steps.
@@ -120,7 +93,6 @@ def summarise(scores: np.ndarray, aggregate: str = "runs") -> dict[str, float]:
 
     Args:
         scores: (runs, seeds, repetitions); NaN, which is left out, where an episode does not report the metric.
-        aggregate: "runs" or "episodes".
 
     Returns:
         By `STATISTICS`; what would need more runs or seeds is NaN.
@@ -145,13 +117,10 @@ def summarise(scores: np.ndarray, aggregate: str = "runs") -> dict[str, float]:
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """Return the 95 % confidence interval of the mean of independent numbers, NaN for fewer than `FEWEST`.
+    """Return the 95 % confidence interval of the mean of independent numbers (n,), NaN for fewer than `FEWEST`.
 
     It is the t interval, on either side as wide as the t interval corrected for skewness (Hall 1992) where that is
     wider: docs/notebook/2026-11-29-intervals.md says how often it holds the mean, and what others do.
-
-    Args:
-        values: (n,) one per run or seed.
     """
     n = len(values)
     if n < FEWEST:
@@ -177,59 +146,49 @@ def pulls_on_iqm(rows: np.ma.MaskedArray, iqm: float) -> np.ndarray:
     return iqm + pulls.compressed()
 
 
-def chosen_seeds(text: str, skip: int, sections: Iterable[Any]) -> tuple[list[int], str]:
-    """Return the environment seeds that --seeds asks for, and what is to be said of them, "" if nothing is.
+def chosen_seeds(text: str, skip: int, sections: Iterable[Any]) -> list[int]:
+    """Return the environment seeds that --seeds asks for, and say so where training may have drawn them.
 
-    Args:
-        text: "50" for so many that training has not seen; "0:10" for 0 to 9, whether it has or not.
-        skip: how many unseen ones are left out first.
-        sections: the `environment` sections of the configs.
-
-    Raises:
-        UserError: if the text is neither.
+    "50" are so many that training has not seen in any of the `environment` sections, of which `skip` are left out
+    first; "0:10" are 0 to 9, whether it has or not; all else is a UserError.
     """
-    trained = [range(start, start + count) for start, count in map(seed_range, sections)]
+    trained = [training_seeds(section) for section in sections]
     match = re.fullmatch(r"(?:([0-9]{1,10}):)?([0-9]{1,10})", text)
     first, end = (int(part or 0) for part in match.groups()) if match else (0, 0)
     if not first < end < 2**31 or end - first > 10**6:
         raise UserError(f"--seeds: {text!r} should be how many unseen ones, such as 50, or which ones, such as 0:10")
     unseen = 0 if ":" in text else skip + max(seeds.stop for seeds in trained)
     seeds = list(range(first + unseen, end + unseen))
-    seen = sum(any(seed in range_ for range_ in trained) for seed in seeds)
-    return seeds, f"--seeds: training may have drawn {seen:,} of these {len(seeds):,}" if seen else ""
+    if seen := sum(any(seed in range_ for range_ in trained) for seed in seeds):
+        print(f"--seeds: training may have drawn {seen:,} of these {len(seeds):,}", file=sys.stderr)
+    return seeds
 
 
 def group_runs(models: list[Evaluated], aggregate: str = "runs") -> Groups:
-    """Return models in groups.
+    """Return models, all of which were evaluated on the same seeds, in groups.
 
     Runs of one group are of one task and have the same label or, without one, the same config, but for bookkeeping,
     and commit. A second model with one seed and as many steps is of another group. Where any model of a task reports
     success, episodes that do not are completed by a success of 0.
-
-    Args:
-        models: all that were evaluated, on the same seeds.
-        aggregate: "runs" or "episodes".
     """
     for task in {model.environment for model in models}:
         count_missing_success([e for model in models if model.environment == task for e in model.episodes])
-    curves: dict[str, dict[int, Point]] = {}
+    curves: dict[tuple[str, int], dict[int, list[Evaluated]]] = {}
+    times = Counter[tuple[str, int, int]]()
     for model in models:
         relevant = {key: value for key, value in model.config.items() if key not in BOOKKEEPING}
         alike = [model.environment, model.label or [relevant, model.run.get("commit")]]
-        for again in itertools.count():
-            curve = curves.setdefault(json.dumps([*alike, again], sort_keys=True, default=str), {})
-            point = curve.setdefault(model.run["steps"], Point([], aggregate))
-            if model.run["seed"] not in [other.run["seed"] for other in point.models]:
-                point.models.append(model)
-                break
+        seen = json.dumps(alike, sort_keys=True, default=str), model.run["steps"], model.run["seed"]
+        curves.setdefault((seen[0], times[seen]), {}).setdefault(model.run["steps"], []).append(model)
+        times[seen] += 1
     groups: Groups = {}
     for curve in curves.values():
-        points = [curve[steps] for steps in sorted(curve)]
+        points = [Point(curve[steps], aggregate) for steps in sorted(curve)]
         first, runs = points[0].models[0], runs_of(points)
-        name = first.label or runs[0]
-        if len(runs) > 1 and not first.label:
-            name = name.rstrip("0123456789").rstrip("-_.") or name
-        names = itertools.chain([name, f"{name} @{first.commit}"], (f"{name} #{k}" for k in itertools.count(2)))
+        common = runs[0].rstrip("0123456789").rstrip("-_.") if len(runs) > 1 else ""
+        name = first.label or common or runs[0]
+        others = (f"{name} #{number}" for number in itertools.count(2))
+        names = itertools.chain([name, f"{name} @{short_commit(first.run)}"], others)
         groups[next(name for name in names if name not in groups)] = points
     return groups
 
@@ -239,9 +198,10 @@ def runs_of(points: list[Point]) -> list[str]:
     return list(dict.fromkeys(model.run["run_id"] for point in points for model in point.models))
 
 
-def singles_of(groups: Groups) -> Iterator[tuple[str, Point]]:
-    """Yield each model on its own, with the name of its group."""
-    return ((name, single) for name, points in groups.items() for point in points for single in point.singles)
+def short_commit(run: dict) -> str:
+    """Return the code that a run was trained by; it ends in -dirty where that code was never committed."""
+    commit, _, dirty = run.get("commit", "unknown").partition("-")
+    return commit[:7] + ("-dirty" if dirty else "")
 
 
 def table(groups: Groups) -> Iterator[str]:
@@ -257,9 +217,9 @@ def table(groups: Groups) -> Iterator[str]:
 def _rows(title: str, point: Point) -> Iterator[str]:
     runs, episodes, task = len(point.models), len(point.episodes), point.models[0].environment
     yield f"{title}: {runs} {'run' if runs == 1 else 'runs'} ({task}), {point.steps:,} steps, {episodes:,} episodes"
-    dirty = {model.commit for model in point.models if model.commit.endswith("-dirty")}
-    if dirty:
-        yield f"    trained by {', '.join(sorted(dirty))}"
+    commits = {short_commit(model.run) for model in point.models}
+    if dirty := sorted(commit for commit in commits if commit.endswith("-dirty")):
+        yield f"    trained by {', '.join(dirty)}"
     if point.cut:
         limit = max(model.max_steps or 0 for model in point.models)
         yield f"    {point.cut:,} of {episodes:,} episodes cut after {limit:,} steps"
@@ -276,49 +236,38 @@ def _rows(title: str, point: Point) -> Iterator[str]:
             yield f"    {'':<20}  in {found['episodes']:,} of {found['of']:,} episodes"
 
 
-def to_json(groups: Groups, protocol: dict) -> bytes:
-    """Return everything: protocol, groups with their statistics, and every episode of every model.
+def contents(groups: Groups, protocol: dict) -> dict:
+    """Return everything as JSON takes it: protocol, groups with their statistics, every episode of every model.
 
-    What is not finite becomes null: JSON has no word for it.
+    What is not finite becomes None: JSON has no word for it.
     """
-    singles = list(singles_of(groups))
-    aggregate = singles[0][1].aggregate
-    content = protocol | {"aggregate": aggregate, "interval_of": INTERVAL_OF[aggregate], "groups": []}
+    aggregate = next(iter(groups.values()))[0].aggregate
+    found = protocol | {"aggregate": aggregate, "interval_of": INTERVAL_OF[aggregate], "groups": [], "models": []}
     for name, points in groups.items():
-        found = [
+        curve = [
             {"steps": point.steps, "models": [model.path for model in point.models], "statistics": point.statistics}
             for point in points
         ]
-        content["groups"].append({"name": name, "runs": runs_of(points), "points": found})
-    content["models"] = [
-        vars(single.models[0]) | {"group": name, "cut": single.cut, "statistics": single.statistics}
-        for name, single in singles
-    ]
-    finite = json.loads(json.dumps(content, default=str), parse_constant=lambda name: None)
-    return (json.dumps(finite, indent=1) + "\n").encode()
+        found["groups"].append({"name": name, "runs": runs_of(points), "points": curve})
+        found["models"] += [
+            vars(single.models[0]) | {"group": name, "cut": single.cut, "statistics": single.statistics}
+            for point in points
+            for single in point.singles
+        ]
+    return json.loads(json.dumps(found, default=str), parse_constant=lambda name: None)
 
 
-def from_json(path: Path, label: str = "") -> list[Evaluated]:
-    """Return the models whose episodes a file of `to_json` holds, with a label; UserError where it is none."""
-    names = ("path", "environment", "config", "run", "episodes", "max_steps")
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))["models"]
-        return [Evaluated(**{name: model[name] for name in names}, label=label) for model in stored]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: should be a file that evaluate.py --output wrote ({error})") from error
-
-
-def to_csv(groups: Groups) -> bytes:
-    """Return a row per model: what it is, then of each metric the statistics and how many episodes report it."""
+def to_csv(content: dict) -> bytes:
+    """Return a row per model of `contents`: what it is, then of each metric the statistics and its episodes."""
     rows = []
-    for name, point in singles_of(groups):
-        model, kind = point.models[0], point.aggregate
-        row: dict[str, Any] = {"model": model.path, "group": name, "environment": model.environment}
-        row |= {"run_id": model.run["run_id"], "seed": model.run["seed"], "commit": model.commit, "steps": point.steps}
-        row |= {"aggregate": kind, "interval_of": INTERVAL_OF[kind], "episodes": len(model.episodes), "cut": point.cut}
-        for metric, found in point.statistics.items():
-            row |= {f"{metric}_{kind}": found[kind] if math.isfinite(found[kind]) else "" for kind in STATISTICS}
-            row[f"{metric}_episodes"] = found["episodes"]
+    for model in content["models"]:
+        run = model["run"]
+        row = {"model": model["path"], "group": model["group"], "environment": model["environment"]}
+        row |= {"run_id": run["run_id"], "seed": run["seed"], "commit": short_commit(run), "steps": run["steps"]}
+        row |= {"aggregate": content["aggregate"], "interval_of": content["interval_of"]}
+        row |= {"episodes": len(model["episodes"]), "cut": model["cut"]}
+        for metric, found in model["statistics"].items():
+            row |= {f"{metric}_{name}": found[name] for name in (*STATISTICS, "episodes")}
         rows.append(row)
     stream = io.StringIO()
     writer = csv.DictWriter(stream, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
@@ -327,34 +276,38 @@ def to_csv(groups: Groups) -> bytes:
     return stream.getvalue().encode()
 
 
+def from_json(path: Path, label: str = "") -> list[Evaluated]:
+    """Return the models whose episodes a file of --output holds, with a label; UserError where it is none."""
+    names = ("path", "environment", "config", "run", "episodes", "max_steps")
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))["models"]
+        return [Evaluated(**{name: model[name] for name in names}, label=label) for model in stored]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: should be a file that evaluate.py --output wrote ({error})") from error
+
+
 def plot(groups: Groups, metric: str, suffix: str, references: dict[str, np.ndarray]) -> bytes:
     """Return a figure of the learning curves over environment steps.
 
-    Lines are means over runs with their confidence band, or with a dot for each run where these are fewer than
-    `FEWEST`; under --aggregate=episodes, interquartile means. Published curves are dashed, their band is ± std.
-
-    Args:
-        groups: one line each.
-        metric: what is drawn; groups that do not report it are left out.
-        suffix: .png, .pdf or .svg.
-        references: published curves of the same metric, of `read_references`.
+    Groups are lines, unless they do not report the metric: means over runs with their confidence band, or with a dot
+    for each run where these are fewer than `FEWEST`; under --aggregate=episodes, interquartile means. Published curves,
+    of `read_references`, are dashed, their band is ± std. The suffix is .png, .pdf or .svg.
     """
     import matplotlib.style
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
-    curves = {name: [p for p in points if metric in p.statistics] for name, points in groups.items()}
     statistic = INTERVAL_OF[next(iter(groups.values()))[0].aggregate]
     style: dict[str, Any] = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
     with matplotlib.style.context(["petroff10", style]):  # colours that colour-blind eyes tell apart
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
         axes = figure.subplots()
-        for name, points in curves.items():
-            if points:
-                _plot_group(axes, name, points, metric, statistic)
+        for name, points in groups.items():
+            if reported := [point for point in points if metric in point.statistics]:
+                _plot_group(axes, name, reported, metric, statistic)
         for name, rows in references.items():
             _plot_reference(axes, name, rows, statistic)
-        own = [point.steps for points in curves.values() for point in points if point.steps > 0]
+        own = [point.steps for points in groups.values() for point in points if point.steps > 0]
         longest = max((rows["steps"].max() for rows in references.values()), default=0)
         if own and longest > LOGARITHMIC * max(own):  # it would squeeze our own; linear around 0
             axes.set_xscale("symlog", linthresh=min(own), linscale=0.5)
@@ -395,17 +348,12 @@ def _plot_reference(axes, name: str, rows: np.ndarray, statistic: str) -> None:
 
 
 def find_models(names: Sequence[str]) -> list[Path]:
-    """Return the files that files, folders and patterns name, each once; a folder stands for the models in it.
-
-    Raises:
-        UserError: if there is no model in a folder.
-    """
+    """Return the files that files, folders and patterns name, each once; a folder stands for the models in it."""
     paths: list[Path] = []
     for name in names:
         folder = Path(name)
-        found = sorted(folder.glob("*.nn")) if folder.is_dir() else sorted(map(Path, glob.glob(name))) or [folder]
-        if not found:
-            raise UserError(f"{name}: there is no model (.nn) in this folder; train.py writes models/<run-id>.nn, and "
-                            "checkpoints/<run-id>/model-<steps>.nn where model_interval is not 0")  # fmt: skip
+        found = sorted(folder.glob("*.nn") if folder.is_dir() else map(Path, glob.glob(name))) or [folder]
+        if found == [folder] and folder.is_dir():
+            raise UserError(f"{name}: there is no model (.nn) in this folder; train.py writes models/<run-id>.nn")
         paths += found
     return list(dict.fromkeys(paths))

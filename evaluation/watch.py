@@ -1,11 +1,12 @@
 """Watching an agent: an episode at a time, drawn with what the agent remembers, as a video or for TensorBoard."""
 
+import itertools
 import math
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,12 +21,11 @@ from PIL import Image
 from torch.utils.tensorboard.summary import Summary
 
 from environments.contract import Task, failure_of
-from environments.numbers import episode_means
-from evaluation.agent import Agent, first_unseen_seed, task_name
+from evaluation.agent import Agent, task_name
 from evaluation.video import film
 from model import ActorCriticModel
 from run.config import Config
-from utils import EnvironmentFailure, create_env
+from utils import EnvironmentFailure, create_env, training_seeds
 
 # TensorBoard's episode: how many steps at most, pixels per inch, how fast.
 SUMMARY_STEPS, SUMMARY_DPI, SUMMARY_FPS = 200, 80, 6
@@ -35,59 +35,44 @@ HOLD_SECONDS = 1.5
 WIDTH, DPI = 7.2, 100
 # So many past steps are shown; the fewest that fill a strip, and the most of an agent whose memory has no length.
 THUMBNAILS, SHORTEST_STRIP, LONGEST_STRIP = 5, 16, 512
-# From so many pixels on, past pictures are kept smaller.
-THUMBNAIL_PIXELS = 128
-# Numbers side by side and on top of each other, and the characters of each; what is beyond is counted.
+# Numbers side by side and on top of each other, at most, and the characters of each.
 PANEL_COLUMNS, PANEL_ROWS, CELL_LENGTH = 3, 5, 27
 INK, FAINT, EMPTY, MARK = "#1e1e28", "#6e6e7d", "#e8e8ee", "#d55e00"
 
 
 @dataclass
 class Moment:
-    """What there is to see at one step of an episode."""
+    """What there is to see at one step of an episode; at its end, how it ended, and the agent as it was last."""
 
     step: int  # its number in the episode; at the end, how many steps the episode had
     frame: np.ndarray | None  # (H, W, 3) uint8 global view, None where nothing is rendered
     view: np.ndarray | None  # (h, w, 3) uint8 of what the agent sees, None where that is numbers, or nothing is drawn
-    action: np.ndarray | None  # (branches,) of the agent, None at the end
+    action: np.ndarray  # (branches,) of the agent
     value: float  # the return that the agent expects from here on
     reward: float  # sum of the rewards up to here
     # (strips, heads, n) of the last n steps, oldest first: their attention weights in each block, or by how much each
     # changed the state of a recurrent agent (1, 1, n)
     past: np.ndarray
-    change: float | None = None  # by how much this step changes that state, None without one
-    probabilities: tuple[np.ndarray, ...] = ()  # (actions,) of each branch; none where actions are numbers
-    vector: np.ndarray | None = None  # (n,) the numbers that the agent sees, None where it sees none, and at the end
+    change: float  # by how much this step changes that state, the mean over its entries; 0 without one
+    probabilities: list[np.ndarray]  # (actions,) of each branch; none where actions are numbers
+    numbers: dict[str, str]  # by name, in words: what the agent sees, and its actions where they are numbers
     result: dict[str, float] | None = None  # what the environment reports of the finished episode; None before its end
 
 
 class Player:
-    """One environment in this process, played by a model.
-
-    Args:
-        model: the actor-critic, on the device where it is to compute, with its `config` and `task`.
-        deterministic: whether the most probable actions are taken instead of drawn ones.
-        render: whether moments have pictures.
-        max_steps: after how many steps an episode is cut, None where only its end ends it.
+    """One environment in this process, played by a model, its episodes cut after `max_steps`; `render` draws pictures.
 
     Attributes:
-        agent: acts in the running episode.
-        strips: the name of each strip of `Moment.past`; unit: what it holds.
-        longest: the most steps in a strip.
+        agent: acts in the running episode, which has had so many `steps`.
+        strips: the name of each strip of `Moment.past`; unit: what it holds; longest: the most steps in it.
     """
 
     def __init__(
-        self,
-        model: ActorCriticModel,
-        config: Config,
-        task: Task,
-        deterministic: bool = False,
-        render: bool = True,
+        self, model: ActorCriticModel, config: Config, task: Task, deterministic: bool = False, render: bool = True,
         max_steps: int | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.model, self.config, self.task, self.deterministic, self.render = model, config, task, deterministic, render
-        self.max_steps = math.inf if max_steps is None else max_steps
-        self.steps = 0  # of the running episode
+        self.max_steps, self.steps = math.inf if max_steps is None else max_steps, 0
         sys.argv = sys.argv[:1]  # for modules that parse their command line when they are imported
         self.env = create_env(config.environment, "rgb_array" if render else None)
         self.strips, self.unit, self.longest = ["state"] if config.recurrence else [], "change", LONGEST_STRIP
@@ -101,13 +86,9 @@ class Player:
             self.env.close()
 
     def play(self, seed: int) -> Iterator[Moment]:
-        """Play one episode; yield each of its steps before the action takes effect, and its end.
+        """Play one episode by the seed of environment and actions; yield its steps before they are taken, and its end.
 
-        Args:
-            seed: of the environment and of the actions.
-
-        Raises:
-            EnvironmentFailure: if the environment fails, breaks its contract or cannot be drawn; one line.
+        EnvironmentFailure, in one line, if the environment fails, breaks its contract or cannot be drawn.
         """
         self.steps = 0
         try:
@@ -118,45 +99,49 @@ class Player:
 
     def _play(self, seed: int) -> Iterator[Moment]:
         self.agent = agent = Agent(self.model, self.config, self.task, None, self.deterministic, seed)
-        # Rewards are shown as they are reported, not as they are learned from.
-        scale, changes = self.env.reward_scale, deque[float](maxlen=LONGEST_STRIP)
-        observation, info = self.env.reset(seed=seed)
-        total, ended = 0.0, False
+        (observation, info), ended = self.env.reset(seed=seed), False
+        changes = deque[float](maxlen=LONGEST_STRIP)
         while not ended and self.steps < self.max_steps:
             everything = np.ones(sum(self.task.branches), bool) if self.task.masked else None
             agent.act(observation, info.get("action_mask", everything))
             past = np.array(changes)[None, None] if agent.attention is None else agent.attention
-            vector = None if agent.arrays.vectors is None else agent.arrays.vectors[0].copy()
+            changes.append(self._change() if self.config.recurrence else 0.0)
+            # Rewards are shown as they are reported, not as they are learned from.
+            value, reward = float(agent.value) / self.env.reward_scale, self.env.numbers_so_far()["reward"]
             moment = Moment(
-                self.steps, *self._pictures(), agent.actions[0], float(agent.value) / scale, total, past, agent.change,
-                tuple(agent.probabilities), vector,
+                self.steps, *self._pictures(), agent.actions[0], value, reward, past, changes[-1],
+                self._probabilities(), self._numbers(),
             )  # fmt: skip
             yield moment
-            changes.append(agent.change or 0.0)
             self.steps += 1
-            observation, reward, terminated, truncated, info = self.env.step(agent.actions[0])
-            total, ended = total + reward / scale, terminated or truncated
-        numbers = info if ended else self.env.numbers_so_far() | {"cut": 1.0}
-        yield Moment(self.steps, *self._pictures(), None, moment.value, total, past, result=numbers)
+            observation, _, terminated, truncated, info = self.env.step(agent.actions[0])
+            ended = terminated or truncated
+        result, (frame, view) = self.env.numbers_so_far() | (info if ended else {"cut": 1.0}), self._pictures()
+        yield replace(moment, step=self.steps, frame=frame, view=view, reward=result["reward"], result=result)
 
     def _pictures(self) -> tuple[np.ndarray | None, np.ndarray | None]:
         return (self.env.render(), self.env.agent_view()) if self.render else (None, None)
 
-    def numbers(self, moment: Moment) -> dict[str, str]:
-        """Return the numbers of a moment before the end in words, by name; those that have no room are counted.
+    def _change(self) -> float:
+        memory, t = self.agent.memory, self.agent.t
+        before, after = memory.states[0, t : t + 2].cpu().numpy()  # type: ignore[union-attr]
+        return float(np.abs(after - before * (self.steps > 0)).mean())
 
-        They are what the agent sees and, where actions are numbers, these as the environment takes them, clipped.
-        """
-        found = {}
+    def _probabilities(self) -> list[np.ndarray]:
         if self.task.continuous:
-            entries = zip(np.clip(moment.action, *self.env.action_bounds), *self.env.action_bounds, strict=True)
+            return []
+        together = self.agent.outputs[0].policy.parameters()[0].exp().cpu().numpy()
+        return np.split(together, np.cumsum(self.task.branches)[:-1])
+
+    def _numbers(self) -> dict[str, str]:
+        """Return `Moment.numbers`, actions as the environment takes them, clipped; as many as there is room for."""
+        found, agent, bounds = {}, self.agent, self.env.action_bounds
+        if self.task.continuous:
+            entries = zip(np.clip(agent.actions[0], *bounds), *bounds, strict=True)
             found = {f"action[{k}]": f"{entry:.2f} in {low:g}…{high:g}" for k, (entry, low, high) in enumerate(entries)}
-        if moment.vector is not None:
-            found |= named(moment.vector, self.env.vector_names)
-        most = PANEL_COLUMNS * PANEL_ROWS
-        if len(found) <= most:
-            return found
-        return dict(list(found.items())[: most - 1]) | {f"and {len(found) - most + 1:,} more": ""}
+        if agent.arrays.vectors is not None:
+            found |= named(agent.arrays.vectors[0], self.env.vector_names)
+        return dict(itertools.islice(found.items(), PANEL_COLUMNS * PANEL_ROWS))
 
 
 def named(vector: np.ndarray, names: Sequence[str]) -> dict[str, str]:
@@ -174,26 +159,20 @@ def named(vector: np.ndarray, names: Sequence[str]) -> dict[str, str]:
 class Painter:
     """Draws the moments of an episode, which are to come in order, as pictures that all have the same, even size.
 
-    From top to bottom: what happens in words, with the numbers that the agent sees and its actions where they are
-    numbers; the global view with the agent's own beside it; a strip per block with the attention to past steps, or one
-    with the changes of a recurrent state; and the past steps that have most of it.
-
-    Args:
-        player: who plays.
-        title: what is played.
-        moment: the first one, for the sizes.
-        dpi: pixels per inch of pictures that are `WIDTH` inches wide.
+    From top to bottom: what happens in words, with the numbers of the moment; the global view with the agent's own
+    beside it; a strip per block with the attention to past steps, or one with the changes of a recurrent state; and the
+    past steps that have most of it. The first moment tells the sizes.
     """
 
     def __init__(self, player: Player, title: str, moment: Moment, dpi: int) -> None:
-        self.player, self.title, self.last, views = player, title, moment, views_of(moment)
+        self.player, self.title, views = player, title, views_of(moment)
         self.past = deque[np.ndarray](maxlen=player.longest)
         names, heights = ["world", "agent's view"][: len(views)], [height_of(views, 3.6)]
         rows: list[list] = [[name for name in names for _ in range(2 * THUMBNAILS // len(views))]]
         if player.strips:
             heights += [0.2 * len(player.strips), height_of(views[-1:] * THUMBNAILS, 1.3)]
             rows += [["strips"] * 2 * THUMBNAILS, [place for place in range(THUMBNAILS) for _ in range(2)]]
-        lines = 3 + len(player.numbers(moment)) // PANEL_COLUMNS
+        lines = 3 + len(moment.numbers) // PANEL_COLUMNS
         inches = math.ceil(2 * (sum(heights) + 0.2 * lines + 0.4 * len(heights))) / 2  # which are an even size
         self.figure = Figure((WIDTH, inches), dpi, layout="constrained")
         FigureCanvasAgg(self.figure)
@@ -208,16 +187,14 @@ class Painter:
 
     def draw(self, moment: Moment) -> np.ndarray:
         """Return the picture (H, W, 3) of the next moment."""
-        # At the end, what the last action was taken on stays.
-        self.last = moment if moment.result is None else self.last
         self.words.set(text=self._words(moment), color=INK if moment.result is None else MARK)
         for image, view in zip(self.views, views_of(moment), strict=True):
             image.set_data(view)
-        if self.player.strips:
-            self._show_past()
+        if self.player.strips and moment.result is None:  # at the end, what the last action was taken on stays
+            self._show_past(moment)
         self.figure.canvas.draw()
         seen = Image.fromarray(views_of(moment)[-1])
-        self.past.append(np.asarray(seen.reduce(max(1, seen.height // THUMBNAIL_PIXELS))))
+        self.past.append(np.asarray(seen.reduce(max(1, seen.height // 128))))  # many are kept, and shown small
         return np.asarray(self.figure.canvas.buffer_rgba())[..., :3].copy()  # type: ignore[attr-defined]
 
     def _words(self, moment: Moment) -> str:
@@ -227,13 +204,13 @@ class Painter:
             step = f"over: {', '.join(describe(moment.result))}"
         elif not self.player.task.continuous:
             step += f"action {' '.join(map(str, moment.action))}"
-        cells = [cell(*number) for number in self.player.numbers(self.last).items()]
+        cells = [f"{name} {text}"[-CELL_LENGTH:].ljust(CELL_LENGTH) for name, text in moment.numbers.items()]
         rows = ["   ".join(cells[first : first + PANEL_COLUMNS]) for first in range(0, len(cells), PANEL_COLUMNS)]
         return "\n".join([self.title, step, *rows])
 
-    def _show_past(self) -> None:
+    def _show_past(self, moment: Moment) -> None:
         """Show the weights of past steps, and in order of time those whose mean weight is largest; mark the largest."""
-        past, step = self.last.past.mean(axis=1), self.last.step
+        past, step = moment.past.mean(axis=1), moment.step
         weights, (strips, count) = past.mean(axis=0), past.shape
         # A past step keeps its place while the present moves to the right, until the strips are full.
         span = min(2 ** math.ceil(math.log2(max(SHORTEST_STRIP, step))), self.player.longest)
@@ -282,13 +259,6 @@ def height_of(pictures: list[np.ndarray], most: float) -> float:
     return min(most, WIDTH / sum(picture.shape[1] / picture.shape[0] for picture in pictures))
 
 
-def cell(name: str, text: str) -> str:
-    """Return a number in words of `CELL_LENGTH` characters; the middle of its name gives way."""
-    half = max(2, CELL_LENGTH - len(text)) // 2
-    short = name if len(name) < 2 * half else f"{name[: half - 1]}…{name[1 - half :]}"
-    return f"{short:<{CELL_LENGTH - len(text)}}{text}"
-
-
 def describe(result: dict[str, float]) -> list[str]:
     """Return what an episode came to in words: reward and length, success as yes or no, then the task's own numbers."""
     words = [f"reward {result['reward']:.2f}", f"length {result['length']:.0f}"]
@@ -298,23 +268,8 @@ def describe(result: dict[str, float]) -> list[str]:
     return words + ([f"cut after {result['length']:,.0f} steps"] if "cut" in result else [])
 
 
-def describe_means(results: list[dict[str, float]]) -> list[str]:
-    """Return the mean of each number in words, with how many episodes report it where some do not."""
-    return [
-        f"{name.replace('_', ' ')} {found.mean:.2f}{f' (in {found.reported:,})' * (found.reported < found.episodes)}"
-        for name, found in episode_means(results).items()
-    ]
-
-
 def draw_episode(player: Player, seed: int, fps: int, dpi: int = DPI) -> Iterator[tuple[Moment, list[np.ndarray]]]:
-    """Play an episode; yield each moment with its pictures: one, at the end as many as it takes to read it.
-
-    Args:
-        player: who plays.
-        seed: of the episode.
-        fps: pictures per second, 0 for none.
-        dpi: pixels per inch of the pictures.
-    """
+    """Play an episode; yield each moment with its picture, at the end as often as reading takes; none if fps is 0."""
     painter, title = None, f"{task_name(player.config.environment)}, seed {seed}"
     for moment in player.play(seed):
         if fps and painter is None:
@@ -324,14 +279,9 @@ def draw_episode(player: Player, seed: int, fps: int, dpi: int = DPI) -> Iterato
 
 
 def episode_summary(model: ActorCriticModel, config: Config, task: Task, tag: str) -> Summary:
-    """Play an episode, the same unseen one at each call, and return it as an animated picture for TensorBoard.
-
-    Args:
-        model: on any device, with its `config` and `task`; nothing of it changes.
-        tag: under which TensorBoard shows it.
-    """
+    """Play an episode, the same unseen one at each call, and return it as an animated picture for TensorBoard."""
     with closing(Player(model, config, task, max_steps=SUMMARY_STEPS)) as player, TemporaryDirectory() as folder:
-        drawn = draw_episode(player, first_unseen_seed(config.environment), SUMMARY_FPS, SUMMARY_DPI)
+        drawn = draw_episode(player, training_seeds(config.environment).stop, SUMMARY_FPS, SUMMARY_DPI)
         film(path := Path(folder) / "episode.gif", (picture for _, some in drawn for picture in some), SUMMARY_FPS)
         encoded = path.read_bytes()
     image = Summary.Image(colorspace=3, encoded_image_string=encoded)

@@ -15,6 +15,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from environments.contract import Task
 from evaluation import Agent
 from evaluation.agent import play_episodes
+from evaluation.watch import Player
 from model import ActorCriticModel
 from run.checkpoint import encode
 from run.config import Config, check_config
@@ -135,7 +136,7 @@ def test_a_vector_environment_does_what_evaluation_does(tmp_path, monkeypatch, s
     agent = Agent.load(write(tmp_path / "model.nn", model, config, task), environments=3, seed=7)
     envs = [partial(planned, agent.section, seeds[index::3]) for index in range(3)]
     env = SyncVectorEnv(envs, autoreset_mode=AutoresetMode.SAME_STEP)
-    (observation, info), reward, ended = env.reset(), None, None
+    (observation, info), reward, ended = env.reset(), None, False
     lengths: list[list[int]] = [[0] for _ in range(3)]
     while min(map(len, lengths)) <= 2:
         actions = agent.act(observation, info.get("action_mask"), reward, ended)
@@ -152,28 +153,29 @@ def test_a_vector_environment_does_what_evaluation_does(tmp_path, monkeypatch, s
 
 @pytest.mark.parametrize("core", ("relative", "gru", "lstm", "none"))
 def test_what_the_last_step_was_like(core):
-    """Value, probabilities, attention or the state's change, of one environment and of each of several."""
-    model, config, task = make_model(toy("Toy"), core)
-    one, three = Agent(model, config, task), Agent(model, config, task, environments=3, deterministic=True)
+    """Value and attention, of one environment and of each of several; for who watches, the change of the state, too."""
+    made = make_model(toy("Toy"), core)
+    one, three = Agent(*made), Agent(*made, environments=3, deterministic=True)
     for step in range(7):
         frame = np.full(3, step, np.float32)
         one.act(frame)
-        assert three.act([frame] * 3).tolist() == [one.probabilities[0].argmax()] * 3
+        assert three.act(np.stack([frame] * 3)).tolist() == [one.outputs[0].policy.parameters().argmax()] * 3
         np.testing.assert_allclose(three.value, [one.value] * 3, atol=1e-6)
-        assert three.probabilities[0].shape == (3, 3) and one.probabilities[0].sum() == pytest.approx(1)
         if "transformer" in CORES[core]:
-            assert one.change is None and one.attention.shape == (2, 2, min(step, 4))
+            assert one.attention.shape == (2, 2, min(step, 4))
             np.testing.assert_allclose(one.attention.sum(axis=2), float(step > 0), atol=1e-6)
             np.testing.assert_allclose(three.attention, [one.attention] * 3, atol=1e-6)
-        elif "recurrence" in CORES[core]:
-            state = one.memory.states[0, one.t + 1]
-            expected = (state - one.memory.states[0, one.t] * (step > 0)).abs().mean()
-            assert one.attention is None and one.change == pytest.approx(expected.item()) and one.change > 0
-            np.testing.assert_allclose(three.change, [one.change] * 3, atol=1e-6)
         else:
-            assert one.attention is None and one.change is None
+            assert one.attention is None
     three.reset([1])
     assert three.arrays.steps.tolist() == [7, 0, 7]
+    player = Player(*made, render=False)
+    for moment in list(player.play(0))[:-1]:
+        assert moment.probabilities[0].shape == (3,) and moment.probabilities[0].sum() == pytest.approx(1)
+        assert (moment.change > 0) == ("recurrence" in CORES[core])
+    if "recurrence" in CORES[core]:
+        before, after = player.agent.memory.states[0, player.agent.t :][:2]
+        assert moment.change == pytest.approx((after - before).abs().mean().item())
 
 
 def test_what_is_wrong_is_one_line_and_changes_nothing(tmp_path):
@@ -187,7 +189,7 @@ def test_what_is_wrong_is_one_line_and_changes_nothing(tmp_path):
         (lambda: agent.act("left", mask), r"has the shape \(\)"),
         (lambda: agent.act(right), "needs mask"),
         (lambda: agent.act(right, np.zeros(7)), "allows no action"),
-        (lambda: many.act([right] * 3, [mask] * 2), "has something of 3 environments, there are 2"),
+        (lambda: many.act(np.stack([right] * 3), [mask] * 2), "should be of 2 environments"),
         (lambda: agent.act(right, mask, ended=True), "has ended, after 1 steps: agent.reset is due"),
     ):
         with pytest.raises(UserError, match=message) as error:
