@@ -95,15 +95,16 @@ class MemoryView:
 
     def to_places(self, queries: Tensor) -> Tensor:
         """Return (groups, Q·heads, width): what belongs to the queries (N, heads, width), in their places."""
+        width = queries.shape[2]
         if self.source is not None:
-            queries = F.embedding(self.source, queries.flatten(1)).unflatten(1, queries.shape[1:])
-        return rearrange(queries, "(g q) h w -> g (q h) w", q=self.distance.shape[1])
+            queries = F.embedding(self.source, queries.flatten(1))  # (groups·Q, heads·width)
+        return queries.reshape(self.distance.shape[0], -1, width)
 
     def to_queries(self, places: Tensor, num_heads: int) -> Tensor:
         """Return (N, heads, width): what belongs to the queries, from their places (groups, Q·heads, width)."""
-        queries = rearrange(places, "g (q h) w -> (g q) (h w)", h=num_heads)
+        queries = places.reshape(-1, num_heads * places.shape[2])  # (groups·Q, heads·width)
         queries = queries if self.slot is None else F.embedding(self.slot, queries)
-        return queries.unflatten(1, (num_heads, -1))
+        return queries.view(-1, num_heads, places.shape[2])
 
     def by_column(self, by_distance: Tensor) -> Tensor:
         """Return (groups, Q·heads, K) of each column, from (N, heads, L+1) of each distance, the largest first."""
@@ -175,7 +176,7 @@ class Attention(nn.Module):
                 and cancels in the softmax, and Σ aᵢ = 1 carries it through to the values.
         """
         folded = self.folded or self.fold(norm)
-        query = self.query(x).unflatten(1, (self.num_heads, -1))  # (N, heads, C)
+        query = self.query(x).view(-1, self.num_heads, self.head_dim)  # (N, heads, C)
         content = query if self.relative is None else query + self.content_bias
         questions = memory.to_places(torch.einsum("nhc,hcd->nhd", content, folded.key))  # (groups, Q·heads, D)
         if self.relative is not None:
