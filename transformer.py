@@ -95,16 +95,16 @@ class MemoryView:
 
     def to_places(self, queries: Tensor) -> Tensor:
         """Return (groups, Q·heads, width): what belongs to the queries (N, heads, width), in their places."""
-        width = queries.shape[2]
+        (groups, per_group), (_, num_heads, width) = self.distance.shape, queries.shape
         if self.source is not None:
             queries = F.embedding(self.source, queries.flatten(1))  # (groups·Q, heads·width)
-        return queries.reshape(self.distance.shape[0], -1, width)
+        return queries.reshape(groups, per_group * num_heads, width)
 
     def to_queries(self, places: Tensor, num_heads: int) -> Tensor:
         """Return (N, heads, width): what belongs to the queries, from their places (groups, Q·heads, width)."""
-        queries = places.reshape(-1, num_heads * places.shape[2])  # (groups·Q, heads·width)
+        queries = places.reshape(self.distance.numel(), num_heads * places.shape[2])  # (groups·Q, heads·width)
         queries = queries if self.slot is None else F.embedding(self.slot, queries)
-        return queries.view(-1, num_heads, places.shape[2])
+        return queries.view(queries.shape[0], num_heads, places.shape[2])
 
     def by_column(self, by_distance: Tensor) -> Tensor:
         """Return (groups, Q·heads, K) of each column, from (N, heads, L+1) of each distance, the largest first."""
@@ -176,7 +176,7 @@ class Attention(nn.Module):
                 and cancels in the softmax, and Σ aᵢ = 1 carries it through to the values.
         """
         folded = self.folded or self.fold(norm)
-        query = self.query(x).view(-1, self.num_heads, self.head_dim)  # (N, heads, C)
+        query = self.query(x).view(x.shape[0], self.num_heads, self.head_dim)  # (N, heads, C)
         content = query if self.relative is None else query + self.content_bias
         questions = memory.to_places(torch.einsum("nhc,hcd->nhd", content, folded.key))  # (groups, Q·heads, D)
         if self.relative is not None:
