@@ -109,7 +109,7 @@ class Recall(AuxiliaryTask):
     def targets(self, batch: Minibatch) -> tuple[Tensor, Tensor]:
         """Return whether a sample's episode has shown each distinct frame (N, M'), and whether that is known (N, 1).
 
-        It is where the whole episode lies in this rollout and in the memory window.
+        It is known where the whole episode lies in this rollout and in the memory window.
         """
         worker, t = np.divmod(batch.samples, self.seen.shape[1])
         shown = self.seen[worker, t][:, batch.candidates]
@@ -228,7 +228,7 @@ class Novelty:
         self.seen[index] = {digest: None}
 
     def bonus(self, group: range, digests: list[bytes], ended: np.ndarray, update: int) -> np.ndarray:
-        """Return the bonus (n,) of a group of n environments for their current observations, by these' digests.
+        """Return the bonus (n,) of a group of n environments for what they show, by its digests.
 
         `ended` (n,) says whether an episode ended, so that the observation is the next one's first.
         """

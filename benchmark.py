@@ -27,36 +27,21 @@ Example: python benchmark.py --config=configs/minigrid.yaml --against=HEAD~1 --u
 import io
 import itertools
 import json
-import multiprocessing
 import os
-import resource
 import statistics
 import subprocess
 import sys
 import tarfile
 import tempfile
-import time
-from collections.abc import Callable
-from contextlib import ExitStack, closing, suppress
-from functools import partial
-from multiprocessing.connection import Connection
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
-import psutil
-import torch
-
-from run.checkpoint import write_file
-from run.cli import Computing, Count, Precision, Processes, arguments_of, command_line, cores, to_file, use_cores
-from run.config import load_config
-from run.distributed import together
-from run.start import Options
-from trainer import PPOTrainer
+from run.cli import Computing, Count, Precision, Processes, arguments_of, command_line, to_file
 from utils import UserError
-from worker import inspect_environment
 
 ROOT = Path(__file__).resolve().parent
+SERVER = ROOT / "tools" / "updates.py"
 
 
 class Arguments(Computing):
@@ -78,50 +63,49 @@ class Arguments(Computing):
 def main() -> None:
     """Parse the command line, measure, print a table."""
     arguments = arguments_of(__doc__, Arguments)
-    measure, first = stepped if arguments.environments else measured, os.environ.get("RANK", "0") == "0"
+    what, first = "environments" if arguments.environments else "update", os.environ.get("RANK", "0") == "0"
     with ExitStack() as stack:
         sides = started(arguments, stack)
         found: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
-        for turn, name in itertools.product(range(arguments.updates + 1), sides):
+        for number, name in itertools.product(range(arguments.updates + 1), sides):
             if first:
-                print(f"turn {turn} of {name}" if turn else f"warming up {name}", file=sys.stderr)
-            found[name].append(sides[name](measure))
-        profiles = [ask(profiled) for ask in sides.values() if arguments.profile]
+                print(f"{what} {number} of {name}" if number else f"warming up {name}", file=sys.stderr)
+            found[name].append(answer(sides[name], what))
+        profiles = [answer(side, "profile")["profile"] for side in sides.values() if arguments.profile]
     if first:
         found = {name: rows[1:] for name, rows in found.items()}
         print("\n".join([*profiles, *table(found)]))
         if arguments.output:
+            from run.checkpoint import write_file
+
             write_file(arguments.output, json.dumps(found, indent=2).encode())
 
 
-def started(arguments: Arguments, stack: ExitStack) -> dict[str, Callable[[Callable], Any]]:
-    """Return what lets the process of each config and version measure, by their names; `stack` ends it."""
+def started(arguments: Arguments, stack: ExitStack) -> dict[str, subprocess.Popen]:
+    """Return a process for each config and version, by their names; `stack` ends them."""
     roots = {"": ROOT} | {version: checkout(version, stack) for version in arguments.against}
     if len(arguments.config) * len(roots) > 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("torchrun: one config and this version alone can be measured")
-    if arguments.threads:
-        os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
-    sides: dict[str, Callable[[Callable], Any]] = {}
+    processes = {}
     for config, (version, root) in itertools.product(arguments.config, roots.items()):
-        ours, theirs = multiprocessing.Pipe()
-        target = partial(command_line, partial(serve, theirs, config, arguments))
-        process = multiprocessing.get_context("spawn").Process(target=target)
-        sys.path.insert(0, str(root))  # what is spawned imports from where this would
-        process.start()
-        sys.path.pop(0)
-        theirs.close()
-        sides[f"{Path(config).stem} {version}".strip()] = partial(answer, process, stack.enter_context(ours))
-    return sides
+        given = arguments.model_dump(exclude={"output"}) | {"config": config}
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
+        if arguments.threads:
+            environment["OMP_NUM_THREADS"] = str(arguments.threads)
+        process = subprocess.Popen(
+            [sys.executable, "-P", str(SERVER), json.dumps(given)],
+            env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        processes[f"{Path(config).stem} {version}".strip()] = stack.enter_context(process)
+    return processes
 
 
-def answer(process, connection: Connection, measure: Callable) -> Any:
-    """Let a process measure; SystemExit where it has failed, of which it has told."""
-    try:
-        connection.send(measure)
-        return connection.recv()
-    except (EOFError, OSError):
-        process.join()
-        sys.exit(process.exitcode)
+def answer(process: subprocess.Popen, what: str) -> dict[str, Any]:
+    """Ask a process for something and return its answer; SystemExit where it has failed, of which it has told."""
+    with suppress(BrokenPipeError):
+        print(what, file=process.stdin, flush=True)
+    line = process.stdout.readline()  # type: ignore[union-attr]
+    return json.loads(line) if line else sys.exit(process.wait())
 
 
 def checkout(version: str, stack: ExitStack) -> Path:
@@ -138,77 +122,17 @@ def checkout(version: str, stack: ExitStack) -> Path:
 
 def table(found: dict[str, list[dict[str, float]]]) -> list[str]:
     """Return the lines of a table of medians, a column per side, with seconds in proportion to the first side's."""
-    figures, first = {}, next(iter(found.values()))
-    for key in first[0]:
-        figures[key] = [statistics.median(row[key] for row in rows) for rows in found.values()]
-        if len(found) > 1 and key.endswith("seconds"):
-            turns = [zip(rows, first, strict=True) for rows in found.values()]
-            ratios = [statistics.median(own[key] / other[key] for own, other in pairs) for pairs in turns]
-            figures[f"{key}, to the first's"] = ratios
-    width = max(14, *map(len, found))
-    lines = [" " * 34 + "".join(f"  {name:>{width}}" for name in found)]
-    return lines + [f"{key:<34}" + "".join(f"  {number:>{width}.4g}" for number in row) for key, row in figures.items()]
-
-
-def serve(connection: Connection, path: str, arguments: Arguments) -> None:
-    """In the process of a config and a version: make a trainer, and measure until nobody asks any more."""
-    with together(arguments) as (ranks, device):
-        config = load_config(path, arguments.set)
-        use_cores(device, ranks.local_size)
-        processes = arguments.processes or max(1, cores() // ranks.local_size)
-        options = Options(device, processes, precision=arguments.precision, compile=arguments.compile, ranks=ranks)
-        trainer = PPOTrainer(config, inspect_environment(config.environment)[0], 1, options)
-        with closing(trainer.workers), suppress(EOFError):
-            trainer.start_workers()
-            while True:
-                connection.send(connection.recv()(trainer))
-
-
-def measured(trainer: PPOTrainer) -> dict[str, float]:
-    """Carry out one update; return seconds, rates, and memory in GB."""
-    before, scalars = cpu_seconds(), trainer.train_update()
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes
-    found = {
-        "steps/s": scalars["performance/update_steps_per_second"],
-        "steps/s, sampling": scalars["performance/sampling_steps_per_second"],
-        "steps/s, optimisation": scalars["performance/optimisation_steps_per_second"],
-        "seconds": trainer.samples / scalars["performance/update_steps_per_second"],
-        "CPU seconds": cpu_seconds() - before,
-        "GB, trainer at most": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9,
-        "GB, workers": sum(child.memory_info().rss for child in psutil.Process().children(recursive=True)) / 1e9,
-    }
-    if trainer.device.type == "cuda":
-        found["GB, GPU at most"] = torch.cuda.max_memory_allocated(trainer.device) / 1e9
-    return found
-
-
-def cpu_seconds() -> float:
-    """Return what this process and those that step its environments have used so far."""
-    own = psutil.Process()
-    return sum(sum(process.cpu_times()[:2]) for process in (own, *own.children(recursive=True)))
-
-
-def stepped(trainer: PPOTrainer) -> dict[str, float]:
-    """Let the environments alone make the steps of an update, by random actions that are allowed."""
-    workers, task, generator, started = trainer.workers, trainer.task, np.random.default_rng(1), time.perf_counter()
-    draw = generator.standard_normal if task.continuous else generator.random
-    for _, group in itertools.product(range(trainer.config.worker_steps), workers.groups):
-        actions = draw((len(group), task.continuous or sum(task.branches)), dtype=np.float32)
-        if not task.continuous:
-            allowed = 1 if workers.arrays.masks is None else workers.arrays.masks[group.start : group.stop]
-            branches = np.split(actions * allowed, np.cumsum(task.branches)[:-1], axis=1)
-            actions = np.stack([branch.argmax(axis=1) for branch in branches], axis=1)
-        workers.send(group, actions)
-        workers.receive(group)
-    return {"steps/s": trainer.samples / (time.perf_counter() - started)}
-
-
-def profiled(trainer: PPOTrainer) -> str:
-    """Carry out one update under PyTorch's profiler; return a table of its operators."""
-    with torch.profiler.profile() as profiler:
-        trainer.train_update()
-    by = "self_cuda_time_total" if trainer.device.type == "cuda" else "self_cpu_time_total"
-    return profiler.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=40)
+    columns, first = {}, next(iter(found.values()))
+    for name, rows in found.items():
+        columns[name] = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+        for seconds in [key for key in ("seconds", "CPU seconds") if key in rows[0] and len(found) > 1]:
+            proportions = [own[seconds] / other[seconds] for own, other in zip(rows, first, strict=True)]
+            columns[name][f"{seconds}, to the first's"] = statistics.median(proportions)
+    width = max(14, *map(len, columns))
+    lines = [" " * 34 + "".join(f"  {name:>{width}}" for name in columns)]
+    for key in next(iter(columns.values())):
+        lines.append(f"{key:<34}" + "".join(f"  {column[key]:>{width}.4g}" for column in columns.values()))
+    return lines
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def main() -> None:
     with nullcontext() if arguments.window else suppress(UserError):
         window = Window() if arguments.window or not to_files else None
     model, config, task, _ = load_for_play(path, device)
-    seeds = chosen_seeds(arguments.seeds or str(arguments.episodes), arguments.seed, [config.environment])
+    seeds, note = chosen_seeds(arguments.seeds or str(arguments.episodes), arguments.seed, [config.environment])
     limit = step_limit(arguments.max_steps, task)
     with closing(Player(model, config, task, arguments.deterministic, to_files or window is not None, limit)) as player:
         pictures = play(player, seeds, arguments, path.name, window)
@@ -77,6 +77,8 @@ def main() -> None:
             sys.exit(130)
         else:
             print(f"the video is {video}", file=sys.stderr)
+    if note:
+        print(note, file=sys.stderr)
     if not (window or to_files):
         print("There is no display here; to watch: --video=episode.mp4 or --html=episode.html", file=sys.stderr)
 

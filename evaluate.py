@@ -68,10 +68,12 @@ def main() -> None:
             stored, agents = load(arguments, device)
             models = [*stored, *(evaluated for evaluated, *_ in agents)]
             references = read_references(arguments.reference, arguments.metric, [m.environment for m in models])
-            seeds = sorted({episode["seed"] for model in stored for episode in model.episodes})
+            seeds, note = sorted({episode["seed"] for model in stored for episode in model.episodes}), ""
             if agents:
                 sections = [config.environment for _, _, config, _ in agents]
-                seeds = chosen_seeds(arguments.seeds, arguments.seed, sections)
+                seeds, note = chosen_seeds(arguments.seeds, arguments.seed, sections)
+        if ranks.first and note:
+            print(note, file=sys.stderr)
         play(agents, seeds, arguments, ranks)
         with ranks.agree_on(UserError, OSError):
             if ranks.first:
@@ -111,16 +113,17 @@ def play(agents: list[tuple], seeds: list[int], arguments: Arguments, ranks) -> 
 
     from evaluation.agent import play_episodes
 
-    # The environments have the other half. Must not depend on --processes: it decides how sums are rounded.
-    half = max(1, cores() // ranks.local_size // 2)
-    torch.set_num_threads(half)
+    # The environments need the other cores. Must not depend on --processes: it decides how sums are rounded.
+    mine = max(1, cores() // ranks.local_size)
+    torch.set_num_threads(max(1, mine // 2))
+    processes = arguments.processes or mine - max(1, mine // 2) or 1
     total = len(seeds) * arguments.repetitions // ranks.size
     for number, (evaluated, model, config, task) in enumerate(agents, start=1):
         name = f"{number}/{len(agents)} {Path(evaluated.path).name}"[-30:]
         with tqdm(desc=name, total=total, unit="episode", mininterval=1, disable=not ranks.first) as bar:
             evaluated.episodes = play_episodes(
                 model, config, task, seeds, arguments.repetitions, action_seed=arguments.seed,
-                deterministic=arguments.deterministic, processes=arguments.processes or half, ranks=ranks,
+                deterministic=arguments.deterministic, processes=processes, ranks=ranks,
                 max_steps=evaluated.max_steps, progress=bar.update,  # type: ignore[arg-type]
             )  # fmt: skip
 

@@ -267,8 +267,8 @@ class ActorCriticModel(nn.Module):
     def embed(self, distinct: Tensor) -> Tensor:
         """Embed what observations share: frames (M, C, H, W), or vectors (M, n) where there are no frames.
 
-        Returned is h⁰ (M, D), what the core reads, in float32 whatever the products' precision, because memory keeps it
-        so; without its ReLU where `complete` adds a vector.
+        Returned is h⁰ (M, D), what the core reads, in float32 whatever the products' precision, as residual connections
+        add to it; without its ReLU where `complete` adds a vector.
         """
         embedded = self.embedding(self.encoder(distinct if self.task.frame else self.moments(distinct))).float()
         return embedded if self.vector is not None else F.relu(embedded)

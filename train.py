@@ -71,14 +71,16 @@ def train(arguments: Arguments, ranks, device) -> None:
     with ranks.agree_on(UserError):
         task, notices = inspect_environment(run.config.environment)
         trainer = PPOTrainer(run.config, task, run.seed, run.options)
-        source = load(arguments.init_from, "model") if arguments.init_from else None
-        try:
-            if run.resumed:
+        if run.resumed:
+            try:
                 trainer.load_state_dict(run.state)
-            elif source is not None:
-                trainer.model.load_state_dict(source["weights"])
-        except Exception as error:  # the file is ours by its marks, but holds something else
-            raise UserError(f"{arguments.init_from or run.folder}: does not fit ({reason_of(error)})") from error
+            except Exception as error:  # the file is ours by its marks, but holds something else
+                raise UserError(f"{run.folder}: holds no run of this config ({reason_of(error)})") from error
+        elif arguments.init_from is not None:
+            try:
+                trainer.model.load_state_dict(load(arguments.init_from, "model")["weights"])
+            except RuntimeError as error:  # its first line names the class alone
+                raise UserError(f"--init-from: {arguments.init_from}: {str(error).splitlines()[1].strip()}") from error
     for notice in notices:
         run.tell(notice)
     trainer.train(run)

@@ -65,9 +65,8 @@ class MemoryView:
     nothing. All but `items` and `nonempty` are int64.
     """
 
-    items: (
-        Tensor  # (blocks, groups, K', D) stored items; or (blocks, columns, D) of which `rows` says the ones that count
-    )
+    # (blocks, groups, K', D) stored items; or (blocks, columns, D), of which `rows` says the ones that count
+    items: Tensor
     distance: Tensor  # (groups, Q) steps from the group's first column to each query
     valid: Tensor  # (groups, Q) how many steps back each query may look
     nonempty: Tensor  # (N, 1) float, 0 where a query sees nothing, else 1
@@ -131,7 +130,7 @@ class Folded(NamedTuple):
     table: Tensor | None  # (h, c, L+1), scaled W_R r of each distance, the largest first; for the relative encoding
 
     def cast(self) -> "Folded":
-        """Return it in the type of products, as autocast would cast it at each of these."""
+        """Return these weights in the products' type, as autocast would cast them each time."""
         device = self.key.device.type
         if not torch.is_autocast_enabled(device):
             return self
@@ -230,11 +229,8 @@ class Block(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        embed_dim, self.layer_norm, relative = (
-            config.embed_dim,
-            config.layer_norm,
-            config.positional_encoding == "relative",
-        )
+        embed_dim, self.layer_norm = config.embed_dim, config.layer_norm
+        relative = config.positional_encoding == "relative"
         self.attention = Attention(embed_dim, config.num_heads, config.memory_length, relative)
         self.feed_forward = nn.Linear(embed_dim, embed_dim)
         normed = self.layer_norm != ""

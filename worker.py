@@ -361,7 +361,10 @@ class Process:
 
 @cache
 def start_server() -> None:
-    """Start what processes are forked from, where it finds our modules; once, before there are threads."""
+    """Start what processes are forked from, where it finds our modules and not others of their names.
+
+    Once, before there are threads that might open a file in the current folder.
+    """
     with chdir(ROOT):
         forkserver.ensure_running()
 
@@ -396,7 +399,8 @@ class Workers:
         groups: number of groups of neighbouring environments that are stepped independently.
         first: number of the run's environment that has index 0 here.
         max_steps: after how many steps an episode is cut, None where only its end ends it.
-        stop: says whether the run was asked to stop, so that environments have `STOP_SECONDS` left.
+        stop: says whether the run was asked to stop, so that environments have `STOP_SECONDS` left. It is asked only
+            while they are waited for, twice a second.
     """
 
     def __init__(

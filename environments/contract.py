@@ -12,6 +12,13 @@ class BrokenContract(ValueError):
     """An environment cannot be played, or has shown something else than it declares; one line says how."""
 
 
+# What Python says of environments that were written for gym.
+OLD_SIGNS = ("reset() got an unexpected keyword argument", "values to unpack")
+OLD_API = (
+    "that is the API of gym, which Gymnasium has replaced: https://gymnasium.farama.org/introduction/migration_guide"
+)
+
+
 @dataclass(frozen=True)
 class Task:
     """What a model needs to know of an environment."""
@@ -52,7 +59,8 @@ def failure_of(error: BaseException) -> str:
     if isinstance(error, BrokenContract):
         return str(error)
     where, text = traceback.extract_tb(error.__traceback__)[-1], " ".join(str(error).split())[:500]
-    return f"{type(error).__name__}: {text} ({where.filename}:{where.lineno})"
+    hint = f"; {OLD_API}" if any(sign in text for sign in OLD_SIGNS) else ""
+    return f"{type(error).__name__}: {text} ({where.filename}:{where.lineno}){hint}"
 
 
 def try_out(env: Any, seed: int = 0) -> Task:

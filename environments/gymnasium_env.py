@@ -103,8 +103,14 @@ class GymnasiumEnv(gymnasium.Wrapper):
     def render(self) -> np.ndarray:  # type: ignore[override]
         """Return a copy of the picture that the environment draws; where it draws nothing, what the agent sees."""
         drawn = self.env.render() if "rgb_array" in self.env.metadata.get("render_modes", ()) else None
-        view = self.agent_view() if drawn is None else np.array(drawn)
-        return vector_picture(self._observation) if view is None else view
+        if drawn is None:
+            view = self.agent_view()
+            return vector_picture(self._observation) if view is None else view
+        picture = np.array(drawn)
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+            found = f"{picture.dtype} {picture.shape}"
+            raise BrokenContract(f"render returned {found}, should be uint8 (height, width, 3)")
+        return picture
 
     def agent_view(self) -> np.ndarray | None:
         """Return the frame that the agent sees as a picture (height, width, 3), None where it sees numbers only."""
@@ -125,7 +131,7 @@ def statistics_inside(env: gymnasium.Env) -> list[str]:
 
 
 def make_registered(name: str, render_mode: str | None = None, **arguments: Any) -> gymnasium.Env:
-    """Make an environment registered with Gymnasium, without its checker and warnings; it need not know the mode."""
+    """Make a registered environment, without Gymnasium's checker and warnings; it need not know the render mode."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         env = gymnasium.make(name, disable_env_checker=True, **arguments)
@@ -160,7 +166,7 @@ class GymnasiumSection(Section):
 
     def create(self, render_mode: str | None = None) -> GymnasiumEnv:
         """Return a new environment."""
-        env = make_registered(self.name, render_mode, max_episode_steps=self.max_episode_steps, **self.arguments)
+        env = make_registered(self.name, render_mode, **{"max_episode_steps": self.max_episode_steps, **self.arguments})
         limit = env.spec.max_episode_steps if env.spec else None
         return GymnasiumEnv(
             env, limit, observe=self.observe, hide=self.hide, previous_action=self.previous_action,

@@ -44,7 +44,7 @@ def off_screen() -> Any:
         return pixels.reshape(surface.get_height(), -1, 3).transpose(1, 0, 2)
 
     class RoundedRect(pygame.Rect):
-        """Its center is rounded as by the pygame Memory Gym was made with: pygame-ce's cut fractions would add up."""
+        """Rounds its center as pygame 2.4 did; pygame-ce cuts fractions off, and these errors would add up."""
 
         def __setattr__(self, name: str, value: Any) -> None:
             if name == "center":

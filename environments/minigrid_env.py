@@ -19,6 +19,8 @@ _kept_pictures: dict[tuple[str, int, bytes], np.ndarray] = {}
 
 # BabyAI's missions are sentences of one language, which its mission spaces do not tell.
 BABY_PHRASES = "go to, pick up, open, put a, next to the, object, and, then, after you, in front of you, on your"
+# So many missions of a task are looked at for its vocabulary.
+MOST_MISSIONS = 100_000
 
 
 class Pictures(gymnasium.ObservationWrapper):
@@ -104,11 +106,12 @@ def words_of(mission: str) -> list[str]:
 
 
 def missions_of(space: Any) -> list[str]:
-    """Return all missions of a mission space, or of BabyAI's what they consist of."""
+    """Return the first missions of a mission space, or of BabyAI's what they consist of."""
     from minigrid.core.constants import COLOR_NAMES
     from minigrid.envs.babyai.core.roomgrid_level import BabyAIMissionSpace
     from minigrid.envs.babyai.core.verifier import LOC_NAMES, OBJ_TYPES
 
     if isinstance(space, BabyAIMissionSpace):
         return [BABY_PHRASES, *COLOR_NAMES, *OBJ_TYPES, *LOC_NAMES]
-    return [space.mission_func(*choices) for choices in itertools.product(*(space.ordered_placeholders or []))]
+    choices = itertools.product(*(space.ordered_placeholders or []))
+    return [space.mission_func(*each) for each in itertools.islice(choices, MOST_MISSIONS)]

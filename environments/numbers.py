@@ -58,7 +58,10 @@ class EpisodeMean:
 
 
 def count_missing_success(episodes: Sequence[dict[str, float]]) -> None:
-    """Set `success` to 0 where an episode lacks it, if any of the task reports it: some tell only successes."""
+    """Set `success` to 0 where an episode lacks it, if any of the task reports it: some tell only successes.
+
+    Whoever forgets episodes should call this before, so that what they knew of successes stays.
+    """
     if any("success" in episode for episode in episodes):
         for episode in episodes:
             episode.setdefault("success", 0.0)

@@ -203,7 +203,7 @@ class Actor:
         self.size = sum(self.branches) or flatdim(space)
         check_size(space, "actions", self.size)
         self._offsets = np.cumsum((0, *self.branches))[:-1]
-        # Which features Gymnasium's own flat form has: of the two of a MultiBinary's entry, that it is 1.
+        # Which features Gymnasium's flat form has: for an entry of a MultiBinary, only the second of its two.
         kept = [[False, True] * flatdim(part) if isinstance(part, spaces.MultiBinary) else [True] * flatdim(part)
                 for part in parts]  # fmt: skip
         self._kept = np.concatenate(kept)

@@ -22,8 +22,8 @@ class TMaze(gymnasium.Env):
     In the corridor only `right` gets on, all else leaves the agent where it is and costs 1/corridor_length, so that the
     optimum is 1 and who does not know the cue gets 1/2. The horizon leaves time for the shortest way and one decision.
     Its last step terminates: there is no value beyond it. The observation says where the agent is, not how far, so
-    that the time cannot be read off. `guided`, each episode has one decision: otherwise a policy that has learned to
-    walk is certain of `right` long before it has decided once.
+    that the time cannot be read off. With `guided`, each episode has one decision: otherwise a policy that has learned
+    to walk is certain of `right` long before it has decided once.
     """
 
     metadata = {"render_modes": ["rgb_array"]}

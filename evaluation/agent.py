@@ -1,6 +1,5 @@
 """Acting with a trained model: in a loop of one's own, and in many unseen episodes at once."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -95,7 +94,7 @@ class Agent:
         """
         self.arrays.steps[... if which is None else np.asarray(which)] = 0
 
-    def act(self, observation: Any, mask: Any = None, reward: Any = None, ended: Any = False) -> Any:
+    def act(self, observation: Any, mask: Any = None, reward: Any = None, ended: Any = None) -> Any:
         """Return an action of `action_space`, or n of them as a vector environment takes them.
 
         UserError if something is missing or not as declared, or an episode has ended without `reset`; nothing is
@@ -109,16 +108,19 @@ class Agent:
             ended: whether the last step ended its episode (`terminated or truncated`), or n of these. Without it, a
                 `reset` that was forgotten is noticed only where an episode gets longer than it can be.
         """
-        steps = self.arrays.steps
-        over = (steps > 0) & ended | (steps >= (self.task.max_episode_steps or math.inf))
-        if over.any():
-            raise UserError(f"agent.act: an episode has ended, after {steps[over][0]} steps: agent.reset is due")
-        given = [[observation], [mask], [reward]]
+        given = [[observation], [mask], [reward], [ended]]
         if not self.single:
-            observations = [*iterate(batch_space(self.observation_space, self.count), observation)]
-            given = [observations, *([None] * self.count if part is None else part for part in (mask, reward))]
-            if {len(part) for part in given} != {self.count}:
-                raise UserError(f"agent.act: observations, masks and rewards should be of {self.count} environments")
+            try:
+                observations = [*iterate(batch_space(self.observation_space, self.count), observation)]
+                given = [
+                    observations,
+                    *([None] * self.count if part is None else part for part in (mask, reward, ended)),
+                ]
+                complete = {len(part) for part in given} == {self.count}
+            except TypeError:  # there is no length
+                complete = False
+            if not complete:
+                raise UserError(f"agent.act: everything that is given should be of {self.count} environments")
         for index, shown in enumerate(zip(*given, strict=True)):
             try:
                 self._show(index, *shown)
@@ -126,21 +128,25 @@ class Agent:
                 raise UserError(f"agent.act: environment {index}: {error}") from error
         self.advance()
         # In groups as evaluation has them, so that numbers are rounded alike.
-        half, self.looked = self.count // 2, steps.copy()
+        half, self.looked = self.count // 2, self.arrays.steps.copy()
         found = [self.observe(self.arrays, rows) for rows in (slice(0, half), slice(half, self.count)) if rows.stop]
         self.outputs, self.actions = [output for output, _ in found], np.concatenate([actions for _, actions in found])
-        steps += 1
+        self.arrays.steps += 1
         actions = [self.actor.action(action) for action in self.actions]
         if self.single:
             return actions[0]
         return concatenate(self.action_space, actions, create_empty_array(self.action_space, self.count))
 
-    def _show(self, index: int, observation: Any, mask: Any, reward: Any) -> None:
+    def _show(self, index: int, observation: Any, mask: Any, reward: Any, ended: Any) -> None:
         """Show the model what it is to see of an environment; BrokenContract where that is not as declared."""
-        if mask is None and self.task.masked:
-            raise BrokenContract("needs mask=info['action_mask'], as in training")
+        limit, step = self.task.max_episode_steps, self.arrays.steps[index]
+        if (ended and step) or (limit is not None and step >= limit):
+            raise BrokenContract(f"its episode has ended, after {step} steps: agent.reset is due")
+        if (mask is not None) != self.task.masked:
+            raise BrokenContract("has an action_mask as none in training had" if mask is not None
+                                 else "needs mask=info['action_mask'], as in training")  # fmt: skip
         if self.registered is not None:
-            last = (self.actions[index], reward) if self.arrays.steps[index] else (None, None)
+            last = (self.actions[index], reward) if step else (None, None)
             observation = self.registered.observed(observation, *last)
         elif not self.observation_space.contains(observation):
             raise BrokenContract(f"observation is not one of {self.observation_space}")

@@ -22,7 +22,7 @@ def read_references(texts: list[str], metric: str, tasks: list[str]) -> dict[str
             raise UserError(f"--reference: {text!r} should be {wanted} ({reason_of(error)})") from error
         rows = rows[(rows["metric"] == metric) & np.isin(rows["environment"], tasks)]
         known = np.array([f"{row['task']}/{row['run']}" for row in rows])
-        for name in names.split(","):
+        for name in map(str.strip, names.split(",")):
             if name not in known:
                 there = ", ".join(dict.fromkeys(known)) or "none"
                 raise UserError(f"--reference: {file}: of {metric} in {', '.join(dict.fromkeys(tasks))} it has {there}")

@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -146,8 +145,8 @@ def pulls_on_iqm(rows: np.ma.MaskedArray, iqm: float) -> np.ndarray:
     return iqm + pulls.compressed()
 
 
-def chosen_seeds(text: str, skip: int, sections: Iterable[Any]) -> list[int]:
-    """Return the environment seeds that --seeds asks for, and say so where training may have drawn them.
+def chosen_seeds(text: str, skip: int, sections: Iterable[Any]) -> tuple[list[int], str]:
+    """Return the environment seeds that --seeds asks for, and what is to be said of them, "" if nothing is.
 
     "50" are so many that training has not seen in any of the `environment` sections, of which `skip` are left out
     first; "0:10" are 0 to 9, whether it has or not; all else is a UserError.
@@ -159,9 +158,8 @@ def chosen_seeds(text: str, skip: int, sections: Iterable[Any]) -> list[int]:
         raise UserError(f"--seeds: {text!r} should be how many unseen ones, such as 50, or which ones, such as 0:10")
     unseen = 0 if ":" in text else skip + max(seeds.stop for seeds in trained)
     seeds = list(range(first + unseen, end + unseen))
-    if seen := sum(any(seed in range_ for range_ in trained) for seed in seeds):
-        print(f"--seeds: training may have drawn {seen:,} of these {len(seeds):,}", file=sys.stderr)
-    return seeds
+    seen = sum(any(seed in range_ for range_ in trained) for seed in seeds)
+    return seeds, f"--seeds: training may have drawn {seen:,} of these {len(seeds):,}" if seen else ""
 
 
 def group_runs(models: list[Evaluated], aggregate: str = "runs") -> Groups:
@@ -354,6 +352,7 @@ def find_models(names: Sequence[str]) -> list[Path]:
         folder = Path(name)
         found = sorted(folder.glob("*.nn") if folder.is_dir() else map(Path, glob.glob(name))) or [folder]
         if found == [folder] and folder.is_dir():
-            raise UserError(f"{name}: there is no model (.nn) in this folder; train.py writes models/<run-id>.nn")
+            raise UserError(f"{name}: there is no model (.nn) in this folder; train.py writes models/<run-id>.nn, and "
+                            "checkpoints/<run-id>/model-<steps>.nn where model_interval is not 0")  # fmt: skip
         paths += found
     return list(dict.fromkeys(paths))

@@ -141,7 +141,10 @@ class Player:
             found = {f"action[{k}]": f"{entry:.2f} in {low:g}…{high:g}" for k, (entry, low, high) in enumerate(entries)}
         if agent.arrays.vectors is not None:
             found |= named(agent.arrays.vectors[0], self.env.vector_names)
-        return dict(itertools.islice(found.items(), PANEL_COLUMNS * PANEL_ROWS))
+        most = PANEL_COLUMNS * PANEL_ROWS
+        if len(found) > most:
+            found = dict(itertools.islice(found.items(), most - 1)) | {f"and {len(found) - most + 1:,} more": ""}
+        return found
 
 
 def named(vector: np.ndarray, names: Sequence[str]) -> dict[str, str]:

@@ -8,7 +8,8 @@ def group_queries(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Put N queries whose windows lie close together into groups of at most Q, `per_group`, over at most K `columns`.
 
-    A query is of environment `worker` (N,), and may look at the columns from `first` (N,) to before `end` (N,).
+    A query is of environment `worker` (N,), and may look at the columns from `first` (N,) to before `end` (N,), which
+    are no more than K.
 
     Returns:
         The environment and the first column of each group, and the place (N,) of each query, group·Q + number within

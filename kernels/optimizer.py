@@ -12,7 +12,7 @@ class Optimizer:
 
     Parameters become views, so that clearing, clipping and stepping take a few calls instead of a few for each of a
     hundred parameters; these took a sixth of a small model's minibatch. Modules, by what precedes the names of their
-    parameters, have to be on their device already.
+    parameters, have to be on their device already, and keep these parameters from now on.
     """
 
     def __init__(self, modules: dict[str, nn.Module], max_grad_norm: float) -> None:

@@ -75,7 +75,7 @@ def load(path: Path, kind: str) -> dict:
 
 
 def model_file(state: dict) -> bytes:
-    """Return the part of a run's state that acts as a file, with what is known about its training."""
+    """Return the bytes of a model's file: the part of a run's state that acts, and what is known about its training."""
     return encode("model", {key: state[key] for key in ("config", "task", "weights", "run")})
 
 

@@ -23,8 +23,9 @@ Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Processes = Annotated[int, Field(ge=1, le=4096)]
 Precision = Literal["float32", "bf16"]
-# Names files and folders.
-RunId = Annotated[str, Field(pattern=r"^[^/.][^/]*$")]
+# Names files and folders; what may be started may be resumed, for both are checked by this.
+RUN_ID = r"^\w[\w.-]{0,63}$"
+RunId = Annotated[str, Field(pattern=RUN_ID)]
 
 
 class Arguments(BaseModel):
@@ -48,7 +49,7 @@ def arguments_of(doc: str, kind: type[Given]) -> Given:
     try:
         given = docopt(doc)
     except DocoptExit as error:
-        name, found = os.path.basename(sys.argv[0]), " ".join(sys.argv[1:])
+        name, found = os.path.basename(sys.argv[0]), " ".join(sys.argv[1:]) or "no argument"
         raise UserError(f"{name}: cannot read {found!r}; see --help") from error
     given.pop("--help", None)
     try:
@@ -58,7 +59,7 @@ def arguments_of(doc: str, kind: type[Given]) -> Given:
 
 
 def problems(error: ValidationError, given: Any, known: Sequence[str] = ()) -> list[str]:
-    """Return a line for each key that pydantic found wrong in what it was given, with the nearest known one."""
+    """Return a line for each key that pydantic found wrong in what it was given, with the nearest of the known."""
     lines: dict[str, str] = {}
     for found in error.errors(include_url=False, include_context=False):
         path, value = list[str](), given
@@ -70,12 +71,20 @@ def problems(error: ValidationError, given: Any, known: Sequence[str] = ()) -> l
         if found["type"] == "missing":
             path, text = [*path, str(found["loc"][-1])], "has to be given"
         elif found["type"] == "extra_forbidden":
-            near = "" if path[-1] in known else "".join(difflib.get_close_matches(path[-1], known, 1))
-            text = f"is not known here; {f'did you mean {near}?' if near else 'see docs/configuration.md'}"
+            text = f"is not known here{nearest(path, known)}"
         elif path and not isinstance(value, dict):
             text = f"{text}, not {textwrap.shorten(repr(value), 60)}"
         lines.setdefault(".".join(path), text)  # of a value that fits none of several types, the first
     return [f"{key}: {line}" if key else line for key, text in lines.items() for line in text.splitlines()]
+
+
+def nearest(path: list[str], known: Sequence[str]) -> str:
+    """Return which of the known keys, dotted, an unknown one may have been meant to be."""
+    prefix = "".join(f"{part}." for part in path[:-1])
+    beside = [name.removeprefix(prefix) for name in known if name.rpartition(".")[0] == prefix[:-1]]
+    near = difflib.get_close_matches(path[-1], beside, 1)
+    near += [name for name in known if name.rpartition(".")[2] == path[-1]]  # it belongs elsewhere
+    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(beside)}" * bool(beside)
 
 
 def to_file(*suffixes: str) -> AfterValidator:

@@ -5,13 +5,13 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import yaml
-from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from environments import Environment
-from environments.section import Flag, Number, Schedule, Whole, not_a_flag
+from environments import SECTIONS, Environment
+from environments.section import Flag, Number, Schedule, Section, Whole, not_a_flag
 from model import ModelConfig
 from run.cli import problems
 from utils import UserError, polynomial_decay
@@ -31,8 +31,10 @@ class Config(ModelConfig):
     epochs: Whole = Field(3, ge=1, le=1000, description="Passes over the rollout per update.")
     n_workers: Whole = Field(ge=1, le=4096, description="Environments.")
     worker_steps: Whole = Field(ge=1, le=10**5, description="Steps of each environment per update.")
-    n_mini_batch: Whole = Field(8, ge=1, le=10**6, description="Minibatches per epoch, all of one size.")
-    segment_length: Whole = Field(1, ge=1, le=10**5, description="Steps with gradients through memory between them.")
+    n_mini_batch: Whole = Field(8, ge=1, le=10**6, description="Minibatches; divides `n_workers`·`worker_steps`.")
+    segment_length: Whole = Field(
+        1, ge=1, le=10**5, description="Steps learned from together, with gradients through memory."
+    )
     value_loss_coefficient: Coefficient = Field(0.5, description="Weight of the value loss (squared error without ½).")
     max_grad_norm: Number = Field(0.25, ge=1e-6, le=10**6, description="All gradients are clipped to this norm.")
     kl_limit: Coefficient = Field(0.0, description="Limit of the acting policy's KL (root mean square); 0 is none.")
@@ -113,8 +115,8 @@ class Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if twice := {key for key in keys if keys.count(key) > 1}:
-            raise yaml.YAMLError(f"there twice: {', '.join(twice)}")
+        if again := sorted({key for key in keys if keys.count(key) > 1}):
+            raise yaml.YAMLError(f"keys that are there more than once: {', '.join(again)}")
         return super().construct_mapping(node, deep)
 
 
@@ -137,9 +139,19 @@ def check_config(given: object, source: str) -> Config:
     try:
         return Config.model_validate(given)
     except ValidationError as error:
-        schema = Config.model_json_schema()
-        known = [key for part in (schema, *schema["$defs"].values()) for key in part.get("properties", ())]
+        section = given.get("environment") if isinstance(given, dict) else None
+        kind = SECTIONS.get(str(section.get("type"))) if isinstance(section, dict) else None
+        known = [*known_keys(Config), *known_keys(kind or Section, "environment.")]
         raise UserError("\n".join(f"{source}: {line}" for line in problems(error, given, known))) from error
+
+
+def known_keys(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted names of what is declared in a model and in those inside it, sections of environments aside."""
+    for key, field in kind.model_fields.items():
+        yield prefix + key
+        for inner in () if field.discriminator else (field.annotation, *get_args(field.annotation)):
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                yield from known_keys(inner, f"{prefix}{key}.")
 
 
 def _parse(text: str, source: str) -> Any:
@@ -152,7 +164,7 @@ def _parse(text: str, source: str) -> Any:
 def _override(given: Any, override: str) -> None:
     """Change one key of what a file says."""
     name, equals, text = override.partition("=")
-    if not equals:
+    if not equals or "" in name.split("."):
         raise UserError(f"--set {override}: should be key=value, as in transformer.num_blocks=2")
     *path, last = name.split(".")
     try:

@@ -21,6 +21,10 @@ from utils import EnvironmentFailure, UserError
 # How long a rank waits for the others to arrive, and to do their share. That one has died is noticed at once, as its
 # connections close; only one that hangs, or whose cable is cut, is waited for. Slow environments may take their time.
 JOIN, PATIENCE = timedelta(seconds=60), timedelta(minutes=30)
+# By these torchrun, or whoever else starts several processes, says who is who.
+VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# What may differ: it changes nothing of what is computed.
+OWN = {"processes", "device", "cpu"}
 
 
 class Interrupted(Exception):
@@ -109,25 +113,30 @@ def together(arguments: Computing) -> Iterator[tuple[Ranks, torch.device]]:
     torch.distributed.init_process_group(
         ranks.backend, timeout=PATIENCE, rank=ranks.rank, world_size=ranks.size, store=store
     )
+    leaving: BaseException | None = None
     try:
         with ranks.agree_on(UserError, EnvironmentFailure, SystemExit):
-            check_alike(ranks, provenance(device) | arguments.model_dump())
+            check_alike(ranks, provenance(device) | arguments.model_dump() | {"backend": ranks.backend})
             yield ranks, device
+    except (UserError, EnvironmentFailure, SystemExit) as error:
+        leaving = error
     except RuntimeError as error:
         if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
             raise
         print(f"rank {ranks.rank}: another rank of the run is gone{ranks.how_to_go_on}", file=sys.stderr, flush=True)
-        sys.exit(1)
-    finally:
-        torch.distributed.destroy_process_group()  # otherwise its threads may abort the process at its end
+        leaving = SystemExit(1)
+    torch.distributed.destroy_process_group()  # otherwise its threads may abort the process at its end
+    if leaving is not None:
+        raise leaving
 
 
 def check_alike(ranks: Ranks, own: dict[str, Any]) -> None:
-    """Raise UserError on all ranks where one has another commit, package or flag than rank 0."""
-    first, *others = ranks.gather(own)
-    for name in first.keys() - {"processes", "device", "cpu"}:  # which change nothing of what is computed
-        if any(other[name] != first[name] for other in others):
-            raise UserError(f"the ranks differ in {name}: {', '.join(str(each[name]) for each in (first, *others))}")
+    """Raise UserError on all ranks where one has another commit, package, backend or flag than the others."""
+    everyone = ranks.gather(own)
+    for name in sorted({name for each in everyone for name in each} - OWN):
+        found = [str(each.get(name)) for each in everyone]
+        if len(set(found)) > 1:
+            raise UserError(f"the ranks differ in {name}: {', '.join(found)}")
 
 
 def describe(arguments: Computing) -> tuple[Ranks, torch.device]:
@@ -136,9 +145,12 @@ def describe(arguments: Computing) -> tuple[Ranks, torch.device]:
     A rank has a GPU to itself by its local rank, and NCCL; where there are fewer GPUs than ranks, or all were given the
     same one, and on CPUs it is Gloo.
     """
+    device = choose_device(arguments)
+    if not all(name in os.environ for name in VARIABLES):
+        return Ranks(), device
     names = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
-    ranks, device = Ranks(*(int(os.environ.get(name, alone)) for name, alone in names)), choose_device(arguments)
-    if ranks.size > 1 and device.type == "cuda":
+    ranks = Ranks(*(int(os.environ.get(name, alone)) for name, alone in names))
+    if device.type == "cuda":
         if device.index is None:
             count = torch.cuda.device_count()
             ranks.backend = "cpu:gloo,cuda:nccl" if ranks.local_size <= count else "gloo"

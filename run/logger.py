@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from datetime import datetime, timedelta
@@ -47,14 +48,16 @@ class Episodes:
 class Logger:
     """Writes a run's numbers to TensorBoard and its progress to the terminal.
 
-    In `folder` each run that had this id has one of its own. A resumed run writes on in its own, so that there is one
-    curve; what was logged after the finished updates, `update`, is dropped.
+    In `folder` each run that had this id has a folder of its own. A resumed run writes on in its own, so that there is
+    one curve; what was logged after the finished updates, `update`, is dropped.
     """
 
     def __init__(self, folder: Path, config: Config, about: dict, update: int) -> None:
         self.config, self.about = config, about
         earlier = sorted(folder.glob("[0-9]*")) if len(about["starts"]) > 1 else []
         self.folder = earlier[-1] if earlier else folder / f"{datetime.now():%Y%m%d-%H%M%S-%f}"
+        self.folder.mkdir(parents=True, exist_ok=True)  # so that one who goes on before the first update finds it
+        self.started, self.first = time.perf_counter(), update
         # The thread that writes hands its errors on to whoever logs next; they need not be shown as well.
         threading.excepthook = lambda error: None if error.exc_type is OSError else sys.__excepthook__(*error[:3])
         self.writer: Any = None
@@ -89,16 +92,17 @@ class Logger:
         self._show(update, scalars)
 
     def _show(self, update: int, scalars: dict[str, float]) -> None:
-        tags, rate = ("reward", "success", "length"), scalars["performance/update_steps_per_second"]
-        shown = [f"{name} {scalars[tag]:.2f}" for name in tags if (tag := f"episode/{name}_mean") in scalars]
-        words = f"{' '.join(shown) or 'no episode has ended yet'} {rate:,.0f} steps/s"
+        means = {name: scalars.get(f"episode/{name}_mean") for name in ("reward", "success", "length")}
+        shown = [f"{name} {mean:.2f}" for name, mean in means.items() if mean is not None]
+        shown = shown or ["no episode has ended yet"]
+        shown.append(f"{scalars['performance/update_steps_per_second']:,.0f} steps/s")
         if not self.bar.disable:
-            self.bar.set_description_str(words, refresh=False)
+            self.bar.set_description_str(" ".join(word for word in shown if "length" not in word), refresh=False)
             self.bar.update()
             return
-        left = timedelta(seconds=round((self.config.updates - update) * self.config.samples / rate))
-        print(f"update {update}/{self.config.updates} step {update * self.config.samples:,} {words} left {left}",
-              file=sys.stderr, flush=True)  # fmt: skip
+        seconds = (time.perf_counter() - self.started) / (update - self.first) * (self.config.updates - update)
+        print(f"update {update}/{self.config.updates} step {update * self.config.samples:,} {' '.join(shown)} "
+              f"left {timedelta(seconds=round(seconds))}", file=sys.stderr, flush=True)  # fmt: skip
 
     def close(self) -> None:
         """Finish the files and the bar."""

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import secrets
 import signal
 import sys
@@ -17,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from environments.contract import Task
 from run.checkpoint import compact, list_checkpoints, load_newest, model_file, provenance, save_checkpoint, write_file
-from run.cli import check_writable, cores
+from run.cli import RUN_ID, check_writable, cores
 from run.config import Config, check_config, load_config
 from run.distributed import Interrupted, Ranks
 from run.evaluations import Evaluations
@@ -87,7 +88,8 @@ class Run:
         self.resumed, self.ranks = checkpoint is not None, options.ranks
         self.model, self.folder = MODELS / f"{run_id}.nn", CHECKPOINTS / run_id
         self.state: dict[str, Any] = checkpoint or {"update": 0}  # after the last update
-        self.ranks.how_to_go_on = f"; to go on from the last checkpoint: train.py --resume={run_id}"
+        self.command = f"{'python' if self.ranks.size == 1 else 'torchrun …'} train.py --resume={run_id}"
+        self.ranks.how_to_go_on = f"; to go on from the last checkpoint: {self.command}"
         made_by = provenance(options.device)
         start = {"time": f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}", "update": self.state["update"]}
         starts = checkpoint["run"]["starts"] if checkpoint else []
@@ -165,7 +167,7 @@ class Run:
 
     def _how_to_go_on(self) -> str:
         last = list_checkpoints(self.folder)[-1:]
-        return f"to go on from {last[0]}: train.py --resume={self.name}" if last else "no checkpoint could be written"
+        return f"to go on from {last[0]}: {self.command}" if last else "no checkpoint could be written"
 
     def _kept(self) -> dict[str, Any]:
         """Return the state after the last update, with what is known about the run so far."""
@@ -227,7 +229,9 @@ def chosen_run(arguments: Any, ranks: Ranks, device: torch.device) -> Run:
     run_id, config, seed, checkpoint = ranks.from_first(chosen)
     config = config.model_copy(update={"updates": arguments.updates or config.updates})
     if config.n_workers % ranks.size:
-        raise UserError(f"n_workers: {config.n_workers} environments cannot be divided among {ranks.size} ranks")
+        fitting = ", ".join(str(size) for size in range(1, config.n_workers + 1) if config.n_workers % size == 0)
+        raise UserError(f"n_workers: {config.n_workers} environments cannot be divided among {ranks.size} ranks; "
+                        f"allowed numbers of ranks are {fitting}")  # fmt: skip
     processes = arguments.processes or max(1, cores() // ranks.local_size)
     precision = arguments.precision or (checkpoint["run"]["precision"] if checkpoint else "float32")
     options = Options(device, processes, precision=precision, compile=arguments.compile, ranks=ranks)
@@ -250,6 +254,8 @@ def free_run_id(arguments: Any, restarted: bool) -> str:
     run_id = arguments.run_id or Path(arguments.config).stem
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and (arguments.overwrite or not arguments.run_id):
         raise UserError("torchrun's --max-restarts, which goes on with the run, needs its --run-id, no --overwrite")
+    if not re.fullmatch(RUN_ID, run_id):
+        raise UserError(f"--run-id: should match {RUN_ID!r}, not {run_id!r}")
     numbered = (f"{run_id}-{number}" if number > 1 else run_id for number in itertools.count(1))
     free = next(name for name in numbered if not (CHECKPOINTS / name).exists() and not (MODELS / f"{name}.nn").exists())
     if free != run_id and arguments.run_id and not (arguments.overwrite or restarted):

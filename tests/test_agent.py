@@ -136,7 +136,7 @@ def test_a_vector_environment_does_what_evaluation_does(tmp_path, monkeypatch, s
     agent = Agent.load(write(tmp_path / "model.nn", model, config, task), environments=3, seed=7)
     envs = [partial(planned, agent.section, seeds[index::3]) for index in range(3)]
     env = SyncVectorEnv(envs, autoreset_mode=AutoresetMode.SAME_STEP)
-    (observation, info), reward, ended = env.reset(), None, False
+    (observation, info), reward, ended = env.reset(), None, None
     lengths: list[list[int]] = [[0] for _ in range(3)]
     while min(map(len, lengths)) <= 2:
         actions = agent.act(observation, info.get("action_mask"), reward, ended)

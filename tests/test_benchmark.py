@@ -26,7 +26,7 @@ def test_versions_take_turns_with_their_environments(tmp_path):
     found = json.loads((tmp_path / "found.json").read_text())
     assert list(found) == ["poc_memory_env", f"poc_memory_env {ROOT}"]
     assert all(len(rows) == 1 and rows[0]["steps/s"] > 0 for rows in found.values())
-    warm, turn = (lambda name: f"warming up {name}"), (lambda name: f"turn 1 of {name}")
+    warm, turn = (lambda name: f"warming up {name}"), (lambda name: f"environments 1 of {name}")
     assert said.splitlines()[:4] == [say(name) for say in (warm, turn) for name in found] and "steps/s" in said
 
 

@@ -151,13 +151,12 @@ def test_groups_are_runs_of_one_config_and_commit():
     assert found == {"mine": 2, "mine @1234567": 1}
 
 
-def test_seeds_are_unseen_or_those_that_are_asked_for(capsys):
+def test_seeds_are_unseen_or_those_that_are_asked_for():
     """A number counts unseen ones; a range is taken as it is, and said to be of training where it is."""
     few = SimpleNamespace(reset_params={"start-seed": 0, "num-seeds": 10})
     many = SimpleNamespace(reset_params={})
-    assert chosen_seeds("2", 3, [few, many]) == [100_003, 100_004] and not capsys.readouterr().err
-    assert chosen_seeds("8:12", 3, [few]) == [8, 9, 10, 11]
-    assert capsys.readouterr().err == "--seeds: training may have drawn 2 of these 4\n"
+    assert chosen_seeds("2", 3, [few, many]) == ([100_003, 100_004], "")
+    assert chosen_seeds("8:12", 3, [few]) == ([8, 9, 10, 11], "--seeds: training may have drawn 2 of these 4")
     for text in ("0", "-3", "5:5", "9:3", ":4", "1:2:3", "x", "²", "9" * 30):
         with pytest.raises(UserError, match="--seeds: .* should be how many"):
             chosen_seeds(text, 0, [few])

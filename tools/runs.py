@@ -130,6 +130,7 @@ def fill(
             return False
         with lock:
             add_row(path, columns, row | {"setting": trial.setting})
+            show([*read_table(path, columns).values()], arguments.output)
         return True
 
     done = {(*key, row["setting"]): int(row["steps"]) for key, row in read_table(path, columns).items()}

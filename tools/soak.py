@@ -30,6 +30,7 @@ from run.checkpoint import list_checkpoints, load
 from run.cli import Arguments, Count, Seed, arguments_of, command_line
 
 ROOT = Path(__file__).resolve().parent.parent
+PATIENCE = 600  # seconds; what takes longer hangs
 KEYS = ("updates=40", "n_workers=8", "worker_steps=64", "n_mini_batch=4", "checkpoint_interval=4",
         "hidden_layer_size=32", "prediction_coefficient=0.1", "transformer.embed_dim=32")  # fmt: skip
 START = (f"--config={ROOT}/configs/poc_memory_env.yaml", "--seed=1", "--overwrite", *(f"--set={key}" for key in KEYS))
@@ -50,7 +51,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         os.chdir(place)
         os.environ |= {"OMP_NUM_THREADS": "1", "TMPDIR": place}
-        train("undisturbed")[0].wait()
+        train("undisturbed")[0].wait(PATIENCE)
         duration = time.monotonic() - began
         print("run,disturbance,after_seconds,exit_code,resumed_from,same_weights,left")
         while time.monotonic() < began + 60 * arguments.minutes:
@@ -81,15 +82,17 @@ def disturb(run_id: str, seconds: float) -> tuple:
     name = random.choice([*disturbances])
     with suppress(psutil.NoSuchProcess, OSError, IndexError):  # it has ended, or has nothing yet
         disturbances[name]()
-    code = training.wait()
+    code = training.wait(PATIENCE)
     expected, same = load(Path("models", "undisturbed.nn"), "model")["weights"], True
     for run in sorted({run_id, *(path.name for path in Path("checkpoints").glob(f"{run_id}*"))}):
         again, checkpoint = train(run)
-        if again.wait():
+        if again.wait(PATIENCE):
             sys.exit(Path(f"{run}.txt").read_text())
         weights = load(Path("models", f"{run}.nn"), "model")["weights"]
         same &= all(torch.equal(tensor, weights[key]) for key, tensor in expected.items())
-    _, alive = psutil.wait_procs(started, timeout=10)
+    time.sleep(1)  # until a resource tracker has gone, too
+    ours = [process for process in psutil.process_iter(["environ"]) if process.info["environ"]]
+    alive = [process for process in ours if process.info["environ"].get("TMPDIR") == os.environ["TMPDIR"]]
     left = [*(set(os.listdir("/dev/shm")) - shared), *(f"process {process.pid}" for process in alive)]
     return run_id, name, round(seconds, 2), code, checkpoint, same, " ".join(left)
 
