@@ -137,6 +137,11 @@ class Folded(NamedTuple):
         return Folded(*(part if part is None else part.to(torch.get_autocast_dtype(device)) for part in self))
 
 
+def by_head(x: Tensor, weights: Tensor) -> Tensor:
+    """Return (N, h, E): each head's rows of x (N, h, C) times its own matrix of `weights` (h, C, E)."""
+    return torch.bmm(x.transpose(0, 1), weights).transpose(0, 1)
+
+
 class Attention(nn.Module):
     """Multi-head attention of one query per sample to detached memory items.
 
@@ -177,13 +182,13 @@ class Attention(nn.Module):
         folded = self.folded or self.fold(norm)
         query = self.query(x).view(x.shape[0], self.num_heads, self.head_dim)  # (N, heads, C)
         content = query if self.relative is None else query + self.content_bias
-        questions = memory.to_places(torch.einsum("nhc,hcd->nhd", content, folded.key))  # (groups, Q·heads, D)
+        questions = memory.to_places(by_head(content, folded.key))  # (groups, Q·heads, D)
         if self.relative is not None:
-            by_distance = torch.einsum("nhc,hcl->nhl", query + self.position_bias, folded.table)
+            by_distance = by_head(query + self.position_bias, folded.table)  # (N, heads, L+1)
             bias = bias + memory.by_column(by_distance)
         mixture, weights = Attend.apply(questions, bias, *columns)
         context = memory.to_queries(mixture, self.num_heads)  # (N, heads, D)
-        values = torch.einsum("nhd,hcd->nhc", context, folded.value).flatten(1)  # (N, D)
+        values = by_head(context, folded.value.mT).flatten(1)  # (N, D)
         values = values if folded.shift is None else values + folded.shift
         return self.out(values * memory.nonempty), weights
 
