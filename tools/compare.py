@@ -109,7 +109,7 @@ def save(axes, path: Path) -> None:
     """Write the figure that axes belong to, with one legend for all of its panels below it."""
     figure = axes.figure
     lines = {line.get_label(): line for panel in figure.axes for line in panel.get_legend_handles_labels()[0]}
-    figure.legend(handles=list(lines.values()), loc="outside lower center", ncols=3)
+    figure.legend(handles=list(lines.values()), loc="outside lower center", ncols=3 if len(figure.axes) > 1 else 2)
     figure.savefig(path, dpi=150)
 
 
