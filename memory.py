@@ -27,7 +27,7 @@ class Timeline:
 
     Column L + t holds what step t of this rollout wrote, the first L columns the last L of the previous rollout. What a
     step may look at are the last min(step, L) columns before its own, so that nothing depends on the number or the
-    length of episodes. A rollout has `steps` steps. Where products are of bfloat16, items are stored so: they are read
+    length of episodes. A rollout has `steps` steps. Where products are in bfloat16, so are stored items: they are read
     far more often than written, and to cast them for every step took as long as all else that the policy does.
     """
 
@@ -299,7 +299,7 @@ def policy_step(
     """
     index = store.add(arrays, rows)
     mask = None if arrays.masks is None else to_device(arrays.masks[rows].copy(), memory.device)
-    # Inference mode is a little faster, but autocast would cast all weights at every step in it.
+    # Inference mode is a little faster, but in it autocast would cast all weights at every step.
     with torch.no_grad() if torch.is_autocast_enabled(memory.device.type) else torch.inference_mode():
         output = forward(store.embed(model, index, step), memory.past(rows, t, step), mask)
         memory.write(rows, t, output.kept, step)

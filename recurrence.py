@@ -34,7 +34,7 @@ class MemorylessConfig(Declared):
 
 @dataclass
 class Fragments:
-    """The past of N steps: they are stretches of steps of one episode each, with the state before the first of each."""
+    """The past of N steps: stretches that each lie within one episode, and the state before the first step of each."""
 
     state: Tensor  # (F, width) of each fragment, the longest fragment first
     order: Tensor  # (N,) int64 the steps as in a `PackedSequence`: first steps of all fragments, then second ones, …

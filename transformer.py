@@ -70,7 +70,7 @@ class MemoryView:
     distance: Tensor  # (groups, Q) steps from the group's first column to each query
     valid: Tensor  # (groups, Q) how many steps back each query may look
     nonempty: Tensor  # (N, 1) float, 0 where a query sees nothing, else 1
-    rows: Tensor | None = None  # (groups, K') which columns of `items` the group's are; None where they are all there
+    rows: Tensor | None = None  # (groups, K') which columns of `items` are each group's; None where `items` is by group
     own: int = 0  # Q if queries see what earlier ones of their group write, else 0
     step: Tensor | None = None  # (N,) episode step of each query, where `own` is not 0
     item_step: Tensor | None = None  # (groups, K') episode step of each column; for the learned encoding only

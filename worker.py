@@ -186,7 +186,7 @@ class EnvironmentRunner:
     def _replay(self, index: int, episode: Episode) -> bool:
         """Bring a running episode back; return False where that fails, for it is not deterministic, and begin anew."""
         arrays, task = self.arrays, self.task
-        for name in arrays.memory:  # what it has shown last is what its end shows, if it cannot be brought back
+        for name in arrays.memory:  # its last observation counts as its final one if it cannot be brought back
             getattr(self.final, name)[index] = getattr(arrays, name)[index]
         self._reset(index, episode.number)
         actions = np.frombuffer(episode.actions, packed_type(task)).reshape(-1, task.action_size)
@@ -202,7 +202,7 @@ class EnvironmentRunner:
         return False
 
     def step(self, index: int) -> list[tuple[int, dict | None]]:
-        """Step an environment; if that ends its episode, return it and the report, None where the episode was lost."""
+        """Step an environment; if that ends its episode, return its index and report, None for a lost episode."""
         arrays, env = self.arrays, self.envs[index]
         if index in self.lost:
             self.lost.remove(index)

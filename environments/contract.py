@@ -64,7 +64,7 @@ def failure_of(error: BaseException) -> str:
 
 
 def try_out(env: Any, seed: int = 0) -> Task:
-    """Play one step of a `GymnasiumEnv`, which tells whether actions are masked, and return its task.
+    """Play one step of a `GymnasiumEnv` to see whether its actions are masked; return its task.
 
     The seed has to be one that training may draw: some environments have few.
     """

@@ -77,7 +77,7 @@ class GymnasiumEnv(gymnasium.Wrapper):
         return {"reward": self._reward, "length": self._length}
 
     def observed(self, observation: Any, action: Any, reward: float | None) -> Any:
-        """Return what the agent sees of an observation, by the action and the reward before it, None at a beginning."""
+        """Return what the agent sees of an observation, given the action and reward before it, None at the start."""
         if action is not None and reward is None and self.previous_reward:
             raise BrokenContract("needs reward=…, the one of the last step: the agent sees it (previous_reward)")
         frame, vector = self._observer.frame(observation), None

@@ -138,8 +138,8 @@ class MemoryGymTask(gymnasium.Wrapper):
         """Return success and completed commands of an episode of Mortar Mayhem that has just ended.
 
         Memory Gym counts the last command even if it fails, and does not count one that was completed (and rewarded) if
-        the agent then leaves the target while the other tiles are deadly. Only in the step that verifies a command,
-        where `_command_verify_step` is 1, does an agent off its target mean that it failed.
+        the agent then leaves the target while the other tiles are deadly. An agent off its target has failed only in
+        the step that verifies the command, where `_command_verify_step` is 1.
         """
         task = self._task
         success = task.normalized_agent_position == task._target_pos

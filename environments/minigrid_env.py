@@ -106,7 +106,7 @@ def words_of(mission: str) -> list[str]:
 
 
 def missions_of(space: Any) -> list[str]:
-    """Return the first missions of a mission space, or of BabyAI's what they consist of."""
+    """Return the first missions of a mission space; for BabyAI's, the words and phrases that missions consist of."""
     from minigrid.core.constants import COLOR_NAMES
     from minigrid.envs.babyai.core.roomgrid_level import BabyAIMissionSpace
     from minigrid.envs.babyai.core.verifier import LOC_NAMES, OBJ_TYPES

@@ -11,7 +11,7 @@ MOST_COLUMNS, SHORTEST_SIDE, SMALLEST_CELL = 16, 96, 12
 def frame_picture(frame: np.ndarray) -> np.ndarray:
     """Return a frame (channels, height, width) as a picture (height, width, 3) that can be looked at, a copy.
 
-    Stacks show their newest picture. Small grids, whose numbers are rather kinds, are brought to the full range.
+    Stacks show their newest picture. Small grids, whose numbers stand for kinds, are scaled to the full range.
     """
     shown = frame[-3:] if len(frame) % 3 == 0 else frame[-1:].repeat(3, axis=0)
     if min(frame.shape[1:]) < SMALLEST_PICTURE:

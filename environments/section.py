@@ -11,7 +11,7 @@ from pydantic.json_schema import SkipJsonSchema
 from typing_extensions import TypedDict
 
 Whole = Annotated[int, Field(strict=True)]
-# Texts of numbers, too, for YAML 1.1 reads 3e-4 as a text; but True is no 1.
+# Numbers may also be given as text, because YAML 1.1 reads 3e-4 as text; True is not accepted as 1.
 not_a_flag = BeforeValidator(lambda value: str(value) if isinstance(value, bool) else value)
 Number = Annotated[float, Field(allow_inf_nan=False), not_a_flag]
 Flag = Annotated[bool, Field(strict=True)]

@@ -36,7 +36,7 @@ def check_size(space: gymnasium.Space, what: str, count: int, most: int = MOST_E
 
 
 def leaves(space: gymnasium.Space, path: tuple = (), name: str = "") -> Iterator[tuple[tuple, Any, str]]:
-    """Yield the keys that lead to each space inside nested Dicts and Tuples, it, its name: `key.inner`, `key[0]`."""
+    """Yield, for each space inside nested Dicts and Tuples, its keys, itself and its name: `key.inner`, `key[0]`."""
     if isinstance(space, spaces.Dict):
         for key, part in space.spaces.items():
             yield from leaves(part, (*path, key), f"{name}.{key}" if name else str(key))

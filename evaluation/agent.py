@@ -40,7 +40,7 @@ class Agent:
 
     Args:
         environments: n; None for one whose observations and actions come singly.
-        seed: what actions are drawn from; unless `deterministic`: then they are the most probable ones.
+        seed: what actions are drawn from; with `deterministic`, they are the most probable ones instead.
         own: which of how many environments of all ranks these are; by default there are no others.
         registered: one such environment, if observations and actions are those of what is registered with Gymnasium;
             by default they are those of `create_env(agent.section)`.
@@ -98,7 +98,7 @@ class Agent:
         """Return an action of `action_space`, or n of them as a vector environment takes them.
 
         UserError if something is missing or not as declared, or an episode has ended without `reset`; nothing is
-        remembered of it, and what is right can follow.
+        remembered of such a call, and a correct one can follow.
 
         Args:
             observation: of `observation_space`, or n of them as a vector environment returns them.
@@ -221,7 +221,7 @@ def play_episodes(
     Every environment has a fixed list of episodes, so that processes do not matter; it plays on until all are done.
 
     Args:
-        action_seed: all actions are drawn from it; unless `deterministic`: then they are the most probable ones.
+        action_seed: what all actions are drawn from; with `deterministic`, they are the most probable ones instead.
         processes: how many step the environments.
         max_steps: after how many steps an episode is cut, if at all.
         progress: called with the number of episodes that have just ended.

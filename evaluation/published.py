@@ -10,7 +10,7 @@ COLUMNS = ("environment", "task", "run", "metric", "steps", "mean", "std_over_ru
 def read_references(texts: list[str], metric: str, tasks: list[str]) -> dict[str, np.ndarray]:
     """Return the curves of a metric that --reference names, each text `<file>:<task>/<run>,<task>/<run>…`.
 
-    They are by task/run, rows (n,) of `COLUMNS` in order of steps; UserError where there is none of these tasks.
+    They are rows (n,) of `COLUMNS` in order of steps, by task/run; UserError where `tasks` have no such curve.
     """
     curves = {}
     for text in texts:

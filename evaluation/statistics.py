@@ -53,8 +53,8 @@ class Evaluated:
 class Point:
     """One place on a learning curve: models of several runs after the same number of steps, or one model.
 
-    Its `statistics` have of each metric `summarise`, the mean of each of the `runs`, and in how many `episodes`, `of`
-    all, it is. They aggregate "runs", which are averaged first, or "episodes", which are pooled.
+    By metric, `statistics` hold what `summarise` returns, each run's mean (`runs`), and how many episodes report it
+    (`episodes`) out of how many (`of`). They aggregate "runs", averaged first, or "episodes", which are pooled.
     """
 
     def __init__(self, models: list[Evaluated], aggregate: str) -> None:
@@ -148,8 +148,8 @@ def pulls_on_iqm(rows: np.ma.MaskedArray, iqm: float) -> np.ndarray:
 def chosen_seeds(text: str, skip: int, sections: Iterable[Any]) -> tuple[list[int], str]:
     """Return the environment seeds that --seeds asks for, and what is to be said of them, "" if nothing is.
 
-    "50" are so many that training has not seen in any of the `environment` sections, of which `skip` are left out
-    first; "0:10" are 0 to 9, whether it has or not; all else is a UserError.
+    "50" asks for 50 that training has seen in none of the `environment` sections, after leaving out the first `skip`;
+    "0:10" asks for 0 to 9, seen or not; anything else is a UserError.
     """
     trained = [training_seeds(section) for section in sections]
     match = re.fullmatch(r"(?:([0-9]{1,10}):)?([0-9]{1,10})", text)

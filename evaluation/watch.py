@@ -86,7 +86,7 @@ class Player:
             self.env.close()
 
     def play(self, seed: int) -> Iterator[Moment]:
-        """Play one episode by the seed of environment and actions; yield its steps before they are taken, and its end.
+        """Play one episode, with one seed for environment and actions; yield each step before it is taken, and the end.
 
         EnvironmentFailure, in one line, if the environment fails, breaks its contract or cannot be drawn.
         """
@@ -272,7 +272,7 @@ def describe(result: dict[str, float]) -> list[str]:
 
 
 def draw_episode(player: Player, seed: int, fps: int, dpi: int = DPI) -> Iterator[tuple[Moment, list[np.ndarray]]]:
-    """Play an episode; yield each moment with its picture, at the end as often as reading takes; none if fps is 0."""
+    """Play an episode; yield each moment and its picture, repeated at the end to be read; no pictures if fps is 0."""
     painter, title = None, f"{task_name(player.config.environment)}, seed {seed}"
     for moment in player.play(seed):
         if fps and painter is None:

@@ -59,7 +59,7 @@ def arguments_of(doc: str, kind: type[Given]) -> Given:
 
 
 def problems(error: ValidationError, given: Any, known: Sequence[str] = ()) -> list[str]:
-    """Return a line for each key that pydantic found wrong in what it was given, with the nearest of the known."""
+    """Return a line for each key that pydantic found wrong; for an unknown one, it suggests the nearest known key."""
     lines: dict[str, str] = {}
     for found in error.errors(include_url=False, include_context=False):
         path, value = list[str](), given
@@ -120,7 +120,7 @@ def step_limit(max_steps: int | None, task) -> int | None:
 
 
 def command_line(main: Callable[[], None]) -> None:
-    """Run a command line: what the user can put right is a line each, exit code 2; an environment that fails, 1."""
+    """Run a command line; exit with code 2 after printing the user's mistakes, with 1 where an environment failed."""
     sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)
     try:
         main()

@@ -36,7 +36,7 @@ class Episodes:
         self.ended += ended
 
     def collect(self) -> dict[str, float]:
-        """Count what was added on all ranks, in the order in which it ended; return means by tag, if any has ended."""
+        """Extend `latest` by what all ranks added, in the order of its end; return means by tag, if there are any."""
         ended = [episode for episodes in self.ranks.gather(self.ended) for episode in episodes]
         self.latest += [report for _, _, report in sorted(ended, key=lambda episode: episode[:2])]
         self.ended.clear()
@@ -56,7 +56,7 @@ class Logger:
         self.config, self.about = config, about
         earlier = sorted(folder.glob("[0-9]*")) if len(about["starts"]) > 1 else []
         self.folder = earlier[-1] if earlier else folder / f"{datetime.now():%Y%m%d-%H%M%S-%f}"
-        self.folder.mkdir(parents=True, exist_ok=True)  # so that one who goes on before the first update finds it
+        self.folder.mkdir(parents=True, exist_ok=True)  # so that a run resumed before its first update finds it
         self.started, self.first = time.perf_counter(), update
         # The thread that writes hands its errors on to whoever logs next; they need not be shown as well.
         threading.excepthook = lambda error: None if error.exc_type is OSError else sys.__excepthook__(*error[:3])

@@ -78,7 +78,7 @@ class Options:
 class Run:
     """What surrounds a training: a folder with its checkpoints, whose name is that of the run; a log; models.
 
-    It knows nothing of the trainer, whose `state` is plain data: of a run that goes on, first the checkpoint's.
+    It knows nothing of the trainer, whose `state` is plain data: a resumed run begins with the checkpoint's.
     """
 
     def __init__(
@@ -221,7 +221,7 @@ def joined(parts: list[Any]) -> Any:
 
 
 def chosen_run(arguments: Any, ranks: Ranks, device: torch.device) -> Run:
-    """Return the run that train.py's command line means: rank 0 reads and draws, all know."""
+    """Return the run that train.py's command line means: rank 0 reads and draws for all ranks."""
     chosen = None
     with ranks.agree_on(UserError):
         if ranks.first:

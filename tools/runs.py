@@ -34,7 +34,7 @@ OPTIONS = """
     -h --help           Show this.
 
 What there is already is not done again, so it may be interrupted at any time. A run whose
-config has changed, or that is to be longer, is done anew. Of each run <output>.csv has a row.
+config has changed, or that is to be longer, is done anew. <output>.csv has a row for each run.
 """
 
 
@@ -108,7 +108,7 @@ def fill(
 ) -> None:
     """Carry out the trials that a table lacks, each on a core of its own, then show it; exit code 1 where one failed.
 
-    Each run's row is added at once. Several processes may add to a table, as long as their runs are others.
+    Each run's row is added at once. Several processes may add to a table, as long as their runs differ.
 
     Args:
         columns: the first ones are those of `Trial.key`, up to the seed.
@@ -144,7 +144,7 @@ def fill(
 def trained(trial: Trial) -> Row:
     """Train a run to its end, from its newest checkpoint if it has one; return the row of evaluate.py.
 
-    What is said goes to a file beside the summaries; UserError has its last line where anything failed.
+    What is printed goes to a file beside the summaries; where anything fails, a UserError quotes its last line.
     """
     run_id, output = trial.run_id, Path("summaries", f"{trial.run_id}-evaluation.csv")
     training = [f"--resume={run_id}"]

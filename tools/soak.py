@@ -44,7 +44,7 @@ class Given(Arguments):
 
 
 def main() -> None:
-    """Disturb runs in a folder of their own until the time is over, or one has lost or left anything: exit code 1."""
+    """Disturb runs in a folder of their own until the time is over; exit with 1 once one has lost or left anything."""
     arguments = arguments_of(__doc__, Given)
     random.seed(arguments.seed)
     began, number = time.monotonic(), 0
