@@ -91,6 +91,7 @@ def to_file(*suffixes: str) -> AfterValidator:
     """Return the check of an option that names a file to be written, with one of these endings."""
 
     def check(path: Path) -> Path:
+        """Return the path; ValueError, saying what it should be, where it is not that."""
         if path.is_dir():
             raise ValueError("should be a file")
         if not path.name.lower().endswith(suffixes):

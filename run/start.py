@@ -137,12 +137,13 @@ class Run:
         due = {name for name, interval in intervals.items() if interval and update % interval == 0}
         if self.ranks.first:
             self.log.log(update, scalars, state["weights"] if "histogram" in due else {})
+            model = model_file(self._kept()) if due & {"model", "eval", "video"} else b""
             if "model" in due:
                 with self._telling(self.folder):
-                    write_file(self.folder / f"model-{update * self.config.samples:012d}.nn", model_file(self._kept()))
+                    write_file(self.folder / f"model-{update * self.config.samples:012d}.nn", model)
             with self._telling(self.log.folder):
                 if due & {"eval", "video"}:
-                    self.evaluations.offer(model_file(self._kept()), due & {"eval", "video"})
+                    self.evaluations.offer(model, due & {"eval", "video"})
                 self.evaluations.go_on()
         if "checkpoint" in due:  # last: a resumed run repeats nothing before it
             self._save()

@@ -10,6 +10,7 @@ Options:
     --memories=<names>  Only these: trxl, segments, gtrxl, gru, lstm, none.
     --output=<file>     [default: docs/results/memories]."""
 
+import io
 import itertools
 import statistics
 from pathlib import Path
@@ -110,7 +111,9 @@ def save(axes, path: Path) -> None:
     figure = axes.figure
     lines = {line.get_label(): line for panel in figure.axes for line in panel.get_legend_handles_labels()[0]}
     figure.legend(handles=list(lines.values()), loc="outside lower center", ncols=3 if len(figure.axes) > 1 else 2)
-    figure.savefig(path, dpi=150)
+    stream = io.BytesIO()
+    figure.savefig(stream, dpi=150)
+    write_file(path, stream.getvalue())
 
 
 if __name__ == "__main__":

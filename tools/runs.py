@@ -123,6 +123,7 @@ def fill(
             os.sched_setaffinity(0, {free.pop(0)})
 
     def came_to_something(trial: Trial) -> bool:
+        """Train, measure and add a run; say why and return False where that fails."""
         try:
             row = dict(zip(columns, trial.key, strict=False)) | measure(trial, trained(trial))
         except UserError as error:
@@ -137,7 +138,8 @@ def fill(
     missing = [trial for trial in trials if done.get((*trial.key, trial.setting), 0) < trial.steps]
     with ThreadPoolExecutor(min(arguments.parallel or cores(), cores()), initializer=take_a_core) as pool:
         came = list(tqdm(pool.map(came_to_something, missing), total=len(missing), unit="run", disable=not missing))
-    show([*read_table(path, columns).values()], arguments.output)
+    if not missing:  # otherwise each run has shown it
+        show([*read_table(path, columns).values()], arguments.output)
     sys.exit(0 if all(came) else 1)
 
 
