@@ -146,6 +146,20 @@ def channels_last(module: nn.Module) -> None:
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # PyTorch's declarations leave it out
 
 
+def wide_convolution(x: Tensor, conv: nn.Conv2d, weight: Tensor) -> Tensor:
+    """Return the convolution of x (N, C, H, W) by `conv` with the kernels `weight`, at strides that divide them.
+
+    As many columns as a kernel moves by are read as one with so many times the channels: with channels last both x and
+    the kernels lie in memory like that already. Processors multiply 12 channels about as fast as 3.
+    """
+    stride, (outputs, _, height, width) = conv.stride[1], weight.shape
+    n, channels, rows, columns = x.shape
+    used = (columns - width) // stride * stride + width  # columns that any kernel sees
+    x = x[..., :used].permute(0, 2, 3, 1).reshape(n, rows, used // stride, stride * channels)
+    weight = weight.permute(0, 2, 3, 1).reshape(outputs, height, width // stride, stride * channels)
+    return F.conv2d(x.permute(0, 3, 1, 2), weight.permute(0, 3, 1, 2), conv.bias, (conv.stride[0], 1))
+
+
 class VisualEncoder(nn.Module):
     """The convolutional encoder of Mnih et al. 2015 for uint8 frames (C, H, W), then a linear layer to D.
 
@@ -166,11 +180,11 @@ class VisualEncoder(nn.Module):
 
     def forward(self, frames: Tensor) -> Tensor:
         """Return (N, D) for uint8 frames (N, C, H, W)."""
+        frames = frames.to(torch.bfloat16 if torch.is_autocast_enabled(frames.device.type) else torch.float32)
         # Pixels are 255ths: cheaper to say to the few weights than to the many pixels.
-        x = F.conv2d(frames.to(torch.float32), self.conv1.weight * (1 / 255), self.conv1.bias, self.conv1.stride)
-        for conv in (self.conv2, self.conv3):
-            x = conv(F.relu_(x))
-        x = F.relu_(x)
+        x = F.relu_(wide_convolution(frames, self.conv1, self.conv1.weight * (1 / 255)))
+        x = F.relu_(wide_convolution(x, self.conv2, self.conv2.weight))
+        x = F.relu_(self.conv3(x))
         return F.relu(self.hidden(x.flatten(1)))  # (N, 64·h·w), channels first as in the reference
 
 

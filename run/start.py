@@ -25,8 +25,8 @@ from run.evaluations import Evaluations
 from run.logger import Logger
 from utils import EnvironmentFailure, NonFinite, UserError
 
-# So many environments with frames take turns in two halves on the CPU, too: half a batch costs the policy more than
-# half, which has to be less than what the other half of the environments takes.
+# So many environments with frames take turns in two halves on several cores, too: half a batch costs the policy more
+# than half, which has to be less than what the other half of the environments takes.
 OVERLAP_WORTH = 32
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # the last two: of clusters, before the end
 MODELS, CHECKPOINTS, SUMMARIES = Path("models"), Path("checkpoints"), Path("summaries")
@@ -72,7 +72,8 @@ class Options:
 
     def overlaps(self, task: Task, n_workers: int) -> bool:
         """Return whether half of a run's environments step while the policy looks at the other half."""
-        return self.device.type == "cuda" or (task.frame is not None and n_workers >= OVERLAP_WORTH)
+        worth = task.frame is not None and n_workers >= OVERLAP_WORTH and cores() > 1
+        return self.device.type == "cuda" or worth
 
 
 class Run:
