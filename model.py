@@ -180,7 +180,8 @@ class VisualEncoder(nn.Module):
 
     def forward(self, frames: Tensor) -> Tensor:
         """Return (N, D) for uint8 frames (N, C, H, W)."""
-        frames = frames.to(torch.bfloat16 if torch.is_autocast_enabled(frames.device.type) else torch.float32)
+        device = frames.device.type
+        frames = frames.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32)
         # Pixels are 255ths: cheaper to say to the few weights than to the many pixels.
         x = F.relu_(wide_convolution(frames, self.conv1, self.conv1.weight * (1 / 255)))
         x = F.relu_(wide_convolution(x, self.conv2, self.conv2.weight))
