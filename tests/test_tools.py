@@ -67,7 +67,7 @@ def test_what_is_near_the_best_counts(tmp_path):
         rows.append({name: str(text) for name, text in {"task": task, "seed": seed, "setting": "s", **figures}.items()})
     write_table(published, rows, tmp_path / "table")
     text = (tmp_path / "table.md").read_text()
-    assert "| AEasy | 2 | 100 | 0.495 ± 0.275 | 0.495 ± 0.275 | 9.000 ± 0.000 | 0.1 | 0.5 GRU |" in text
+    assert "| AEasy | s | 2 | 100 | 0.495 ± 0.275 | 0.495 ± 0.275 | 9.000 ± 0.000 | 0.1 | 0.5 GRU |" in text
     assert "of 3 tasks: 1 by the mean over 65,536 steps and 1 by the final evaluation." in text
 
 

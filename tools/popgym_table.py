@@ -5,6 +5,7 @@ Usage:
 
 <output>.md has a line for each task, means over runs.
 Example: python -m tools.popgym_table --seeds=1 --tasks=Easy
+Control: python -m tools.popgym_table --config=configs/popgym_control.yaml --tasks=Cart,Pendulum
 
 Options:
     --config=<file>     Setting of all runs [default: configs/popgym.yaml].
@@ -61,7 +62,7 @@ def measure(trial: Trial, found: Row) -> dict:
 
 def write_table(published: dict[str, Row], rows: list[Row], output: Path) -> None:
     """Write a Markdown table with a line for each task and setting, and how many tasks come to the best published."""
-    headings = ["task", "runs", "steps", *FIGURES.values(), "published GRU", "published best"]
+    headings = ["task", "config", "runs", "steps", *FIGURES.values(), "published GRU", "published best"]
     lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
     reached = dict.fromkeys(COUNTED, 0)
     for task, known in published.items():
@@ -71,7 +72,7 @@ def write_table(published: dict[str, Row], rows: list[Row], output: Path) -> Non
             steps = "–".join(f"{steps:,}" for steps in sorted({int(row["steps"]) for row in found}))
             figures = [mean_and_deviation([float(row[name]) for row in found]) for name in FIGURES]
             best = f"{known['best']} {known['method']}"
-            cells = [task, str(len(found)), steps, *figures, known["gru_2023"] or "–", best]
+            cells = [task, setting.rsplit("-", 1)[0], str(len(found)), steps, *figures, known["gru_2023"] or "–", best]
             lines.append(f"| {' | '.join(cells)} |")
         for name in COUNTED if own else ():
             mean = float(np.mean([float(row[name]) for row in own]))
