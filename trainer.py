@@ -72,7 +72,7 @@ class PPOTrainer:
         for module in (self.model, self.auxiliary):  # processors differ in what they draw
             module.load_state_dict(self.ranks.from_first({n: w.cpu() for n, w in module.state_dict().items()}))
         self.forward = torch.compile(self.model, dynamic=True) if options.compile else self.model
-        self.optimizer = Optimizer({"": self.model, "auxiliary.": self.auxiliary}, config.max_grad_norm)
+        self.optimizer = Optimizer({"": self.model, "auxiliary.": self.auxiliary}, config.max_grad_norm, config.amsgrad)
         self.dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32  # of matrix products
         self.buffer = Buffer(config, self.model, self.device, self.ranks, self.dtype)
         self.generator = torch.Generator(self.device)

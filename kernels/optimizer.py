@@ -15,7 +15,7 @@ class Optimizer:
     parameters, have to be on their device already, and keep these parameters from now on.
     """
 
-    def __init__(self, modules: dict[str, nn.Module], max_grad_norm: float) -> None:
+    def __init__(self, modules: dict[str, nn.Module], max_grad_norm: float, amsgrad: bool = False) -> None:
         self.max_grad_norm = max_grad_norm
         owners: dict[str, list[nn.Parameter]] = {}
         for prefix, module in modules.items():
@@ -33,7 +33,7 @@ class Optimizer:
             parameter.data = self.weights.as_strided(*place)
             parameter.grad = self.gradient.as_strided(*place)
             offset += padded_size(parameter)
-        self.adamw = torch.optim.AdamW([self.weights], fused=True)
+        self.adamw = torch.optim.AdamW([self.weights], fused=True, amsgrad=amsgrad)
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """Step by so much from now on."""

@@ -37,6 +37,7 @@ class Config(ModelConfig):
     )
     value_loss_coefficient: Coefficient = Field(0.5, description="Weight of the value loss (squared error without ½).")
     max_grad_norm: Number = Field(0.25, ge=1e-6, le=10**6, description="All gradients are clipped to this norm.")
+    amsgrad: Flag = Field(False, description="Second moments of AdamW never fall (Reddi et al. 2018).")
     kl_limit: Coefficient = Field(0.0, description="Limit of the acting policy's KL (root mean square); 0 is none.")
     normalize_advantages: Flag = Field(True, description="Advantages are normalised in each minibatch.")
     advantage_floor: Number = Field(

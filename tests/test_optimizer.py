@@ -3,6 +3,7 @@
 import copy
 
 import canonical
+import pytest
 import torch
 
 from kernels.optimizer import Optimizer
@@ -27,11 +28,13 @@ def loss_of(model, step):
     return (1e-3 if step % 2 else 1) * sum((parameter * slope).sum() for parameter, slope in terms)
 
 
-def test_optimizer_is_adamw_with_clipped_gradients():
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_optimizer_is_adamw_with_clipped_gradients(amsgrad):
     """Weights and reported norms are those of PyTorch's AdamW and clip_grad_norm_ on separate parameters."""
     model = canonical.build(CONFIG, (3, 36, 36))
     plain = copy.deepcopy(model)
-    optimizer, adamw = Optimizer({"": model}, 0.5), torch.optim.AdamW(plain.parameters(), lr=3e-3)
+    optimizer = Optimizer({"": model}, 0.5, amsgrad)
+    adamw = torch.optim.AdamW(plain.parameters(), lr=3e-3, amsgrad=amsgrad)
     optimizer.set_learning_rate(3e-3)
     assert set(optimizer.modules) == set(MODULES)
     for step in range(4):
