@@ -15,7 +15,7 @@ class Optimizer:
     parameters, have to be on their device already, and keep these parameters from now on.
     """
 
-    def __init__(self, modules: dict[str, nn.Module], max_grad_norm: float, amsgrad: bool = False) -> None:
+    def __init__(self, modules: dict[str, nn.Module], max_grad_norm: float, amsgrad: bool) -> None:
         self.max_grad_norm = max_grad_norm
         owners: dict[str, list[nn.Parameter]] = {}
         for prefix, module in modules.items():
