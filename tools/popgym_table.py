@@ -3,12 +3,13 @@
 Usage:
     popgym_table [options]
 
-<output>.md has a line for each task, means over runs.
+<output>.md has a line for each task, means over runs. Where a config's updates are too few,
+UPDATES in tools/popgym_table.py says how many there are by default.
 Example: python -m tools.popgym_table --seeds=1 --tasks=Easy
-Control: python -m tools.popgym_table --config=configs/popgym_control.yaml --tasks=Cart,Pendulum
 
 Options:
-    --config=<file>     Setting of all runs [default: configs/popgym.yaml].
+    --config=<file>     Setting of all runs; by default popgym_control.yaml for CartPole and
+                        Pendulum, and popgym.yaml for the others.
     --output=<file>     [default: docs/results/popgym]."""
 
 import itertools
@@ -22,7 +23,10 @@ from run.cli import arguments_of, command_line
 from tools.runs import EPISODES, OPTIONS, Given, Row, Trial, chosen, digest, fill, make_trial, read_rows, scalars
 from utils import UserError
 
-PUBLISHED = Path(__file__).resolve().parent.parent / "docs" / "published" / "popgym.csv"
+HERE = Path(__file__).resolve().parent.parent
+PUBLISHED = HERE / "docs" / "published" / "popgym.csv"
+CONTROL = ("Cart", "Pendulum")
+UPDATES = {"CountRecallHard": 490, "HigherLowerHard": 490, "RepeatFirstEasy": 490, "RepeatFirstMedium": 735}
 COLUMNS = ("task", "seed", "steps", "mmer", "mmer_65536", "reward_mean", "reward_low", "reward_high", "seconds",
            "setting")  # fmt: skip
 # What is set beside published figures, and by what of it a task is counted.
@@ -37,10 +41,12 @@ def main() -> None:
     arguments = arguments_of(__doc__ + OPTIONS, Given)
     published = {row["task"]: row for row in read_rows(PUBLISHED)}
     tasks, seeds = chosen(arguments.tasks, published, "--tasks"), range(1, arguments.seeds + 1)
-    config, setting, trials = arguments.config, f"{arguments.config.stem}-{digest(arguments.config)}", []
+    trials = []
     for seed, task in itertools.product(seeds, tasks):
-        changes = [f"environment.name=popgym:popgym-{task}-v0"]
-        trials.append(make_trial((task, str(seed)), config, changes, arguments.updates, setting))
+        own = "popgym_control" if any(part in task for part in CONTROL) else "popgym"
+        config, updates = arguments.config or HERE / "configs" / f"{own}.yaml", arguments.updates or UPDATES.get(task)
+        changes, setting = [f"environment.name=popgym:popgym-{task}-v0"], f"{config.stem}-{digest(config)}"
+        trials.append(make_trial((task, str(seed)), config, changes, updates, setting))
     fill(trials, COLUMNS, measure, partial(write_table, published), arguments)
 
 

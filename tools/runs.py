@@ -48,7 +48,7 @@ class Given(Arguments):
     output: Annotated[Path, to_file("")]
     memories: str | None = None
     lengths: str | None = None
-    config: Path = Path()
+    config: Path | None = None
 
 
 @dataclass(frozen=True)
