@@ -22,10 +22,9 @@ from matplotlib.figure import Figure
 from run.checkpoint import load_model, write_file
 from run.cli import arguments_of, command_line
 from run.config import load_config
-from tools.runs import OPTIONS, Given, Row, Trial, chosen, fill, make_trial, scalars
+from tools.runs import CONFIGS, OPTIONS, Given, Row, Trial, chosen, fill, make_trial, scalars
 from utils import UserError
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 POPGYM = ("RepeatPreviousEasy", "RepeatPreviousMedium", "RepeatPreviousHard", "AutoencodeEasy", "CountRecallEasy",
           "MultiarmedBanditEasy", "NoisyPositionOnlyPendulumEasy", "MineSweeperEasy", "ConcentrationEasy")  # fmt: skip
 # Task → its config and what is changed in it.

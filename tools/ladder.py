@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 
 from run.cli import arguments_of, command_line
 from run.config import load_config
-from tools.compare import COLOURS, COLUMNS, CONFIGS, MEMORIES, grouped, measure, save
-from tools.runs import OPTIONS, Given, Row, Trial, chosen, fill, make_trial
+from tools.compare import COLOURS, COLUMNS, MEMORIES, grouped, measure, save
+from tools.runs import CONFIGS, OPTIONS, Given, Row, Trial, chosen, fill, make_trial
 
 # Task → what its length is called, how much longer an episode is at most, the lengths.
 LADDERS = {

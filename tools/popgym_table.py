@@ -20,11 +20,23 @@ import numpy as np
 
 from run.checkpoint import write_file
 from run.cli import arguments_of, command_line
-from tools.runs import EPISODES, OPTIONS, Given, Row, Trial, chosen, digest, fill, make_trial, read_rows, scalars
+from tools.runs import (
+    CONFIGS,
+    EPISODES,
+    OPTIONS,
+    Given,
+    Row,
+    Trial,
+    chosen,
+    digest,
+    fill,
+    make_trial,
+    read_rows,
+    scalars,
+)
 from utils import UserError
 
-HERE = Path(__file__).resolve().parent.parent
-PUBLISHED = HERE / "docs" / "published" / "popgym.csv"
+PUBLISHED = CONFIGS.parent / "docs" / "published" / "popgym.csv"
 CONTROL = ("Cart", "Pendulum")
 UPDATES = {"CountRecallHard": 490, "HigherLowerHard": 490, "RepeatFirstEasy": 490, "RepeatFirstMedium": 735}
 COLUMNS = ("task", "seed", "steps", "mmer", "mmer_65536", "reward_mean", "reward_low", "reward_high", "seconds",
@@ -43,8 +55,8 @@ def main() -> None:
     tasks, seeds = chosen(arguments.tasks, published, "--tasks"), range(1, arguments.seeds + 1)
     trials = []
     for seed, task in itertools.product(seeds, tasks):
-        own = "popgym_control" if any(part in task for part in CONTROL) else "popgym"
-        config, updates = arguments.config or HERE / "configs" / f"{own}.yaml", arguments.updates or UPDATES.get(task)
+        name = "popgym_control" if any(part in task for part in CONTROL) else "popgym"
+        config, updates = arguments.config or CONFIGS / f"{name}.yaml", arguments.updates or UPDATES.get(task)
         changes, setting = [f"environment.name=popgym:popgym-{task}-v0"], f"{config.stem}-{digest(config)}"
         trials.append(make_trial((task, str(seed)), config, changes, updates, setting))
     fill(trials, COLUMNS, measure, partial(write_table, published), arguments)

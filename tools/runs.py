@@ -23,6 +23,7 @@ from run.cli import Arguments, Count, Processes, cores, to_file
 from run.config import Schedule, load_config
 from utils import UserError
 
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 EPISODES = 100  # that a trained run plays
 Row = dict[str, str]
 # What the docstrings of all tables end with.
