@@ -20,9 +20,9 @@ import numpy as np
 
 from run.checkpoint import write_file
 from run.cli import arguments_of, command_line
+from run.logger import EPISODES_KEPT
 from tools.runs import (
     CONFIGS,
-    EPISODES,
     OPTIONS,
     Given,
     Row,
@@ -44,6 +44,8 @@ COLUMNS = ("task", "seed", "steps", "mmer", "mmer_65536", "reward_mean", "reward
 # What is set beside published figures, and by what of it a task is counted.
 FIGURES = {"mmer_65536": "mean over 65,536 steps", "reward_mean": "final evaluation", "mmer": "MMER"}
 COUNTED, TOLERANCE = ("mmer_65536", "reward_mean"), 0.005
+# With 100 episodes, the final evaluation of a bandit is only known to .08.
+EPISODES = 1000
 # Steps of one of POPGym's updates: the best of many short means is larger than the best of few long ones.
 PUBLISHED_UPDATE = 65_536
 
@@ -59,16 +61,16 @@ def main() -> None:
         config, updates = arguments.config or CONFIGS / f"{name}.yaml", arguments.updates or UPDATES.get(task)
         changes, setting = [f"environment.name=popgym:popgym-{task}-v0"], f"{config.stem}-{digest(config)}"
         trials.append(make_trial((task, str(seed)), config, changes, updates, setting))
-    fill(trials, COLUMNS, measure, partial(write_table, published), arguments)
+    fill(trials, COLUMNS, measure, partial(write_table, published), arguments, EPISODES)
 
 
 def measure(trial: Trial, found: Row) -> dict:
     """Return steps, seconds, the best mean episodic return of a run by its summaries, and what it was evaluated at."""
     tags = "performance/update_steps_per_second", "episode/reward_mean", "episode/length_mean"
     speed, rewards, lengths = (scalars(trial.run_id, tag) for tag in tags)
-    means = np.array([reward for step, reward in rewards.items() if step >= EPISODES * lengths[step]])
+    means = np.array([reward for step, reward in rewards.items() if step >= EPISODES_KEPT * lengths[step]])
     if len(means) == 0:
-        raise UserError(f"fewer than {EPISODES} episodes have ended")
+        raise UserError(f"fewer than {EPISODES_KEPT} episodes have ended")
     size = min(speed)  # steps of an update
     width = min(max(1, PUBLISHED_UPDATE // size), len(means))
     wide = np.convolve(means, np.full(width, 1 / width), mode="valid")

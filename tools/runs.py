@@ -24,7 +24,7 @@ from run.config import Schedule, load_config
 from utils import UserError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-EPISODES = 100  # that a trained run plays
+EPISODES = 100  # that a trained run plays where its table does not say otherwise
 Row = dict[str, str]
 # What the docstrings of all tables end with.
 OPTIONS = """
@@ -106,6 +106,7 @@ def fill(
     measure: Callable[[Trial, Row], dict[str, Any]],
     show: Callable[[list[Row], Path], None],
     arguments: Given,
+    episodes: int = EPISODES,
 ) -> None:
     """Carry out the trials that a table lacks, each on a core of its own, then show it; exit code 1 where one failed.
 
@@ -115,6 +116,7 @@ def fill(
         columns: the first ones are those of `Trial.key`, up to the seed.
         measure: returns what else a trained run's row holds, given the row of evaluate.py; may raise UserError.
         show: writes what the rows come to into files whose names begin with a path.
+        episodes: how many a trained run plays.
     """
     path, lock = arguments.output.with_name(f"{arguments.output.name}.csv"), threading.Lock()
     free = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
@@ -126,7 +128,7 @@ def fill(
     def came_to_something(trial: Trial) -> bool:
         """Train, measure and add a run; say why and return False where that fails."""
         try:
-            row = dict(zip(columns, trial.key, strict=False)) | measure(trial, trained(trial))
+            row = dict(zip(columns, trial.key, strict=False)) | measure(trial, trained(trial, episodes))
         except UserError as error:
             tqdm.write(f"{trial.run_id}: {error}", file=sys.stderr)
             return False
@@ -144,7 +146,7 @@ def fill(
     sys.exit(0 if all(came) else 1)
 
 
-def trained(trial: Trial) -> Row:
+def trained(trial: Trial, episodes: int) -> Row:
     """Train a run to its end, from its newest checkpoint if it has one; return the row of evaluate.py.
 
     What is printed goes to a file beside the summaries; where anything fails, a UserError quotes its last line.
@@ -154,7 +156,7 @@ def trained(trial: Trial) -> Row:
     if not list_checkpoints(Path("checkpoints", run_id)):
         training = [f"--run-id={run_id}", "--overwrite", f"--config={trial.config}", f"--seed={trial.key[-1]}"]
         training += [f"--set={change}" for change in trial.changes]
-    evaluation = [f"models/{run_id}.nn", f"--output={output.with_suffix('')}", f"--seeds={EPISODES}", "--repetitions=1"]
+    evaluation = [f"models/{run_id}.nn", f"--output={output.with_suffix('')}", f"--seeds={episodes}", "--repetitions=1"]
     log, environment = output.with_name(f"{run_id}.log"), os.environ | {"OMP_NUM_THREADS": "1"}
     log.parent.mkdir(exist_ok=True)
     for script, options in {"train.py": training, "evaluate.py": evaluation}.items():
