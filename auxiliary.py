@@ -201,7 +201,7 @@ def auxiliary_tasks(config: Config, model: ActorCriticModel) -> dict[str, Auxili
     for name, kind in kinds.items():
         if getattr(config, f"{name}_coefficient") > 0:
             if kind.needs_frames and model.task.frame is None:
-                raise UserError(f"{name}_coefficient: needs frames, this task shows vectors; allowed is 0")
+                raise UserError(f"{name}_coefficient: needs frames, but this task shows vectors; allowed is 0")
             tasks[name] = kind(model)
     return tasks
 

@@ -7,10 +7,10 @@ Each config and each version has a process of its own. They take turns, an updat
 each, lest what else the machine does looks like a difference. Under torchrun one
 config and this version are measured on all ranks; CPU and memory are the first's.
 Options:
-    --config=<file>      Measured; any number [default: configs/mortar_mayhem_grid.yaml].
+    --config=<file>      What is measured; repeatable [default: configs/mortar_mayhem_grid.yaml].
     --against=<version>  A git revision, or a folder with another checkout.
     --set=<key>          Change a key of all configs, key=value.
-    --updates=<n>        Of each, after one to warm up; shown are medians [default: 3].
+    --updates=<n>        Updates of each, after one to warm up; medians are shown [default: 3].
     --profile            Also say which operators take the time of an update.
     --environments       Measure the environments alone instead, by random actions.
     --output=<file>      Write what each update took, too, as .json.

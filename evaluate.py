@@ -9,7 +9,7 @@ Options:
     --seeds=<n>           How many unseen ones, or 0:10 for 0–9 [default: 50].
     --repetitions=<n>     How often it plays each of them [default: 5].
     --seed=<n>            Skip n unseen seeds; seeds actions [default: 0].
-    --deterministic       Take the most probable actions, draw none.
+    --deterministic       Take the most probable actions instead of drawing them.
     --max-steps=<n>       Cut episodes; at 10,000 where the task has no limit.
     --group=<runs>        Name runs of one group: <label>:<models>,<models>…
     --aggregate=<what>    runs: average each first; episodes [default: runs].
@@ -17,7 +17,7 @@ Options:
     --plot=<file>         Learning curves as .png, .pdf or .svg.
     --reference=<curves>  Published ones beside them: <file>.csv:<task>/<run>,…
     --output=<file>       Write <file>.json with everything and <file>.csv.
-    --processes=<n>       Step the environments; by default half the cores.
+    --processes=<n>       Processes that step the environments; by default half the cores.
     --device=<name>       cpu, cuda or cuda:N; by default cuda if there is one.
     --cpu                 The same as --device=cpu.
     -h --help             Show this.

@@ -33,7 +33,7 @@ class ModelConfig(Declared):
     )
     value_gain: Number = Field(
         1.0, ge=0, le=1000, description="Gain of the value head's orthogonal initialisation: with 1, as in the "
-        "reference, an untrained agent may expect up to about ±1 whatever it sees, near 0 it expects nothing.",
+        "reference, an untrained agent may predict up to about ±1 whatever it sees; near 0, it predicts about 0.",
     )  # fmt: skip
     normalize_observations: Flag = Field(
         False, description="Observed vectors are brought to mean 0 and variance 1 by running statistics."

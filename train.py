@@ -66,7 +66,7 @@ def train(arguments: Arguments, ranks, device) -> None:
     run = chosen_run(arguments, ranks, device)
     if run.state["update"] >= run.config.updates:
         run.write_model()  # it is missing where the run was killed before that, or its folder copied
-        return run.tell(f"{run.name} has had its updates, {run.model} is written; --updates=<n> trains for longer")
+        return run.tell(f"{run.name} has finished its updates, {run.model} is written; --updates=<n> trains for longer")
     use_cores(device, ranks.local_size)
     with ranks.agree_on(UserError):
         task, notices = inspect_environment(run.config.environment)

@@ -377,4 +377,4 @@ def check_task(config: Config, task: Task) -> None:
             "allowed are '' and 'relative'"
         )
     if config.normalize_observations and not task.vector:
-        raise UserError("normalize_observations: True needs vectors, this task shows frames; allowed is False")
+        raise UserError("normalize_observations: True needs vectors, but this task shows frames; allowed is False")

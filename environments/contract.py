@@ -1,4 +1,4 @@
-"""What a model needs to know of an environment, and how an environment that cannot be played is told of."""
+"""What a model needs to know of an environment, and how one that cannot be played is reported."""
 
 import traceback
 from dataclasses import dataclass, replace

@@ -79,7 +79,7 @@ class GymnasiumEnv(gymnasium.Wrapper):
     def observed(self, observation: Any, action: Any, reward: float | None) -> Any:
         """Return what the agent sees of an observation, given the action and reward before it, None at the start."""
         if action is not None and reward is None and self.previous_reward:
-            raise BrokenContract("needs reward=…, the one of the last step: the agent sees it (previous_reward)")
+            raise BrokenContract("needs reward=…, that of the last step, which the agent sees (previous_reward)")
         frame, vector = self._observer.frame(observation), None
         if self.task.vector:
             shown = self._observer.vector(observation)

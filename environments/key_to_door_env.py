@@ -86,7 +86,7 @@ class KeyToDoor(gymnasium.Env):
 
 
 class KeyToDoorSection(Section):
-    """A key in the first room, apples in the second, and in the third a door that pays only who has the key."""
+    """A key in the first room, apples in the second, in the third a door that pays only an agent that has the key."""
 
     type: Literal["KeyToDoor"] = Field(description="Which environment.")
     episode_length: Annotated[Whole, Field(ge=40, le=10**5)] = Field(

@@ -96,7 +96,9 @@ class MemoryGymTask(gymnasium.Wrapper):
         super().__init__(self._task)
         for key, default in self._task.default_reset_parameters.items():
             if isinstance(options.get(key, default), list) != isinstance(default, list):  # 5 would draw from 0 to 4
-                raise BrokenContract(f"reset_params: {key}: should be like its default, {default}")
+                raise BrokenContract(
+                    f"reset_params: {key}: should be a {type(default).__name__} like its default, {default}"
+                )
         self._options, self._watched = options, watched
         self._is_mortar_mayhem = task_type in ("MortarMayhem", "MortarMayhem-Grid")
         self.reset()  # the limit is known only now; a seed would be that of later resets without one, too

@@ -78,7 +78,8 @@ class MinigridSection(Section):
         None, description="Pixels per tile: by default 28 for Memory tasks, else 8."
     )
     num_actions: Annotated[Whole, Field(ge=1, le=7)] | Nothing = Field(
-        None, description="The first so many of MiniGrid's actions: by default 3 for Memory tasks, else all."
+        None,
+        description="How many of MiniGrid's actions, from the first on: by default 3 for Memory tasks, else all.",
     )
     mission: Flag = Field(False, description="The mission's words are observed as a vector beside the picture.")
 
@@ -97,7 +98,7 @@ class MinigridSection(Section):
         names = [f"mission[{word}]" for word in (*(vocabulary or ()), "other words")] if self.mission else []
         env = GymnasiumEnv(Pictures(grid, tile_size, num_actions, vocabulary), limit, names=names)
         if not self.mission and len([*itertools.islice(missions, 2)]) > 1:
-            env.notices.append("missions differ, and the agent is not told them without environment.mission: True")
+            env.notices.append("missions differ, and the agent does not see them without environment.mission: True")
         return env
 
 

@@ -121,12 +121,12 @@ class Observer:
     def __init__(self, space: gymnasium.Space, observe: list[str] | None = None) -> None:
         there = [*space.spaces] if isinstance(space, spaces.Dict) else []
         if not set(observe or ()) <= set(there):
-            raise BrokenContract(f"observe: {observe} are not all there; there are {there}")
+            raise BrokenContract(f"observe: {observe} should all be among {there}")
         parts = [part for part in leaves(space) if observe is None or part[0][0] in observe]
         pictures = [part for part in parts if picture_axes(part[1])]
         if len(pictures) > 1:
             names = ", ".join(name for *_, name in pictures)
-            raise BrokenContract(f"{names} are pictures: choose one with `observe`")
+            raise BrokenContract(f"several pictures ({names}): choose one with `observe`")
         self._picture, self.frame_shape = next(iter(pictures), None), None
         for _, part, _ in pictures:
             self._axes, self._scale = picture_axes(part), pixel_scale(part)
@@ -136,7 +136,9 @@ class Observer:
         self._vectors = [part for part in parts if not picture_axes(part[1])]
         for _, part, name in self._vectors:
             if not isinstance(part, Choices | spaces.MultiBinary | spaces.Box):
-                raise BrokenContract(f"{name} is {type(part).__name__}, which cannot be seen: leave it out (`observe`)")
+                raise BrokenContract(
+                    f"{name} is {type(part).__name__}, which is not supported: leave it out with `observe`"
+                )
         self.size = sum(flatdim(part) for _, part, _ in self._vectors)
         check_size(space, "a vector", self.size)
         self.names = [entry for _, part, name in self._vectors for entry in entry_names(part, name)]

@@ -20,7 +20,7 @@ class TMaze(gymnasium.Env):
     """A corridor with a cue at its start and a junction at its end; the turn there ends the episode and pays 1 or 0.
 
     In the corridor only `right` gets on, all else leaves the agent where it is and costs 1/corridor_length, so that the
-    optimum is 1 and who does not know the cue gets 1/2. The horizon leaves time for the shortest way and one decision.
+    optimum is 1, and 1/2 without knowing the cue. The horizon leaves time for the shortest way and one decision.
     Its last step terminates: there is no value beyond it. The observation says where the agent is, not how far, so
     that the time cannot be read off. With `guided`, each episode has one decision: otherwise a policy that has learned
     to walk is certain of `right` long before it has decided once.
@@ -88,8 +88,8 @@ class TMazeSection(Section):
     )
     guided: Flag = Field(
         True,
-        description="Every episode comes to its decision: who is late is carried to the junction, where only up and "
-        "down are allowed. False is closer to what is published, where an agent has to walk without a mistake first.",
+        description="Every episode comes to its decision: an agent that is late is carried to the junction, where only "
+        "up and down are allowed. False is closer to what is published: an agent has to walk without a mistake first.",
     )
 
     def create(self, render_mode: str | None = None) -> GymnasiumEnv:

@@ -120,7 +120,9 @@ class Agent:
             except TypeError:  # there is no length
                 complete = False
             if not complete:
-                raise UserError(f"agent.act: everything that is given should be of {self.count} environments")
+                raise UserError(
+                    f"agent.act: each argument should have an entry for each of the {self.count} environments"
+                )
         for index, shown in enumerate(zip(*given, strict=True)):
             try:
                 self._show(index, *shown)
@@ -143,7 +145,7 @@ class Agent:
         if (ended and step) or (limit is not None and step >= limit):
             raise BrokenContract(f"its episode has ended, after {step} steps: agent.reset is due")
         if (mask is not None) != self.task.masked:
-            raise BrokenContract("has an action_mask as none in training had" if mask is not None
+            raise BrokenContract("has an action_mask, and training had none" if mask is not None
                                  else "needs mask=info['action_mask'], as in training")  # fmt: skip
         if self.registered is not None:
             last = (self.actions[index], reward) if step else (None, None)

@@ -24,7 +24,8 @@ def read_references(texts: list[str], metric: str, tasks: list[str]) -> dict[str
         known = np.array([f"{row['task']}/{row['run']}" for row in rows])
         for name in map(str.strip, names.split(",")):
             if name not in known:
-                there = ", ".join(dict.fromkeys(known)) or "none"
-                raise UserError(f"--reference: {file}: of {metric} in {', '.join(dict.fromkeys(tasks))} it has {there}")
+                there = ", ".join(dict.fromkeys(known)) or "nothing"
+                tried = f"{metric} in {', '.join(dict.fromkeys(tasks))}"
+                raise UserError(f"--reference: {file} has no {name}; for {tried} it has {there}")
             curves[name] = np.sort(rows[known == name], order="steps")
     return curves

@@ -19,7 +19,7 @@ from scipy.stats import binomtest, t, trim_mean
 from environments.numbers import count_missing_success, metrics_of
 from utils import UserError, training_seeds
 
-# Of fewer runs nothing can be said but what they are: they are shown themselves.
+# With fewer runs there is no interval: the runs themselves are shown.
 FEWEST = 3
 # What has nothing to do with what a run learns; runs that agree in all the rest differ in their seed only.
 BOOKKEEPING = (

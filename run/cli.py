@@ -71,7 +71,9 @@ def problems(error: ValidationError, given: Any, known: Sequence[str] = ()) -> l
         if found["type"] == "missing":
             path, text = [*path, str(found["loc"][-1])], "has to be given"
         elif found["type"] == "extra_forbidden":
-            text = f"is not known here{nearest(path, known)}"
+            text = f"is not a key{nearest(path, known)}"
+        elif found["type"] == "union_tag_invalid":
+            path, text = [*path, "type"], f"should be one of {text.partition('tags: ')[2]}, not {value.get('type')!r}"
         elif path and not isinstance(value, dict):
             text = f"{text}, not {textwrap.shorten(repr(value), 60)}"
         lines.setdefault(".".join(path), text)  # of a value that fits none of several types, the first

@@ -44,8 +44,12 @@ class Config(ModelConfig):
         0.0, ge=0, le=10**6, description="Least divisor in normalising (Hafner et al. 2023)."
     )
     reconstruction_coefficient: Coefficient = Field(0.0, description="Weight of reconstructing the frame from memory.")
-    recall_coefficient: Coefficient = Field(0.0, description="Weight of telling which frames the episode has shown.")
-    prediction_coefficient: Coefficient = Field(0.0, description="Weight of telling the next frame or vector.")
+    recall_coefficient: Coefficient = Field(
+        0.0, description="Weight of the loss of recognising which frames the episode has shown."
+    )
+    prediction_coefficient: Coefficient = Field(
+        0.0, description="Weight of the loss of predicting the next frame or vector."
+    )
     checkpoint_interval: Count = Field(50, description="Updates between checkpoints.")
     model_interval: Interval = Field(0, description="Updates between models kept in `checkpoints/<id>/`; 0 is never.")
     eval_interval: Interval = Field(0, description="Updates between evaluations beside the training; 0 is never.")
@@ -117,7 +121,7 @@ class Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if again := sorted({key for key in keys if keys.count(key) > 1}):
-            raise yaml.YAMLError(f"keys that are there more than once: {', '.join(again)}")
+            raise yaml.YAMLError(f"duplicate keys: {', '.join(again)}")
         return super().construct_mapping(node, deep)
 
 
@@ -173,4 +177,4 @@ def _override(given: Any, override: str) -> None:
             given = given.setdefault(key, {})
         given[last] = _parse(text, f"--set {override}")
     except (AttributeError, TypeError) as error:  # what it would be a key of has none
-        raise UserError(f"--set {name}: is no key of a section") from error
+        raise UserError(f"--set {name}: is not a key of a section") from error

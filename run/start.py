@@ -255,7 +255,7 @@ def free_run_id(arguments: Any, restarted: bool) -> str:
     """Return the id of a new run, or of one that torchrun has started again; UserError where it is not free."""
     run_id = arguments.run_id or Path(arguments.config).stem
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and (arguments.overwrite or not arguments.run_id):
-        raise UserError("torchrun's --max-restarts, which goes on with the run, needs its --run-id, no --overwrite")
+        raise UserError("torchrun's --max-restarts goes on with the run: it needs --run-id and no --overwrite")
     if not re.fullmatch(RUN_ID, run_id):
         raise UserError(f"--run-id: should match {RUN_ID!r}, not {run_id!r}")
     numbered = (f"{run_id}-{number}" if number > 1 else run_id for number in itertools.count(1))

@@ -189,7 +189,7 @@ def test_what_is_wrong_is_one_line_and_changes_nothing(tmp_path):
         (lambda: agent.act("left", mask), r"has the shape \(\)"),
         (lambda: agent.act(right), "needs mask"),
         (lambda: agent.act(right, np.zeros(7)), "allows no action"),
-        (lambda: many.act(np.stack([right] * 3), [mask] * 2), "should be of 2 environments"),
+        (lambda: many.act(np.stack([right] * 3), [mask] * 2), "for each of the 2 environments"),
         (lambda: agent.act(right, mask, ended=True), "has ended, after 1 steps: agent.reset is due"),
     ):
         with pytest.raises(UserError, match=message) as error:

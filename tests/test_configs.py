@@ -119,9 +119,9 @@ def test_all_problems_are_said_at_once():
     config = with_values(gamma=2, transformer__embed_dim=0, transformer__colour="red", view_size=3)
     config["epochz"] = config.pop("epochs")
     del config["updates"], config["learning_rate_schedule"]["final"]
-    starts = ["epochz: is not known here; did you mean epochs?", "gamma: should be less", "updates: has to be given",
-              "transformer.colour: is not known here", "transformer.embed_dim: should be",
-              "learning_rate_schedule.final: has to be given", "view_size: is not known here"]  # fmt: skip
+    starts = ["epochz: is not a key; did you mean epochs?", "gamma: should be less", "updates: has to be given",
+              "transformer.colour: is not a key", "transformer.embed_dim: should be",
+              "learning_rate_schedule.final: has to be given", "view_size: is not a key"]  # fmt: skip
     lines = problems(config)
     assert len(lines) == len(starts)
     for start in starts:
@@ -150,8 +150,8 @@ def test_overrides():
     [
         ("gamma", "--set gamma: should be key=value"),
         ("gamma=[", "--set gamma=[: is not valid YAML"),
-        ("updates.a=1", "--set updates.a: is no key"),
-        ("environment.type=CartPole", "environment.name: is not known"),
+        ("updates.a=1", "--set updates.a: is not a key"),
+        ("environment.type=CartPole", "environment.name: is not a key"),
         ("environment.view_size=4", "environment.view_size: "),
     ],
 )

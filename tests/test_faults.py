@@ -269,7 +269,7 @@ def test_what_is_missing_at_the_end_is_made_up_for(toy_copy, toy_run):
     """The model, of a run that was killed before it was written; updates, where the newest checkpoint is damaged."""
     (toy_copy / "models" / "run.nn").unlink()
     said = resume(toy_copy)
-    assert "has had its updates" in said, said
+    assert "has finished its updates" in said, said
     assert_same_result(toy_copy, toy_run)
     path = checkpoint.list_checkpoints(toy_copy / "checkpoints" / "run")[-1]
     data = bytearray(path.read_bytes())

@@ -244,7 +244,7 @@ def test_output_is_never_the_reason_to_lose_results(evaluate_with, monkeypatch, 
 
 MISTAKES = {
     "--group=a.nn": "should be <label>:<models>",
-    f"--plot=c.png --metric=success --reference={PUBLISHED}:mp/trxl": "of success in MysteryPath-Grid it has mp_grid_",
+    f"--plot=c.png --metric=success --reference={PUBLISHED}:mp/trxl": "for success in MysteryPath-Grid it has mp_grid_",
     f"--plot=c.png --reference={Path(__file__)}:mm_grid/trxl": "of a file with the columns environment, ",
     "--plot=c.png --metric=keys": "--metric: 'keys' is not reported; allowed here are reward",
 }
