@@ -44,7 +44,7 @@ class AuxiliaryTask(nn.Module):
 
 
 class Reconstruction(AuxiliaryTask):
-    """Reconstructs the frame from the transformer's output, by the encoder upside down (Pleines et al. 2025)."""
+    """Reconstructs the frame from the core's output, by the encoder upside down (Pleines et al. 2025)."""
 
     reports, needs_frames = ("reconstruction",), True
 
@@ -75,7 +75,7 @@ class Reconstruction(AuxiliaryTask):
 
 
 class Recall(AuxiliaryTask):
-    """Says which frames the running episode has shown so far, from the transformer's output.
+    """Says which frames the running episode has shown so far, from the core's output.
 
     It teaches attention to keep what was seen, and gives the encoder a reason to tell frames apart whose difference
     matters only later: memory is detached, so no gradient of the policy reaches their encoding.
@@ -126,7 +126,7 @@ class Recall(AuxiliaryTask):
 
 
 class NextObservation(AuxiliaryTask):
-    """Predicts the next observation from the transformer's output and the action taken.
+    """Predicts the next observation from the core's output and the action taken.
 
     Frames are told apart from all others of the minibatch, contrastively (van den Oord et al. 2018; with actions Guo et
     al. 2018, CPC|A): the distinct ones are embedded anyway. Vectors are regressed. It takes exactly what has to be

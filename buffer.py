@@ -56,10 +56,10 @@ class Buffer:
         task, own = model.task, ranks.share(config.n_workers)
         self.ranks, self.device, self.n_workers, self.worker_steps = ranks, device, len(own), config.worker_steps
         shape = (self.n_workers, self.worker_steps)
-        self.all_samples = config.n_workers * self.worker_steps
         self.own_samples = range(own.start * self.worker_steps, own.stop * self.worker_steps)
         self.normalize_advantages, self.advantage_floor = config.normalize_advantages, config.advantage_floor
-        self.minibatch_size, self.segment_length = self.all_samples // config.n_mini_batch, config.segment_length
+        self.all_samples, self.segment_length = config.samples, config.segment_length
+        self.minibatch_size = config.samples // config.n_mini_batch
         self.memory = make_memory(model, *shape, device, dtype)
         # Every step can be the last of an episode and leave a final observation.
         capacity = self.n_workers * (2 * self.worker_steps + 1)

@@ -57,7 +57,7 @@ def main() -> None:
     """Parse the command line and evaluate, together with the other ranks that torchrun started."""
     arguments = arguments_of(__doc__, Arguments)
     from evaluation.published import read_references
-    from evaluation.statistics import chosen_seeds
+    from evaluation.statistics import check_same_episodes, chosen_seeds
     from run.checkpoint import provenance
     from run.distributed import together
 
@@ -72,6 +72,7 @@ def main() -> None:
             if agents:
                 sections = [config.environment for _, _, config, _ in agents]
                 seeds, note = chosen_seeds(arguments.seeds, arguments.seed, sections)
+            check_same_episodes(models, seeds, arguments.repetitions)
         if ranks.first and note:
             print(note, file=sys.stderr)
         play(agents, seeds, arguments, ranks)

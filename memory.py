@@ -192,7 +192,7 @@ class States:
     def replay(self, workers: slice, x: Tensor, step: np.ndarray) -> Tensor:
         """Return the outputs (n·T, D) of whole rollouts, unrolled from their start; arguments as `Timeline.replay`."""
         worker = np.arange(workers.start, workers.stop)
-        return self.core(x, self.past_of(worker, np.zeros_like(worker), step.copy()))[0]
+        return self.core(x, self.past_of(worker, np.zeros_like(worker), step))[0]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what the next rollout starts with, by environment."""
@@ -222,7 +222,7 @@ class ObservationStore:
         self.frame_of = np.zeros(capacity, dtype=np.int64)  # where there are both: the frame of each vector
 
     def clear(self) -> None:
-        """Forget everything: a new rollout starts, under new weights."""
+        """Forget all observations."""
         self.count = 0
         if self.frames is not None:
             self.frames.clear()
@@ -245,7 +245,7 @@ class ObservationStore:
             vectors = arrays.vectors[rows]
             places = np.arange(self.count, self.count + len(vectors))
             self.count += len(vectors)
-            self.vectors[places[0] : self.count] = torch.from_numpy(vectors)
+            self.vectors[places[0] : self.count] = to_device(vectors.copy(), self.device)  # workers write over theirs
             if self.frames is not None:
                 self.frame_of[places] = index
             index = places

@@ -14,12 +14,11 @@ from torch.distributions import kl_divergence
 from torch.nn import functional as F
 
 from environments.contract import Task
+from environments.pictures import SMALLEST_PICTURE
 from environments.section import Declared, Flag, Number, Whole
 from recurrence import Fragments, Memoryless, MemorylessConfig, Recurrence, RecurrenceConfig
 from transformer import MASKED, MemoryView, Transformer, TransformerConfig
 
-# The smallest frame that passes the three convolutions of `VisualEncoder`.
-SMALLEST_PICTURE = 36
 # Normalised vectors are clipped to this many standard deviations.
 FURTHEST = 10.0
 Layer = TypeVar("Layer", bound=nn.Linear | nn.Conv2d | nn.ConvTranspose2d)

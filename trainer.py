@@ -93,11 +93,6 @@ class PPOTrainer:
         self.episodes = Episodes(self.ranks)
         self.update = 0  # finished updates
 
-    @property
-    def samples(self) -> int:
-        """Environment steps of one update."""
-        return self.config.n_workers * self.config.worker_steps
-
     def train(self, run: Run) -> None:
         """Carry out all updates that are left; `run` logs them, keeps their states and says when to stop."""
         with run.open(self.state_dict()), closing(self.workers):
@@ -284,7 +279,7 @@ class PPOTrainer:
                 policy, _ = self.model.heads(buffer.memory.replay(rows, x, step), masks)
                 total += policy.kl(buffer.policies[rows].flatten(0, 1)).square().sum()
         self.ranks.add(total)
-        return (total.item() / self.samples) ** 0.5
+        return (total.item() / self.config.samples) ** 0.5
 
     # ---------------------------------------------------------------------------------------------- numbers and state
 
@@ -328,7 +323,7 @@ class PPOTrainer:
             scalars[f"training/{name}"] = config.scheduled(name, self.update - 1)
         scalars["performance/distinct_observations"] = len(buffer.observations)
         for name, duration in zip(("sampling", "optimisation", "update"), (*seconds, seconds.sum()), strict=True):
-            scalars[f"performance/{name}_steps_per_second"] = self.samples / duration
+            scalars[f"performance/{name}_steps_per_second"] = config.samples / duration
         return scalars
 
     def state_dict(self) -> dict[str, Any]:

@@ -423,9 +423,10 @@ class Workers:
         """Return the running episodes: number, actions and digest, each a list with an entry per environment."""
         import torch  # which the processes, that import this module, do without
 
+        actions = [np.frombuffer(episode.actions, dtype=np.uint8).copy() for episode in self.episodes]
         return {
             "number": [episode.number for episode in self.episodes],
-            "actions": [torch.tensor(episode.actions, dtype=torch.uint8) for episode in self.episodes],
+            "actions": [torch.from_numpy(taken) for taken in actions],
             "digest": [episode.digest.hex() for episode in self.episodes],
         }
 

@@ -92,7 +92,8 @@ class Agent:
         Due before the first observation of each episode. After each step of a vector environment, which has to be made
         with AutoresetMode.SAME_STEP, it is `agent.reset(terminated | truncated)`.
         """
-        self.arrays.steps[... if which is None else np.asarray(which)] = 0
+        rows = np.asarray(which if which is not None else range(self.count))
+        self.arrays.steps[rows if rows.size else []] = 0
 
     def act(self, observation: Any, mask: Any = None, reward: Any = None, ended: Any = None) -> Any:
         """Return an action of `action_space`, or n of them as a vector environment takes them.

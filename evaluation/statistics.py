@@ -162,6 +162,18 @@ def chosen_seeds(text: str, skip: int, sections: Iterable[Any]) -> tuple[list[in
     return seeds, f"--seeds: training may have drawn {seen:,} of these {len(seeds):,}" if seen else ""
 
 
+def check_same_episodes(models: list[Evaluated], seeds: list[int], repetitions: int) -> None:
+    """Raise UserError naming a file whose episodes are not those of the other models of its task.
+
+    Models without episodes are about to play `seeds`, each so many times.
+    """
+    planned, expected = {(seed, repetition) for seed in seeds for repetition in range(repetitions)}, dict[str, set]()
+    for model in sorted(models, key=lambda model: len(model.episodes)):
+        played = {(episode["seed"], episode["repetition"]) for episode in model.episodes} or planned
+        if expected.setdefault(model.environment, played) != played:
+            raise UserError(f"{model.path}: was evaluated on other episodes than the other models of its task")
+
+
 def group_runs(models: list[Evaluated], aggregate: str = "runs") -> Groups:
     """Return models, all of which were evaluated on the same seeds, in groups.
 

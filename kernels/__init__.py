@@ -1,1 +1,1 @@
-"""What makes the algorithm fast, and is there for speed alone; nothing in here knows of reinforcement learning."""
+"""What makes the algorithm fast; nothing in here knows of reinforcement learning."""

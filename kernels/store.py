@@ -22,7 +22,7 @@ class FrameStore:
         self.clear()
 
     def clear(self) -> None:
-        """Forget everything: a new rollout starts, under new weights."""
+        """Forget all frames."""
         self.known: dict[bytes, int] = {}
         self.encoded = 0
 

@@ -109,6 +109,7 @@ class Config(ModelConfig):
         count, length, minibatches = self.samples, self.segment_length, self.n_mini_batch
         yield count % minibatches > 0, f"n_mini_batch: {minibatches} should divide n_workers·worker_steps, {count}"
         size = count // minibatches
+        yield size == 1 and self.normalize_advantages, "n_mini_batch: advantages of single samples cannot be normalised"
         broken, steps = self.worker_steps % length + size % length > 0, self.worker_steps
         yield broken, f"segment_length: {length} should divide worker_steps, {steps}, and a minibatch, {size}"
         floor = self.advantage_floor > 0 and not self.normalize_advantages

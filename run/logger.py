@@ -110,9 +110,10 @@ class Logger:
         self._close_writer()
 
     def _close_writer(self) -> None:
-        with suppress(OSError, AttributeError):  # AttributeError: there is none
-            self.writer.close()
-        self.writer = None
+        writer, self.writer = self.writer, None
+        if writer is not None:
+            with suppress(OSError):
+                writer.close()
 
 
 def flatten(section: dict, prefix: str = "") -> dict[str, float | str]:

@@ -154,7 +154,8 @@ class Run:
         self._save()
         self.write_model()
         if self.ranks.first:
-            self.evaluations.finish(lambda: self.options.stop.asked)
+            with self._telling(self.log.folder):
+                self.evaluations.finish(lambda: self.options.stop.asked)
 
     def write_model(self) -> None:
         """Write the model of the last update; SystemExit where that fails."""
@@ -196,7 +197,7 @@ class Run:
             raise UserError(f"{self.folder}: another process trains this run") from error
         best = MODELS / f"{self.name}-best.nn"
         if not self.resumed:  # what is there is an earlier run's
-            for path in (*self.folder.glob("*.pt"), *self.folder.glob("*.nn"), best):
+            for path in (*self.folder.glob("*.pt"), *self.folder.glob("*.nn"), self.model, best):
                 path.unlink(missing_ok=True)
         self.log = Logger(SUMMARIES / self.name, self.config, self.about, self.state["update"])
         self.evaluations = Evaluations(self.log.folder / "evaluation", best)

@@ -167,6 +167,7 @@ def test_what_the_last_step_was_like(core):
             np.testing.assert_allclose(three.attention, [one.attention] * 3, atol=1e-6)
         else:
             assert one.attention is None
+    three.reset([])
     three.reset([1])
     assert three.arrays.steps.tolist() == [7, 0, 7]
     player = Player(*made, render=False)

@@ -151,6 +151,7 @@ def test_overrides():
         ("gamma", "--set gamma: should be key=value"),
         ("gamma=[", "--set gamma=[: is not valid YAML"),
         ("updates.a=1", "--set updates.a: is not a key"),
+        ("n_mini_batch=8192", "n_mini_batch: advantages of single samples"),
         ("environment.type=CartPole", "environment.name: is not a key"),
         ("environment.view_size=4", "environment.view_size: "),
     ],

@@ -68,7 +68,7 @@ def test_before_the_first_step(train, name):
     trainer = train(name, "cuda")
     trainer.train_update()
     trainer.sample()
-    batch, output, _ = recomputed(trainer, np.arange(trainer.samples))
+    batch, output, _ = recomputed(trainer, np.arange(trainer.config.samples))
     torch.testing.assert_close(output.policy.log_prob(batch.actions), batch.log_probs, rtol=0, atol=1e-4)
     torch.testing.assert_close(output.value, batch.values, rtol=1e-4, atol=1e-4)
     assert trainer.acting_kl() < 1e-6

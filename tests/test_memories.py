@@ -182,7 +182,7 @@ def test_a_step_that_moves_only_memory_is_caught(make, limit):
     with torch.no_grad():
         trainer.model.embedding.bias[entry] += 2
     after = trainer.optimizer.weights.clone()
-    assert recomputed(trainer, np.arange(trainer.samples))[2].mean() < 1e-4
+    assert recomputed(trainer, np.arange(trainer.config.samples))[2].mean() < 1e-4
     assert (far := trainer.acting_kl()) > 0.1
     limited = trainer.limit_acting_kl(before)
     if limit == 0:

@@ -218,6 +218,8 @@ def evaluate_with(monkeypatch, tmp_path):
     for episode in models[0].episodes:
         episode["success"] = 1.0
     Path("old.json").write_text(json.dumps(contents(group_runs(models), {})))
+    models[0].episodes = models[0].episodes[::2]
+    Path("half.json").write_text(json.dumps(contents(group_runs(models), {})))
     return partial(command, tmp_path, "--cpu", program=evaluate)
 
 
@@ -239,10 +241,11 @@ def test_output_is_never_the_reason_to_lose_results(evaluate_with, monkeypatch, 
     monkeypatch.setattr("evaluation.statistics.table", lambda groups: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         evaluate_with("old.json", "--output=a", "--plot=a.png")
-    assert {path.name for path in tmp_path.iterdir()} == {"old.json", "a.json", "a.csv", "a.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"old.json", "half.json", "a.json", "a.csv", "a.png"}
 
 
 MISTAKES = {
+    "half.json": "run-5.nn: was evaluated on other episodes than",
     "--group=a.nn": "should be <label>:<models>",
     f"--plot=c.png --metric=success --reference={PUBLISHED}:mp/trxl": "for success in MysteryPath-Grid it has mp_grid_",
     f"--plot=c.png --reference={Path(__file__)}:mm_grid/trxl": "of a file with the columns environment, ",

@@ -346,15 +346,15 @@ def test_training_begins_where_sampling_ended(sampled):
     """Memory, normalisation and density are those of sampling."""
     changes = {"learning_rate_schedule": constant(1e-2), "transformer": {"positional_encoding": "relative"}}
     trainer = sampled(check_config(tiny(PENDULUM, normalize_observations=True, **changes), "test"))
-    assert trainer.model.moments.count >= trainer.samples  # vectors are normalised
-    batch, output, _ = recomputed(trainer, np.arange(trainer.samples))
+    assert trainer.model.moments.count >= trainer.config.samples  # vectors are normalised
+    batch, output, _ = recomputed(trainer, np.arange(trainer.config.samples))
     assert_close(output.policy.log_prob(batch.actions), batch.log_probs)
     assert_close(output.value, batch.values)
 
 
 def test_forbidden_actions_have_no_probability(sampled):
     trainer = sampled(check_config(tiny(toy("Masked")), "test"))  # it breaks where a forbidden action is drawn
-    batch, output, _ = recomputed(trainer, np.arange(trainer.samples))
+    batch, output, _ = recomputed(trainer, np.arange(trainer.config.samples))
     assert_close(output.policy.log_prob(batch.actions), batch.log_probs)
     odd = (batch.step % 2).bool()
     expected = [batch.step > 0, odd | True, odd, odd & False, odd | True, batch.step % 3 == 0, batch.step > 5]

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
+from filelock import FileLock
 from pydantic import Field
 from tqdm import tqdm
 
@@ -118,7 +118,7 @@ def fill(
         show: writes what the rows come to into files whose names begin with a path.
         episodes: how many a trained run plays.
     """
-    path, lock = arguments.output.with_name(f"{arguments.output.name}.csv"), threading.Lock()
+    path = arguments.output.with_name(f"{arguments.output.name}.csv")
     free = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
     def take_a_core() -> None:
@@ -132,7 +132,7 @@ def fill(
         except UserError as error:
             tqdm.write(f"{trial.run_id}: {error}", file=sys.stderr)
             return False
-        with lock:
+        with FileLock(path.with_name(f".{path.name}.lock")):
             add_row(path, columns, row | {"setting": trial.setting})
             show([*read_table(path, columns).values()], arguments.output)
         return True

@@ -52,7 +52,7 @@ def measured(trainer: PPOTrainer) -> dict[str, float]:
     wall = time.perf_counter() - started
     on_gpu = trainer.device.type == "cuda"
     return {
-        "steps/s": trainer.samples / wall,
+        "steps/s": trainer.config.samples / wall,
         "steps/s, sampling": scalars["performance/sampling_steps_per_second"],
         "steps/s, optimisation": scalars["performance/optimisation_steps_per_second"],
         "seconds": wall,
@@ -82,7 +82,7 @@ def stepped(trainer: PPOTrainer) -> dict[str, float]:
             actions = np.stack([branch.argmax(axis=1) for branch in branches], axis=1)
         workers.send(group, actions)
         workers.receive(group)
-    return {"steps/s": trainer.samples / (time.perf_counter() - started)}
+    return {"steps/s": trainer.config.samples / (time.perf_counter() - started)}
 
 
 def profiled(trainer: PPOTrainer) -> dict[str, str]:
