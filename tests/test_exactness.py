@@ -395,7 +395,7 @@ class CheckedTrainer(PPOTrainer):
         self.batches: list[np.ndarray] = []
         statistics = super().optimise()
         epochs = np.split(np.concatenate(self.batches), self.config.epochs)
-        assert all(sorted(epoch.tolist()) == [*range(self.samples)] for epoch in epochs)
+        assert all(sorted(epoch.tolist()) == [*range(self.config.samples)] for epoch in epochs)
         assert (epochs[0] != epochs[1]).any()
         return statistics
 
