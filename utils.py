@@ -1,6 +1,5 @@
 """What every other module needs and nothing of learning: errors, environments by name, seeds, schedules."""
 
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -33,8 +32,8 @@ def own_rows(state: Any, rows: range) -> Any:
 
 def create_env(section: Section, render_mode: str | None = None) -> Any:
     """Return a new `GymnasiumEnv`, to render with "rgb_array"; UserError if it does not exist or cannot be played."""
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # the user's own environments lie where a command is run
+    if "" not in sys.path:  # the current folder, where the user's own environments lie
+        sys.path.append("")
     try:
         return section.create(render_mode)
     except Exception as error:

@@ -68,7 +68,7 @@ def module_of(name: str) -> str:
         return f"block{parts[2]}" if parts[1] == "blocks" else parts[1]
     if parts[0] == "auxiliary":
         return parts[1]
-    return parts[0] if parts[0] == "log_std" else parts[0].split("_")[0]
+    return parts[0].removesuffix("_hidden")
 
 
 def padded_size(parameter: nn.Parameter) -> int:

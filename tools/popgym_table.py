@@ -21,19 +21,7 @@ import numpy as np
 from run.checkpoint import write_file
 from run.cli import arguments_of, command_line
 from run.logger import EPISODES_KEPT
-from tools.runs import (
-    CONFIGS,
-    OPTIONS,
-    Given,
-    Row,
-    Trial,
-    chosen,
-    digest,
-    fill,
-    make_trial,
-    read_rows,
-    scalars,
-)
+from tools.runs import CONFIGS, OPTIONS, Given, Row, Trial, chosen, digest, fill, make_trial, read_rows, scalars
 from utils import UserError
 
 PUBLISHED = CONFIGS.parent / "docs" / "published" / "popgym.csv"
